@@ -1,0 +1,42 @@
+// The one error type. Every failure that a user can cause ends as one line on stderr, so a message
+// names the file, the field, what was expected, and what was found. `main` holds the only catch.
+#pragma once
+
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace thaw {
+
+// A failure: exit code 1.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// A wrong command line: exit code 2.
+struct UsageError : Error {
+  using Error::Error;
+};
+
+// Joins its arguments as operator<< prints them.
+template <class... Parts>
+std::string join(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return std::move(out).str();
+}
+
+// Throws Error with the joined arguments: fail(path, ": version: expected 2 or 3, found ", v).
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw Error(join(parts...));
+}
+
+// A shape in a comment is also a check in code: require(x.cols == dim, "x.cols: expected ", dim, ...).
+template <class... Parts>
+void require(bool holds, const Parts&... parts) {
+  if (!holds) fail(parts...);
+}
+
+}  // namespace thaw

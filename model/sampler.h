@@ -1,0 +1,53 @@
+// From logits to a token.
+//
+// Order, always the same: repetition, presence and frequency penalties on the logits; then, when
+// temperature is 0, the largest logit (lowest id on a tie); else temperature, top-k, top-p, min-p, and
+// one draw from what is left. Each step's formula is at its field.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <span>
+#include <vector>
+
+namespace thaw {
+
+struct SamplerOptions {
+  float temperature = 0.8f;       // >= 0; logits are divided by it; 0 is greedy
+  int top_k = 40;                 // >= 0; keep the k most probable; 0 keeps all
+  float top_p = 0.95f;            // (0, 1]; keep the smallest set of most probable that reaches p
+                                  // (Holtzman et al., 1904.09751)
+  float min_p = 0.05f;            // [0, 1); keep those with p >= min_p * max p (2407.01082)
+  float repeat_penalty = 1.0f;    // > 0; seen tokens: logit > 0 ? logit / r : logit * r (1909.05858)
+  float presence_penalty = 0.0f;  // subtracted once from every seen token
+  float frequency_penalty = 0.0f; // subtracted as often as the token was seen
+  int penalty_window = 64;        // how many of the last tokens are "seen"; -1: all of them
+  std::uint64_t seed = 0;
+};
+
+class Sampler {
+ public:
+  explicit Sampler(const SamplerOptions& options);  // throws UsageError when a field is out of range
+
+  // Chooses a token; does not record it. Throws Error when no logit is finite.
+  std::int32_t sample(std::span<const float> logits);
+  // Records a token (of the prompt or the output) as seen by the penalties.
+  void accept(std::int32_t token);
+
+  struct Candidate {
+    std::int32_t token;
+    float logit;
+    float p;
+  };
+  // The candidates that survive every filter with their final probabilities (sum 1), most probable
+  // first; what sample() draws from. For tests and for `--json`.
+  std::span<const Candidate> distribution(std::span<const float> logits);
+
+ private:
+  SamplerOptions options_;
+  std::mt19937_64 rng_;
+  std::vector<std::int32_t> seen_;
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace thaw

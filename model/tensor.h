@@ -1,0 +1,52 @@
+// A weight matrix as it is stored in its file, and the formats it can have.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+namespace thaw {
+
+// Storage formats. Quantised formats hold blocks of 32 consecutive elements of one row:
+//   kQ8_0: f16 d, 32 x int8 c            x = d * c
+//   kQ4_0: f16 d, 16 bytes               x = d * (c - 8)
+//   kQ4_1: f16 d, f16 m, 16 bytes        x = d * c + m
+// In the 4-bit formats byte j holds element j in its low nibble and element j + 16 in its high one.
+// (llama.cpp, ggml-common.h.) K-quants are added here, in dtype_info() and in dequantize().
+enum class DType : std::uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
+
+struct DTypeInfo {
+  std::string_view name;  // "F32", "Q4_1", ...
+  int block;              // elements in a block; a row is a whole number of blocks
+  int block_bytes;        // bytes of a block
+};
+const DTypeInfo& dtype_info(DType type);
+
+// Bytes of a row of `cols` elements. cols must be a multiple of the block.
+std::int64_t row_bytes(DType type, std::int64_t cols);
+
+// A view of rows x cols elements, row-major, rows contiguous. Vectors have rows = 1.
+// Does not own `data`: the mapped file behind the Model does.
+struct Tensor {
+  std::string name;  // as in the file; for messages
+  DType type = DType::kF32;
+  std::int64_t rows = 0;
+  std::int64_t cols = 0;
+  const std::byte* data = nullptr;
+
+  const std::byte* row(std::int64_t r) const { return data + r * row_bytes(type, cols); }
+  std::int64_t bytes() const { return rows * row_bytes(type, cols); }
+};
+
+// out[0..n) = n elements of `type` read from `in`; n is a multiple of the block. Exact: each
+// element is the f32 nearest to its definition above.
+void dequantize(float* out, const std::byte* in, DType type, std::int64_t n);
+
+// IEEE half and bfloat16, as bits.
+float f16_to_f32(std::uint16_t bits);
+std::uint16_t f32_to_f16(float x);  // to nearest, ties to even
+float bf16_to_f32(std::uint16_t bits);
+std::uint16_t f32_to_bf16(float x);
+
+}  // namespace thaw

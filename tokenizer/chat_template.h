@@ -1,0 +1,31 @@
+// Chat formats, recognised from the Jinja template that a model carries.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "tokenizer/tokenizer.h"
+
+namespace thaw {
+
+enum class ChatFormat { kNone, kLlama3, kChatML };
+
+struct ChatMessage {
+  std::string role;     // "system", "user", "assistant"
+  std::string content;
+};
+
+// From the tokenizer's chat_template text, or else from the control tokens in its vocabulary.
+ChatFormat recognise_chat_format(const Tokenizer& tokenizer);
+
+// The system message that the model's own template inserts when the conversation has none, or "".
+std::string default_system_message(const Tokenizer& tokenizer);
+
+// Token ids of `messages` followed by the opening of the assistant's turn. Control tokens in the
+// template become control tokens; text inside a message is never parsed for them, so a message
+// cannot forge a turn. Throws Error for kNone.
+std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
+                                 const std::vector<ChatMessage>& messages);
+
+}  // namespace thaw
