@@ -5,6 +5,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 
 namespace thaw {
@@ -31,6 +32,21 @@ std::string join(const Parts&... parts) {
 template <class... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   throw Error(join(parts...));
+}
+
+// Text from a file, fit for a message: at most `limit` bytes, all but printable ASCII as \xNN.
+inline std::string printable(std::string_view text, std::size_t limit = 60) {
+  constexpr char kHex[] = "0123456789abcdef";
+  std::string out;
+  for (const char c : text.substr(0, limit)) {
+    const auto byte = static_cast<unsigned char>(c);
+    if (byte >= 0x20 && byte < 0x7f) {
+      out += c;
+    } else {
+      out += {'\\', 'x', kHex[byte >> 4], kHex[byte & 15]};
+    }
+  }
+  return text.size() > limit ? out + "..." : out;
 }
 
 // A shape in a comment is also a check in code: require(x.cols == dim, "x.cols: expected ", dim, ...).
