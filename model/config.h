@@ -13,7 +13,7 @@ enum class RopePairing {
 };
 
 struct Config {
-  std::string name;         // for people; may be empty
+  std::string name;         // for people; printable ASCII, may be empty
   int dim = 0;              // width of the residual stream
   int n_layers = 0;
   int n_heads = 0;          // query heads
