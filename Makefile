@@ -4,33 +4,125 @@ BUILD ?= build
 ARCH ?= native
 OPT ?= -O3
 SAN ?=
+PREFIX ?= /usr/local
+FUZZ_SECONDS ?= 20
+OPENMP ?= -fopenmp
+
+FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+
 WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
-CXXFLAGS += -std=c++20 $(OPT) -march=$(ARCH) -fopenmp -g1 -I. $(WARN) $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
-LDFLAGS += -fopenmp $(if $(SAN),-fsanitize=$(SAN))
-LDLIBS += -lpcre2-8
+SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
+COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) $(OPENMP) -g1 -I. $(WARN) $(SAN_FLAGS) \
+  $(CPPFLAGS) $(CXXFLAGS)
+LINK = $(CXX) $(OPENMP) $(SAN_FLAGS) $(LDFLAGS)
+LIBS := -lpcre2-8
+
+# V=1 shows whole commands.
+QUIET := $(if $(V),,@)
+
+# All cores, unless the command line says -j.
+ifeq ($(MAKELEVEL),0)
+MAKEFLAGS += -j$(shell nproc) --no-print-directory
+endif
 
 ROOMS := device kvstore attention model tokenizer cli
 SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cpp)))
 TESTS := $(sort $(wildcard tests/*.cpp))
+FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
+FUZZ_OBJECTS := $(FUZZERS:%.cpp=$(BUILD)/%.o)
 
+MODEL := weights/SmolLM2-135M-Instruct.Q4_1.gguf
+PROMPT := Why does ice float on water? Answer in three sentences.
+
+## all         build/thaw, for this machine (the default; ARCH=x86-64-v3 for another)
 all: $(BUILD)/thaw
 
+## demo        install what is missing, build, and stream an answer of a small model
+demo:
+	@tools/setup.sh build weights
+	@$(MAKE) $(BUILD)/thaw
+	$(BUILD)/thaw generate -m $(MODEL) --chat -p "$(PROMPT)" -n 120 --temp 0.7 --seed 1
+
+## test        install what is missing, build, run every test
+test:
+	@tools/setup.sh build test weights
+	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests
+	@tests/tally.sh $(BUILD)/thaw-tests "tests/readme.sh $(BUILD)/thaw"
+
+## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize:
+	@tools/setup.sh build test weights
+	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 sanitize-run
+
+sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests
+	@tests/tally.sh $(BUILD)/thaw-tests
+
+## fuzz        each fuzzer in tests/fuzz/ for FUZZ_SECONDS (20) seconds; needs clang
+fuzz:
+	@tools/setup.sh build fuzz
+	@$(MAKE) BUILD=$(BUILD)/fuzz CXX=clang++ SAN=fuzzer-no-link,address,undefined OPT=-O1 OPENMP= \
+	  WARN= fuzz-run
+
+fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%)
+	@mkdir -p $(^:%=%.corpus)
+	@tests/tally.sh $(foreach f,$^,"$(f) $(FUZZ_FLAGS) $(f).corpus $(wildcard tests/fuzz/corpus/$(notdir $(f)))")
+
+## install     thaw into PREFIX/bin (PREFIX=/usr/local; DESTDIR is honoured)
+install: $(BUILD)/thaw
+	install -D -m 755 $(BUILD)/thaw $(DESTDIR)$(PREFIX)/bin/thaw
+	install -D -m 644 LICENSE $(DESTDIR)$(PREFIX)/share/doc/thaw/LICENSE
+
+## setup       only install what building and testing need (asks for root only if something is missing)
+setup:
+	tools/setup.sh build test weights
+
+## weights     only download the small model and the tokenizer that demo and tests use (100 MB)
+weights:
+	tools/setup.sh weights
+
+## clean       remove everything that was built; weights stay
+clean:
+	rm -rf $(BUILD)
+
+## help        this list
+help:
+	@sed -n 's/^## /  make /p' Makefile
+
 $(BUILD)/thaw: $(BUILD)/main.o $(OBJECTS)
-	$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
+	@if command -v nvcc >/dev/null; then \
+	  echo "thaw: CUDA is left out: nvcc is here, but this version of thaw runs on the CPU only"; \
+	else \
+	  echo "thaw: CUDA is left out: no nvcc (Debian has it in nvidia-cuda-toolkit), and this" \
+	    "version of thaw runs on the CPU only"; \
+	fi
 
 $(BUILD)/thaw-tests: $(TEST_OBJECTS) $(OBJECTS)
-	$(CXX) $(LDFLAGS) -o $@ $^ $(LDLIBS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
-$(BUILD)/main.o: main.cu
+$(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%): $(BUILD)/%: $(BUILD)/tests/fuzz/%.o $(OBJECTS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -fsanitize=fuzzer -o $@ $^ $(LIBS)
+
+$(BUILD)/main.o: main.cu $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c -x c++ -o $@ $<
+	@echo "compile $<"
+	$(QUIET)$(COMPILE) -MMD -MP -c -x c++ -o $@ $<
 
-$(BUILD)/%.o: %.cpp
+$(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
-	$(CXX) $(CPPFLAGS) $(CXXFLAGS) -MMD -MP -c -o $@ $<
+	@echo "compile $<"
+	$(QUIET)$(COMPILE) -MMD -MP -c -o $@ $<
 
--include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(BUILD)/main.d
+# Changes only when the compiler or its flags do, and then everything is compiled again.
+$(BUILD)/flags: force
+	@mkdir -p $(@D)
+	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@
 
-.PHONY: all
+-include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZ_OBJECTS:.o=.d) $(BUILD)/main.d
+
+.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run install setup weights clean help force
