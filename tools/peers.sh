@@ -15,7 +15,7 @@ source_dir=$dir/source
 if [ ! -d "$source_dir" ]; then
   echo "peers: downloading $package $version (source, 77 MB) to $dir"
   if ! ls "$dir"/llama_cpp_python-$version.tar.gz >/dev/null 2>&1; then
-    python3 -m pip download --quiet --no-deps --no-binary :all: --no-build-isolation \
+    python3 -m pip download --quiet --no-deps --no-binary "$package" \
       --dest "$dir" "$package==$version"
   fi
   partial=$(mktemp -d "$dir/unpack.XXXXXX")
