@@ -1,9 +1,8 @@
 #include "device/json.h"
 
+#include <nlohmann/json.hpp>
 #include <set>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "device/error.h"
 

@@ -24,8 +24,7 @@ void demand_positive(const std::string& source, const char* field, double value)
 }  // namespace
 
 void validate(const Config& c, const std::string& source) {
-  constexpr std::int64_t kMaxWidth = 1 << 24;  // far above any model, and products stay in 64 bits
-  demand_range(source, "width (dim)", c.dim, 1, kMaxWidth);
+  demand_range(source, "width (dim)", c.dim, 1, kMaxSize);
   demand_range(source, "layers", c.n_layers, 1, 1 << 16);
   demand_range(source, "heads", c.n_heads, 1, 1 << 16);
   demand_range(source, "key/value heads", c.n_kv_heads, 1, c.n_heads);
@@ -34,10 +33,10 @@ void validate(const Config& c, const std::string& source) {
   demand_range(source, "head width (head_dim)", c.head_dim, 2, 1 << 16);
   require(c.head_dim % 2 == 0, source, ": head width (head_dim): expected an even number, found ",
           c.head_dim);
-  demand_range(source, "heads x head width", std::int64_t{c.n_heads} * c.head_dim, 2, kMaxWidth);
-  demand_range(source, "feed-forward width", c.ffn_dim, 1, kMaxWidth);
-  demand_range(source, "vocabulary", c.vocab_size, 1, kMaxWidth);
-  demand_range(source, "context length", c.context_length, 1, 1 << 30);
+  demand_range(source, "heads x head width", std::int64_t{c.n_heads} * c.head_dim, 2, kMaxSize);
+  demand_range(source, "feed-forward width", c.ffn_dim, 1, kMaxSize);
+  demand_range(source, "vocabulary", c.vocab_size, 1, kMaxSize);
+  demand_range(source, "context length", c.context_length, 1, kMaxSize);
   require(std::isfinite(c.norm_eps) && c.norm_eps >= 0, source,
           ": RMSNorm epsilon: expected a finite number, 0 or more, found ", c.norm_eps);
   demand_positive(source, "RoPE base (rope_theta)", c.rope_theta);
@@ -70,8 +69,8 @@ std::vector<float> llama3_rope_factors(int head_dim, double rope_theta, double f
   return factors;
 }
 
-// In f32 step by step, as Hugging Face transformers does (modeling_rope_utils.py), so that angles at
-// far positions agree with it.
+// In f32 step by step, as Hugging Face transformers does (modeling_rope_utils.py), so that angles
+// at far positions agree with it.
 std::vector<float> rope_inverse_frequencies(const Config& config) {
   std::vector<float> inverse;
   for (int i = 0; i < config.head_dim / 2; ++i) {

@@ -1,4 +1,4 @@
-#include <algorithm>
+#include <cmath>
 
 #include "device/error.h"
 #include "model/config_reader.h"
@@ -19,6 +19,7 @@ class Reader {
   int in_range(std::string_view key, std::int64_t value) const;
   int same_for_all_layers(std::string_view key, int n_layers) const;
   int vocab_size() const;
+  float rope_theta() const;
   std::vector<float> rope_factors(int head_dim) const;
 
   const Gguf& gguf_;
@@ -26,8 +27,8 @@ class Reader {
 };
 
 int Reader::in_range(std::string_view key, std::int64_t value) const {
-  require(value >= 1 && value <= 1 << 30, source_, ": ", key, ": expected 1 to ", 1 << 30, ", found ",
-          value);
+  require(value >= 1 && value <= kMaxSize, source_, ": ", key, ": expected 1 to ", kMaxSize,
+          ", found ", value);
   return static_cast<int>(value);
 }
 
@@ -56,6 +57,14 @@ int Reader::vocab_size() const {
   require(n == static_cast<std::int64_t>(n_tokens), source_, ": ", kTokens, ": expected ", n,
           " (llama.vocab_size), found ", n_tokens);
   return in_range("llama.vocab_size", n);
+}
+
+float Reader::rope_theta() const {
+  constexpr std::string_view kKey = "llama.rope.freq_base";
+  const auto theta = static_cast<float>(gguf_.real(kKey, 10000));
+  require(std::isfinite(theta) && theta > 0, source_, ": ", kKey,
+          ": expected a finite number above 0, found ", theta);
+  return theta;
 }
 
 // Linear scaling stands in the metadata; converters write "llama3" scaling as a tensor of divisors.
@@ -99,7 +108,8 @@ Config Reader::read() const {
           ": llama.attention.head_count: expected a divisor of llama.embedding_length ", c.dim,
           ", found ", c.n_heads);
   c.head_dim = size(kKeyLength, c.dim / c.n_heads);
-  for (const std::string_view key : {"llama.attention.value_length", "llama.rope.dimension_count"}) {
+  for (const std::string_view key :
+       {"llama.attention.value_length", "llama.rope.dimension_count"}) {
     const int found = size(key, c.head_dim);
     require(found == c.head_dim, source_, ": ", key, ": expected ", c.head_dim,
             ", the width of a head, found ", found);
@@ -108,7 +118,7 @@ Config Reader::read() const {
   c.vocab_size = vocab_size();
   c.context_length = size("llama.context_length");
   c.norm_eps = static_cast<float>(gguf_.real("llama.attention.layer_norm_rms_epsilon"));
-  c.rope_theta = static_cast<float>(gguf_.real("llama.rope.freq_base", 10000));
+  c.rope_theta = rope_theta();
   c.rope_factors = rope_factors(c.head_dim);
   c.rope_pairing = RopePairing::kInterleaved;
   c.tied_output = !gguf_.find_tensor("output.weight");

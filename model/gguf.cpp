@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 #include <span>
+#include <sstream>
 #include <utility>
 
 #include "device/error.h"
@@ -24,7 +25,19 @@ constexpr std::uint64_t kMaxLength = std::numeric_limits<std::int64_t>::max();
 
 // Metadata value types, by their number in the file.
 enum class ValueType : std::uint32_t {
-  kU8, kI8, kU16, kI16, kU32, kI32, kF32, kBool, kString, kArray, kU64, kI64, kF64
+  kU8,
+  kI8,
+  kU16,
+  kI16,
+  kU32,
+  kI32,
+  kF32,
+  kBool,
+  kString,
+  kArray,
+  kU64,
+  kI64,
+  kF64
 };
 constexpr std::uint32_t kValueTypes = 13;
 
@@ -34,32 +47,28 @@ std::uint64_t least_bytes(ValueType type) {
   return kBytes[static_cast<std::uint32_t>(type)];
 }
 
-// Names of ggml tensor types by number (ggml.h, enum ggml_type); "" where there is none.
-constexpr std::string_view kGgmlTypes[] = {
-    "F32",     "F16",  "Q4_0",   "Q4_1",  "",      "",       "Q5_0",    "Q5_1",   "Q8_0",  "Q8_1",
-    "Q2_K",    "Q3_K", "Q4_K",   "Q5_K",  "Q6_K",  "Q8_K",   "IQ2_XXS", "IQ2_XS", "IQ3_XXS",
-    "IQ1_S",   "IQ4_NL", "IQ3_S", "IQ2_S", "IQ4_XS", "I8",   "I16",     "I32",    "I64",   "F64",
-    "IQ1_M",   "BF16", "",       "",      "",      "TQ1_0",  "TQ2_0",   "",       "",      "",
-    "MXFP4"};
-
-// The storage formats that tensors may have; a new one needs its line here and in tensor.cpp.
-std::optional<DType> dtype_of_ggml(std::uint32_t number) {
-  switch (number) {
-    case 0: return DType::kF32;
-    case 1: return DType::kF16;
-    case 2: return DType::kQ4_0;
-    case 3: return DType::kQ4_1;
-    case 8: return DType::kQ8_0;
-    case 30: return DType::kBF16;
-    default: return std::nullopt;
-  }
-}
+// Names of ggml tensor types, number 0 first (ggml.h, enum ggml_type); "-" where there is none.
+constexpr const char* kGgmlTypes =
+    "F32 F16 Q4_0 Q4_1 - - Q5_0 Q5_1 Q8_0 Q8_1 Q2_K Q3_K Q4_K Q5_K Q6_K Q8_K IQ2_XXS IQ2_XS "
+    "IQ3_XXS IQ1_S IQ4_NL IQ3_S IQ2_S IQ4_XS I8 I16 I32 I64 F64 IQ1_M BF16 - - - TQ1_0 TQ2_0 - - - "
+    "MXFP4";
 
 std::string ggml_type_name(std::uint32_t number) {
-  if (number < std::size(kGgmlTypes) && !kGgmlTypes[number].empty()) {
-    return std::string(kGgmlTypes[number]);
+  std::istringstream names(kGgmlTypes);
+  std::string name;
+  for (std::uint64_t i = 0; i <= number && names >> name; ++i) {
+    if (i == number && name != "-") return name;
   }
-  return join("type ", number);
+  return join("number ", number);
+}
+
+// The storage formats that tensors may have.
+std::optional<DType> dtype_of_ggml(std::string_view name) {
+  for (const DType type :
+       {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1}) {
+    if (dtype_info(type).name == name) return type;
+  }
+  return std::nullopt;
 }
 
 struct TensorInfo {
@@ -138,8 +147,10 @@ void Parser::header() {
   version = static_cast<int>(number);
   n_tensors = scalar<std::uint64_t>("tensor count");
   n_entries = scalar<std::uint64_t>("metadata count");
-  for (const auto& [field, n] : {std::pair("tensor count", n_tensors), {"metadata count", n_entries}}) {
-    require(n <= kMaxEntries, source_, ": ", field, ": expected at most ", kMaxEntries, ", found ", n);
+  for (const auto& [field, n] :
+       {std::pair("tensor count", n_tensors), {"metadata count", n_entries}}) {
+    require(n <= kMaxEntries, source_, ": ", field, ": expected at most ", kMaxEntries, ", found ",
+            n);
   }
 }
 
@@ -159,19 +170,32 @@ std::pair<std::string, GgufValue> Parser::entry() {
 
 GgufValue Parser::value(ValueType type, std::string_view field, int depth) {
   switch (type) {
-    case ValueType::kU8: return std::uint64_t{scalar<std::uint8_t>(field)};
-    case ValueType::kU16: return std::uint64_t{scalar<std::uint16_t>(field)};
-    case ValueType::kU32: return std::uint64_t{scalar<std::uint32_t>(field)};
-    case ValueType::kU64: return scalar<std::uint64_t>(field);
-    case ValueType::kI8: return std::int64_t{scalar<std::int8_t>(field)};
-    case ValueType::kI16: return std::int64_t{scalar<std::int16_t>(field)};
-    case ValueType::kI32: return std::int64_t{scalar<std::int32_t>(field)};
-    case ValueType::kI64: return scalar<std::int64_t>(field);
-    case ValueType::kF32: return double{scalar<float>(field)};
-    case ValueType::kF64: return scalar<double>(field);
-    case ValueType::kString: return text(field);
-    case ValueType::kArray: return array(field, depth);
-    case ValueType::kBool: break;
+    case ValueType::kU8:
+      return std::uint64_t{scalar<std::uint8_t>(field)};
+    case ValueType::kU16:
+      return std::uint64_t{scalar<std::uint16_t>(field)};
+    case ValueType::kU32:
+      return std::uint64_t{scalar<std::uint32_t>(field)};
+    case ValueType::kU64:
+      return scalar<std::uint64_t>(field);
+    case ValueType::kI8:
+      return std::int64_t{scalar<std::int8_t>(field)};
+    case ValueType::kI16:
+      return std::int64_t{scalar<std::int16_t>(field)};
+    case ValueType::kI32:
+      return std::int64_t{scalar<std::int32_t>(field)};
+    case ValueType::kI64:
+      return scalar<std::int64_t>(field);
+    case ValueType::kF32:
+      return double{scalar<float>(field)};
+    case ValueType::kF64:
+      return scalar<double>(field);
+    case ValueType::kString:
+      return text(field);
+    case ValueType::kArray:
+      return array(field, depth);
+    case ValueType::kBool:
+      break;
   }
   const int byte = scalar<std::uint8_t>(field);
   require(byte <= 1, source_, ": ", field, ": expected a bool of 0 or 1, found ", byte);
@@ -213,13 +237,16 @@ GgufValue Parser::array(std::string_view field, int depth) {
   require(array_elements_ <= kMaxArrayElements, source_, ": ", field,
           ": array elements in the file: expected at most ", kMaxArrayElements, ", found more");
   switch (type) {
-    case ValueType::kString: return elements<std::string_view>(type, n, field);
+    case ValueType::kString:
+      return elements<std::string_view>(type, n, field);
     case ValueType::kF32:
-    case ValueType::kF64: return elements<double>(type, n, field);
+    case ValueType::kF64:
+      return elements<double>(type, n, field);
     case ValueType::kArray:
       for (std::uint64_t i = 0; i < n; ++i) array(field, depth + 1);
       return std::vector<std::int64_t>();
-    default: return elements<std::int64_t>(type, n, field);
+    default:
+      return elements<std::int64_t>(type, n, field);
   }
 }
 
@@ -229,20 +256,21 @@ TensorInfo Parser::tensor_info() {
   tensor.name = text("tensor name", 1);
   const std::string field = join("tensor ", printable(tensor.name));
   const auto n_dims = scalar<std::uint32_t>(field + ": dimensions");
-  require(n_dims >= 1 && n_dims <= 4, source_, ": ", field,
-          ": dimensions: expected 1 to 4, found ", n_dims);
+  require(n_dims >= 1 && n_dims <= 4, source_, ": ", field, ": dimensions: expected 1 to 4, found ",
+          n_dims);
   std::uint64_t dims[4] = {1, 1, 1, 1};  // innermost first: columns, rows, ...
   for (std::uint32_t i = 0; i < n_dims; ++i) {
     dims[i] = scalar<std::uint64_t>(field + ": shape");
-    require(dims[i] >= 1 && dims[i] <= kMaxLength, source_, ": ", field, ": shape: expected sizes of 1 to ",
-            kMaxLength, ", found ", dims[i]);
+    require(dims[i] >= 1 && dims[i] <= kMaxLength, source_, ": ", field,
+            ": shape: expected sizes of 1 to ", kMaxLength, ", found ", dims[i]);
     require(i < 2 || dims[i] == 1, source_, ": ", field,
-            ": shape: expected a vector or a matrix, found size ", dims[i], " in dimension ", i + 1);
+            ": shape: expected a vector or a matrix, found size ", dims[i], " in dimension ",
+            i + 1);
   }
-  const auto number = scalar<std::uint32_t>(field + ": type");
-  const std::optional<DType> type = dtype_of_ggml(number);
+  const std::string format_name = ggml_type_name(scalar<std::uint32_t>(field + ": type"));
+  const std::optional<DType> type = dtype_of_ggml(format_name);
   require(type.has_value(), source_, ": ", field,
-          ": type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, found ", ggml_type_name(number));
+          ": type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, found ", format_name);
   info.offset = scalar<std::uint64_t>(field + ": offset");
 
   tensor.type = *type;
@@ -261,18 +289,18 @@ TensorInfo Parser::tensor_info() {
 }
 
 void Parser::place(std::vector<TensorInfo>& infos, std::uint64_t alignment) const {
-  const std::uint64_t data = std::min<std::uint64_t>((at_ + alignment - 1) / alignment * alignment,
-                                                     bytes_.size());
+  const std::uint64_t data =
+      std::min<std::uint64_t>((at_ + alignment - 1) / alignment * alignment, bytes_.size());
   const std::uint64_t room = bytes_.size() - data;
   std::vector<const TensorInfo*> order;
   for (TensorInfo& info : infos) {
     const std::string field = join("tensor ", printable(info.tensor.name));
     const auto bytes = static_cast<std::uint64_t>(info.tensor.bytes());
-    require(info.offset % alignment == 0, source_, ": ", field,
-            ": offset: expected a multiple of ", alignment, ", found ", info.offset);
+    require(info.offset % alignment == 0, source_, ": ", field, ": offset: expected a multiple of ",
+            alignment, ", found ", info.offset);
     require(info.offset <= room && bytes <= room - info.offset, source_, ": ", field,
-            ": data: expected ", bytes, " bytes at offset ", info.offset, " of the data, found only ",
-            room, " bytes of data in the file");
+            ": data: expected ", bytes, " bytes at offset ", info.offset,
+            " of the data, found only ", room, " bytes of data in the file");
     info.tensor.data = bytes_.data() + data + info.offset;
     order.push_back(&info);
   }
@@ -296,9 +324,14 @@ std::uint64_t alignment_of(const Gguf& gguf) {
 }
 
 std::string_view kind_of(const GgufValue& value) {
-  constexpr std::string_view kKinds[] = {"an integer",  "an integer",           "a real number",
-                                         "a bool",      "a string",             "an array of integers",
-                                         "an array of real numbers", "an array of strings"};
+  constexpr std::string_view kKinds[] = {"an integer",
+                                         "an integer",
+                                         "a real number",
+                                         "a bool",
+                                         "a string",
+                                         "an array of integers",
+                                         "an array of real numbers",
+                                         "an array of strings"};
   return kKinds[value.index()];
 }
 
@@ -306,7 +339,9 @@ std::string_view kind_of(const GgufValue& value) {
 
 Gguf::Gguf(const std::filesystem::path& path) : file_(path), path_(path) { parse(file_.bytes()); }
 
-Gguf::Gguf(std::span<const std::byte> bytes, const std::string& name) : path_(name) { parse(bytes); }
+Gguf::Gguf(std::span<const std::byte> bytes, const std::string& name) : path_(name) {
+  parse(bytes);
+}
 
 void Gguf::parse(std::span<const std::byte> bytes) {
   const std::string source = path_.string();
@@ -315,7 +350,8 @@ void Gguf::parse(std::span<const std::byte> bytes) {
   version_ = parser.version;
   for (std::uint64_t i = 0; i < parser.n_entries; ++i) {
     const auto [it, inserted] = metadata_.insert(parser.entry());
-    require(inserted, source, ": ", printable(it->first), ": expected the key once, found it twice");
+    require(inserted, source, ": ", printable(it->first),
+            ": expected the key once, found it twice");
   }
   std::vector<TensorInfo> infos;
   for (std::uint64_t i = 0; i < parser.n_tensors; ++i) infos.push_back(parser.tensor_info());
@@ -351,8 +387,8 @@ const T& Gguf::get(std::string_view key, std::string_view wanted) const {
 
 std::int64_t Gguf::integer(std::string_view key) const {
   if (const auto* u = std::get_if<std::uint64_t>(&value(key))) {
-    require(*u <= kMaxLength, path_.string(), ": ", key, ": expected at most ", kMaxLength, ", found ",
-            *u);
+    require(*u <= kMaxLength, path_.string(), ": ", key, ": expected at most ", kMaxLength,
+            ", found ", *u);
     return static_cast<std::int64_t>(*u);
   }
   return get<std::int64_t>(key, "an integer");

@@ -17,17 +17,17 @@ namespace thaw {
 
 // A metadata value. Integers of every width are widened to 64 bits (arrays of bool too), floats to
 // double; strings point into the mapped file. Arrays of arrays are skipped over and not kept.
-using GgufValue = std::variant<std::uint64_t, std::int64_t, double, bool, std::string_view,
-                               std::vector<std::int64_t>, std::vector<double>,
-                               std::vector<std::string_view>>;
+using GgufValue =
+    std::variant<std::uint64_t, std::int64_t, double, bool, std::string_view,
+                 std::vector<std::int64_t>, std::vector<double>, std::vector<std::string_view>>;
 
 class Gguf {
  public:
   // Maps and checks the file: magic, version, every count, length, name, type, shape and offset.
   // Throws Error naming the file, the field, what was expected and what was found.
   explicit Gguf(const std::filesystem::path& path);
-  // The same for bytes in memory, which must outlive this and start at a multiple of 8; `name` stands
-  // for the path in messages.
+  // The same for bytes in memory, which must outlive this and start at a multiple of 8; `name`
+  // stands for the path in messages.
   Gguf(std::span<const std::byte> bytes, const std::string& name);
 
   const std::filesystem::path& path() const { return path_; }

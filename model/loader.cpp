@@ -1,10 +1,16 @@
 #include <functional>
+#include <map>
+#include <nlohmann/json.hpp>
 #include <optional>
+#include <system_error>
 #include <utility>
 
 #include "device/error.h"
+#include "device/json.h"
 #include "model/config_reader.h"
+#include "model/file_kind.h"
 #include "model/model.h"
+#include "model/safetensors.h"
 
 namespace thaw {
 namespace {
@@ -16,10 +22,23 @@ struct Names {
   const char *attn_norm, *wq, *wk, *wv, *wo, *ffn_norm, *w_gate, *w_up, *w_down;
 };
 
-constexpr Names kGgufNames = {"token_embd",  "output_norm", "output",     "blk.",
-                              "attn_norm",   "attn_q",      "attn_k",     "attn_v",
-                              "attn_output", "ffn_norm",    "ffn_gate",   "ffn_up",
-                              "ffn_down"};
+constexpr Names kGgufNames = {"token_embd", "output_norm", "output",  "blk.",        "attn_norm",
+                              "attn_q",     "attn_k",      "attn_v",  "attn_output", "ffn_norm",
+                              "ffn_gate",   "ffn_up",      "ffn_down"};
+
+constexpr Names kHfNames = {"model.embed_tokens",
+                            "model.norm",
+                            "lm_head",
+                            "model.layers.",
+                            "input_layernorm",
+                            "self_attn.q_proj",
+                            "self_attn.k_proj",
+                            "self_attn.v_proj",
+                            "self_attn.o_proj",
+                            "post_attention_layernorm",
+                            "mlp.gate_proj",
+                            "mlp.up_proj",
+                            "mlp.down_proj"};
 
 struct Found {
   Tensor tensor;
@@ -41,7 +60,7 @@ class WeightReader {
   std::vector<float> vector(const std::string& name, std::int64_t n) const;
   Found demand(const std::string& name) const;
 
-  const std::string& source_;
+  const std::string source_;
   const Names& names_;
   const FindTensor find_;
 };
@@ -92,8 +111,7 @@ Weights WeightReader::read(const Config& c) const {
   weights.embedding = matrix(names_.embedding, c.vocab_size, c.dim);
   for (int i = 0; i < c.n_layers; ++i) weights.layers.push_back(layer(c, i));
   weights.final_norm = vector(names_.final_norm, c.dim);
-  weights.output =
-      c.tied_output ? weights.embedding : matrix(names_.output, c.vocab_size, c.dim);
+  weights.output = c.tied_output ? weights.embedding : matrix(names_.output, c.vocab_size, c.dim);
   return weights;
 }
 
@@ -111,8 +129,107 @@ Model load_gguf(const std::filesystem::path& path) {
   return model;
 }
 
+bool is_there(const std::filesystem::path& path) {
+  std::error_code unreadable;
+  return std::filesystem::exists(path, unreadable);
+}
+
+std::string_view json_text(const MappedFile& file) {
+  const auto kind = mistaken_for(file.bytes());
+  require(kind.empty(), file.path().string(), ": expected JSON, found ", kind);
+  return {reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size()};
+}
+
+// The safetensors files of a directory: which file holds which tensor.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::filesystem::path& directory);
+  std::optional<Found> find(const std::string& name) const;
+  std::vector<MappedFile> take_files() { return std::move(files_); }
+
+ private:
+  std::size_t open(const std::filesystem::path& path);  // its place in `shards_`
+  void read_index(const std::filesystem::path& path);
+
+  std::vector<MappedFile> files_;
+  std::vector<Safetensors> shards_;
+  std::map<std::string, std::size_t> place_;  // of each tensor, in `shards_`
+};
+
+std::size_t Checkpoint::open(const std::filesystem::path& path) {
+  files_.emplace_back(path);
+  shards_.emplace_back(files_.back().bytes(), path.string());
+  return shards_.size() - 1;
+}
+
+void Checkpoint::read_index(const std::filesystem::path& path) {
+  const MappedFile file(path);
+  const std::string source = path.string();
+  const nlohmann::json index = parse_json(json_text(file), source);
+  const auto map = index.is_object() ? index.find("weight_map") : index.end();
+  require(map != index.end() && map->is_object(), source,
+          ": weight_map: expected an object, found none");
+  std::map<std::string, std::size_t> opened;
+  for (const auto& [name, shard] : map->items()) {
+    const std::string field = join(source, ": weight_map: ", printable(name));
+    require(shard.is_string(), field, ": expected a file name, found ", shard.type_name());
+    const auto& text = shard.get_ref<const std::string&>();
+    require(
+        text.ends_with(".safetensors") && text.find_first_of(std::string("/\\\0", 3)) == text.npos,
+        field, ": expected the name of a .safetensors file beside the index, found ",
+        printable(text));
+    auto it = opened.find(text);
+    if (it == opened.end()) it = opened.emplace(text, open(path.parent_path() / text)).first;
+    const Safetensors& holder = shards_[it->second];
+    require(holder.has(name), holder.source(), ": tensor ", printable(name), ": expected it (",
+            path.filename().string(), "), found none");
+    place_[name] = it->second;
+  }
+}
+
+Checkpoint::Checkpoint(const std::filesystem::path& directory) {
+  const auto single = directory / "model.safetensors";
+  const auto index = directory / "model.safetensors.index.json";
+  if (is_there(single)) {
+    open(single);
+    for (const std::string& name : shards_[0].names()) place_[name] = 0;
+  } else if (is_there(index)) {
+    read_index(index);
+  } else {
+    fail(directory.string(), ": expected model.safetensors or model.safetensors.index.json, found ",
+         is_there(directory / "pytorch_model.bin") ? "pytorch_model.bin" : "neither");
+  }
+}
+
+std::optional<Found> Checkpoint::find(const std::string& name) const {
+  const auto it = place_.find(name);
+  if (it == place_.end()) return std::nullopt;
+  const Safetensors& shard = shards_[it->second];
+  return Found{shard.tensor(name), shard.source()};
+}
+
+Model load_directory(const std::filesystem::path& path) {
+  const auto config_path = path / "config.json";
+  require(is_there(config_path), path.string(),
+          ": expected a directory with config.json and *.safetensors, or a .gguf file; found a "
+          "directory without config.json");
+  Model model;
+  model.path = path;
+  const MappedFile config_file(config_path);
+  model.config = read_hf_config(json_text(config_file), config_path.string());
+  model.config.name = printable(path.lexically_normal().filename().string());
+  Checkpoint checkpoint(path);
+  const auto find = [&](const std::string& name) { return checkpoint.find(name); };
+  model.weights = WeightReader(path.string(), kHfNames, find).read(model.config);
+  model.shards = checkpoint.take_files();
+  return model;
+}
+
 }  // namespace
 
-Model load_model(const std::filesystem::path& path) { return load_gguf(path); }
+Model load_model(const std::filesystem::path& path) {
+  std::error_code unreadable;
+  return std::filesystem::is_directory(path, unreadable) ? load_directory(path) : load_gguf(path);
+}
 
 }  // namespace thaw
