@@ -29,6 +29,7 @@ class Attention {
                       AttentionStats* stats = nullptr, int stats_rows = 1) = 0;
 };
 
-std::unique_ptr<Attention> make_cpu_attention();
+// n_threads >= 1. Results do not depend on n_threads.
+std::unique_ptr<Attention> make_cpu_attention(int n_threads);
 
 }  // namespace thaw

@@ -35,6 +35,8 @@ class Transformer {
   int max_rows() const { return max_rows_; }
 
  private:
+  void reserve(int n_rows, int n_logits);
+
   const Model& model_;
   int max_rows_;
   std::unique_ptr<Ops> ops_;

@@ -6,6 +6,8 @@
 #include <string>
 #include <string_view>
 
+#include "device/half.h"
+
 namespace thaw {
 
 // Storage formats. Quantised formats hold blocks of 32 consecutive elements of one row:
@@ -42,11 +44,5 @@ struct Tensor {
 // out[0..n) = n elements of `type` read from `in`; n is a multiple of the block. Exact: each
 // element is the f32 nearest to its definition above.
 void dequantize(float* out, const std::byte* in, DType type, std::int64_t n);
-
-// IEEE half and bfloat16, as bits.
-float f16_to_f32(std::uint16_t bits);
-std::uint16_t f32_to_f16(float x);  // to nearest, ties to even
-float bf16_to_f32(std::uint16_t bits);
-std::uint16_t f32_to_bf16(float x);
 
 }  // namespace thaw

@@ -1,0 +1,82 @@
+// The inner loops of every dense product on the CPU: a few rows of activations against a tile of 16
+// columns, written with the compilers' vector types so that one source serves AVX2, AVX-512 and NEON.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace thaw {
+
+using f32x8 = float __attribute__((vector_size(32)));
+inline constexpr int kTileCols = 16;  // columns of a tile: two vectors of f32x8
+inline constexpr int kTileRows = 6;   // most rows at a time: 12 sums, 2 columns, 1 factor fill 16 registers
+
+inline f32x8 load8(const float* p) {
+  f32x8 v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
+inline float sum8(f32x8 v) {  // in a fixed order
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// out[r][c] += sum over i < n of x[r][i] * tile[i][c], for r < kRows and c < 16.
+template <int kRows>
+void tile_multiply_rows(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
+                        const float* tile, std::int64_t tile_stride, std::int64_t n) {
+  f32x8 sum[kRows][2] = {};
+  for (std::int64_t i = 0; i < n; ++i) {
+    const f32x8 left = load8(tile + i * tile_stride), right = load8(tile + i * tile_stride + 8);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; ++r) {
+      const float factor = x[r * x_stride + i];
+      sum[r][0] += factor * left;
+      sum[r][1] += factor * right;
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    float* to = out + r * out_stride;
+    store8(to, load8(to) + sum[r][0]);
+    store8(to + 8, load8(to + 8) + sum[r][1]);
+  }
+}
+
+// The same for any number of rows.
+inline void tile_multiply(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
+                          std::int64_t rows, const float* tile, std::int64_t tile_stride,
+                          std::int64_t n) {
+  for (; rows > 0; rows -= kTileRows, out += kTileRows * out_stride, x += kTileRows * x_stride) {
+    switch (rows) {
+      case 1: return tile_multiply_rows<1>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 2: return tile_multiply_rows<2>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 3: return tile_multiply_rows<3>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 4: return tile_multiply_rows<4>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 5: return tile_multiply_rows<5>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      default: tile_multiply_rows<6>(out, out_stride, x, x_stride, tile, tile_stride, n);
+    }
+  }
+}
+
+// out[c][r] = in[r][c] for 8 x 8 elements.
+inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in, std::int64_t in_stride) {
+  f32x8 a[8], b[8];
+  for (int r = 0; r < 8; ++r) a[r] = load8(in + r * in_stride);
+  for (int r = 0; r < 8; r += 2) {  // pairs of rows, interleaved within each half
+    b[r] = __builtin_shufflevector(a[r], a[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    b[r + 1] = __builtin_shufflevector(a[r], a[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+  }
+  for (int r = 0; r < 8; r += 4) {  // fours of rows
+    for (int i = 0; i < 2; ++i) {
+      a[r + 2 * i] = __builtin_shufflevector(b[r + i], b[r + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      a[r + 2 * i + 1] = __builtin_shufflevector(b[r + i], b[r + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {  // halves
+    store8(out + c * out_stride, __builtin_shufflevector(a[c], a[c + 4], 0, 1, 2, 3, 8, 9, 10, 11));
+    store8(out + (c + 4) * out_stride,
+           __builtin_shufflevector(a[c], a[c + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+  }
+}
+
+}  // namespace thaw
