@@ -109,6 +109,8 @@ def build_tokenizer(field):
         tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
     ])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    kinds = zip(field["tokenizer.ggml.tokens"], field["tokenizer.ggml.token_type"])
+    tokenizer.add_special_tokens([token for token, kind in kinds if kind == gguf.TokenType.CONTROL])
     return tokenizer
 
 
@@ -252,6 +254,14 @@ def hf_dir(args):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config.save_pretrained(folder)
     build_tokenizer(field).save(str(folder / "tokenizer.json"))
+    tokens = field["tokenizer.ggml.tokens"]
+    tokenizer_config = {
+        "add_bos_token": field["tokenizer.ggml.add_bos_token"],
+        "bos_token": tokens[config.bos_token_id],
+        "eos_token": tokens[config.eos_token_id],
+        "chat_template": field["tokenizer.chat_template"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer_config, indent=2) + "\n")
     print(f"{folder}: {sum(t.numel() for t in tensors.values())} parameters")
 
 

