@@ -1,7 +1,8 @@
 // Attention on the CPU, one algorithm for prefill and decode: a tile of query rows walks its tokens
-// in blocks, keeping a SoftmaxState and an unnormalised output a row (FlashAttention, 2205.14135). In
-// decode the tokens are also split into ranges, so that all threads have work, and the partial states
-// are merged in order; ranges depend on the shape alone, so the bits do not depend on threads.
+// in blocks, keeping a SoftmaxState and an unnormalised output a row (FlashAttention, 2205.14135).
+// In decode the tokens are also split into ranges, so that all threads have work, and the partial
+// states are merged in order; ranges depend on the shape alone, so the bits do not depend on
+// threads.
 #include <omp.h>
 
 #include <algorithm>
@@ -32,7 +33,7 @@ struct Problem {
   int n_rows;
   int n_heads;
   KvView kv;
-  float* scores;   // n_stats_rows x n_heads x kv_len, or null
+  float* scores;  // n_stats_rows x n_heads x kv_len, or null
   int stats_rows;
 
   int group() const { return n_heads / kv.n_kv_heads; }
@@ -40,7 +41,8 @@ struct Problem {
   int visible(int row) const { return kv.kv_len - n_rows + row + 1; }  // tokens that a row sees
 };
 
-// A query tile of one k/v head against a range of tokens: rows are token-major, then head of the group.
+// A query tile of one k/v head against a range of tokens: rows are token-major, then head of the
+// group.
 struct Work {
   int kv_head;
   int first_row, n_tokens;
@@ -64,9 +66,12 @@ struct Scratch {
 
 void widen(float* out, const std::byte* in, KvType type, int n) {
   switch (type) {
-    case KvType::kF16: return widen_f16(out, reinterpret_cast<const std::uint16_t*>(in), n);
-    case KvType::kBF16: return widen_bf16(out, reinterpret_cast<const std::uint16_t*>(in), n);
-    case KvType::kF32: std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
+    case KvType::kF16:
+      return widen_f16(out, reinterpret_cast<const std::uint16_t*>(in), n);
+    case KvType::kBF16:
+      return widen_bf16(out, reinterpret_cast<const std::uint16_t*>(in), n);
+    case KvType::kF32:
+      std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
   }
 }
 
@@ -133,8 +138,10 @@ void attend_range(SoftmaxState* states, float* o, const Problem& p, const Work& 
       const int stats_row = row - (p.n_rows - p.stats_rows);
       if (p.scores && stats_row >= 0)
         std::copy_n(scores, seen,
-                    p.scores + (std::int64_t{stats_row} * p.n_heads + work.kv_head * group + r % group) *
-                                   p.kv.kv_len + first);
+                    p.scores +
+                        (std::int64_t{stats_row} * p.n_heads + work.kv_head * group + r % group) *
+                            p.kv.kv_len +
+                        first);
       if (seen > 0) absorb_scores(states[r], o + r * dim, scores, seen, dim);
       std::fill(scores + seen, scores + n_padded, 0.0f);
     }
@@ -196,7 +203,8 @@ void CpuAttention::finish(const Problem& p, int dim) {
       const std::int64_t row = work.first_row + r / group;
       const int head = work.kv_head * group + r % group;
       const float inverse = 1.0f / state.l;
-      for (int d = 0; d < head_dim; ++d) p.o[row * p.width() + head * head_dim + d] = sum[d] * inverse;
+      for (int d = 0; d < head_dim; ++d)
+        p.o[row * p.width() + head * head_dim + d] = sum[d] * inverse;
       final_[row * p.n_heads + head] = state;
     }
     i = next;
@@ -215,7 +223,8 @@ void CpuAttention::fill_stats(AttentionStats& stats, const Problem& p) {
       const float* scores = p.scores + (std::int64_t{i} * p.n_heads + head) * kv_len;
       const float weight = share / static_cast<float>(p.stats_rows) / state.l;
       float* probability = stats.probability.data();
-      for (int j = 0; j < p.visible(row); ++j) probability[j] += weight * exp_fast(scores[j] - state.m);
+      for (int j = 0; j < p.visible(row); ++j)
+        probability[j] += weight * exp_fast(scores[j] - state.m);
       stats.entropy[i] += share * state.entropy();
     }
   }

@@ -49,7 +49,8 @@ inline std::string printable(std::string_view text, std::size_t limit = 60) {
   return text.size() > limit ? out + "..." : out;
 }
 
-// A shape in a comment is also a check in code: require(x.cols == dim, "x.cols: expected ", dim, ...).
+// A shape in a comment is also a check in code: require(x.cols == dim, "x.cols: expected ", dim,
+// ...).
 template <class... Parts>
 void require(bool holds, const Parts&... parts) {
   if (!holds) fail(parts...);

@@ -10,7 +10,8 @@ namespace thaw {
 // e^x = 2^n e^r with n = round(x / ln 2); e^r is a polynomial on |r| <= ln(2) / 2 (Cephes, expf).
 inline float exp_fast(float x) {
   const float bounded = x < -87.3f ? -87.3f : x;
-  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
+  constexpr float kRound =
+      12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   const float shifted = bounded * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (bounded - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -21,7 +22,8 @@ inline float exp_fast(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const float exp_r = p * r * r + r + 1.0f;
-  const std::int32_t exponent = std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(kRound);
+  const std::int32_t exponent =
+      std::bit_cast<std::int32_t>(shifted) - std::bit_cast<std::int32_t>(kRound);
   const float scale = std::bit_cast<float>((exponent + 127) << 23);
   return x < -87.3f ? 0.0f : exp_r * scale;
 }

@@ -1,5 +1,6 @@
 // The inner loops of every dense product on the CPU: a few rows of activations against a tile of 16
-// columns, written with the compilers' vector types so that one source serves AVX2, AVX-512 and NEON.
+// columns, written with the compilers' vector types so that one source serves AVX2, AVX-512 and
+// NEON.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,8 @@ namespace thaw {
 
 using f32x8 = float __attribute__((vector_size(32)));
 inline constexpr int kTileCols = 16;  // columns of a tile: two vectors of f32x8
-inline constexpr int kTileRows = 6;   // most rows at a time: 12 sums, 2 columns, 1 factor fill 16 registers
+inline constexpr int kTileRows =
+    6;  // most rows at a time: 12 sums, 2 columns, 1 factor fill 16 registers
 
 inline f32x8 load8(const float* p) {
   f32x8 v;
@@ -43,23 +45,30 @@ void tile_multiply_rows(float* out, std::int64_t out_stride, const float* x, std
 }
 
 // The same for any number of rows.
-inline void tile_multiply(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
-                          std::int64_t rows, const float* tile, std::int64_t tile_stride,
-                          std::int64_t n) {
+inline void tile_multiply(float* out, std::int64_t out_stride, const float* x,
+                          std::int64_t x_stride, std::int64_t rows, const float* tile,
+                          std::int64_t tile_stride, std::int64_t n) {
   for (; rows > 0; rows -= kTileRows, out += kTileRows * out_stride, x += kTileRows * x_stride) {
     switch (rows) {
-      case 1: return tile_multiply_rows<1>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 2: return tile_multiply_rows<2>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 3: return tile_multiply_rows<3>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 4: return tile_multiply_rows<4>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 5: return tile_multiply_rows<5>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      default: tile_multiply_rows<6>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 1:
+        return tile_multiply_rows<1>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 2:
+        return tile_multiply_rows<2>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 3:
+        return tile_multiply_rows<3>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 4:
+        return tile_multiply_rows<4>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      case 5:
+        return tile_multiply_rows<5>(out, out_stride, x, x_stride, tile, tile_stride, n);
+      default:
+        tile_multiply_rows<6>(out, out_stride, x, x_stride, tile, tile_stride, n);
     }
   }
 }
 
 // out[c][r] = in[r][c] for 8 x 8 elements.
-inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in, std::int64_t in_stride) {
+inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in,
+                          std::int64_t in_stride) {
   f32x8 a[8], b[8];
   for (int r = 0; r < 8; ++r) a[r] = load8(in + r * in_stride);
   for (int r = 0; r < 8; r += 2) {  // pairs of rows, interleaved within each half
@@ -69,7 +78,8 @@ inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in, 
   for (int r = 0; r < 8; r += 4) {  // fours of rows
     for (int i = 0; i < 2; ++i) {
       a[r + 2 * i] = __builtin_shufflevector(b[r + i], b[r + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[r + 2 * i + 1] = __builtin_shufflevector(b[r + i], b[r + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      a[r + 2 * i + 1] =
+          __builtin_shufflevector(b[r + i], b[r + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
   }
   for (int c = 0; c < 4; ++c) {  // halves

@@ -26,20 +26,19 @@ std::int64_t KvShape::bytes_per_token() const {
 }
 
 const std::byte* KvView::key(int head, int token) const {
-  return static_cast<const std::byte*>(k) +
-         (head * head_stride + std::int64_t{token} * head_dim) *
-             static_cast<std::int64_t>(element_bytes(type));
+  return static_cast<const std::byte*>(k) + (head * head_stride + std::int64_t{token} * head_dim) *
+                                                static_cast<std::int64_t>(element_bytes(type));
 }
 
 const std::byte* KvView::value(int head, int token) const {
-  return static_cast<const std::byte*>(v) +
-         (head * head_stride + std::int64_t{token} * head_dim) *
-             static_cast<std::int64_t>(element_bytes(type));
+  return static_cast<const std::byte*>(v) + (head * head_stride + std::int64_t{token} * head_dim) *
+                                                static_cast<std::int64_t>(element_bytes(type));
 }
 
 namespace {
 
-// Address space for n bytes, zero until written; the kernel gives memory page by page on first touch.
+// Address space for n bytes, zero until written; the kernel gives memory page by page on first
+// touch.
 class Reservation {
  public:
   explicit Reservation(std::size_t n) : size_(n) {
@@ -67,7 +66,8 @@ std::size_t arena_bytes(const KvShape& s) {
           " heads of ", s.head_dim, ", ", s.capacity, " tokens");
   std::int64_t total = 0;
   require(!__builtin_mul_overflow(s.bytes_per_token(), s.capacity, &total),
-          "KV store: ", s.capacity, " tokens of ", s.bytes_per_token(), " bytes do not fit 64 bits");
+          "KV store: ", s.capacity, " tokens of ", s.bytes_per_token(),
+          " bytes do not fit 64 bits");
   return static_cast<std::size_t>(total);
 }
 
@@ -97,8 +97,10 @@ class FullKvStore final : public KvStore {
     for (int t = 0; t < n_tokens; ++t) {
       for (int head = 0; head < shape_.n_kv_heads; ++head) {
         const std::int64_t from = (std::int64_t{t} * shape_.n_kv_heads + head) * shape_.head_dim;
-        narrow(const_cast<std::byte*>(to.key(head, first + t)), k + from, shape_.head_dim, shape_.type);
-        narrow(const_cast<std::byte*>(to.value(head, first + t)), v + from, shape_.head_dim, shape_.type);
+        narrow(const_cast<std::byte*>(to.key(head, first + t)), k + from, shape_.head_dim,
+               shape_.type);
+        narrow(const_cast<std::byte*>(to.value(head, first + t)), v + from, shape_.head_dim,
+               shape_.type);
       }
     }
     appended_[layer] += n_tokens;
@@ -109,12 +111,13 @@ class FullKvStore final : public KvStore {
     const std::int64_t plane =
         shape_.n_kv_heads * head_stride * static_cast<std::int64_t>(element_bytes(shape_.type));
     const std::byte* k = arena_.data() + 2 * plane * layer;
-    return {shape_.type, k, k + plane, appended_.at(layer), shape_.n_kv_heads, shape_.head_dim, head_stride};
+    return {shape_.type,     k,          k + plane, appended_.at(layer), shape_.n_kv_heads,
+            shape_.head_dim, head_stride};
   }
 
   void rewind(int position) override {
-    require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
-            length(), ", found ", position);
+    require(position >= 0 && position <= length(),
+            "KV store: rewind: expected a position from 0 to ", length(), ", found ", position);
     for (int& n : appended_) n = position;
   }
 

@@ -12,8 +12,9 @@ Transformer::Transformer(const Model& model, int n_threads, int max_rows)
       max_rows_(max_rows),
       ops_(make_cpu_ops(model.config, n_threads)),
       attention_(make_cpu_attention(n_threads)) {
-  require(n_threads >= 1 && max_rows >= 1, "transformer: expected at least 1 thread and 1 row, found ",
-          n_threads, " and ", max_rows);
+  require(n_threads >= 1 && max_rows >= 1,
+          "transformer: expected at least 1 thread and 1 row, found ", n_threads, " and ",
+          max_rows);
 }
 
 void Transformer::observe(Observer observer) { ops_->observe(std::move(observer)); }
@@ -23,28 +24,32 @@ std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens
   const Config& config = model_.config;
   const Weights& weights = model_.weights;
   const int n_rows = static_cast<int>(tokens.size());
-  require(n_rows >= 1 && n_rows <= max_rows_, "forward: tokens: expected 1 to ", max_rows_, ", found ", n_rows);
-  require(n_logits >= 0 && n_logits <= n_rows, "forward: n_logits: expected 0 to ", n_rows, ", found ", n_logits);
+  require(n_rows >= 1 && n_rows <= max_rows_, "forward: tokens: expected 1 to ", max_rows_,
+          ", found ", n_rows);
+  require(n_logits >= 0 && n_logits <= n_rows, "forward: n_logits: expected 0 to ", n_rows,
+          ", found ", n_logits);
   require(n_rows <= kv.shape().capacity - kv.length(), "KV store: expected at most ",
           kv.shape().capacity, " tokens, found ", std::int64_t{kv.length()} + n_rows);
   reserve(n_rows, n_logits);
   std::iota(positions_.begin(), positions_.end(), kv.length());
-  float *x = x_.data(), *q = q_.data(), *k = k_.data(), *v = v_.data(), *o = attn_out_.data(), *h = h_.data();
+  float *x = x_.data(), *q = q_.data(), *k = k_.data(), *v = v_.data(), *o = attn_out_.data(),
+        *h = h_.data();
 
-  ops_->embed(x, tokens, weights);                                     // x: T x dim
+  ops_->embed(x, tokens, weights);  // x: T x dim
   for (const LayerWeights& w : weights.layers) {
-    ops_->qkv(q, k, v, x, w, positions_);                              // q: T x q_dim, k, v: T x kv_dim
+    ops_->qkv(q, k, v, x, w, positions_);  // q: T x q_dim, k, v: T x kv_dim
     kv.append(w.index, k, v, n_rows);
     attention_->attend(o, q, n_rows, config.n_heads, kv.view(w.index));  // o: T x q_dim
     ops_->report("attn_out", w.index, o, n_rows, config.q_dim());
-    ops_->project_add(x, o, w.wo, n_rows);                             // x += o Wo^T
+    ops_->project_add(x, o, w.wo, n_rows);  // x += o Wo^T
     ops_->report("attn_residual", w.index, x, n_rows, config.dim);
-    ops_->gate_up(h, x, w, n_rows);                                    // h: T x ffn_dim
-    ops_->project_add(x, h, w.w_down, n_rows);                         // x += h Wdown^T
+    ops_->gate_up(h, x, w, n_rows);             // h: T x ffn_dim
+    ops_->project_add(x, h, w.w_down, n_rows);  // x += h Wdown^T
     ops_->report("ffn_residual", w.index, x, n_rows, config.dim);
   }
   if (n_logits > 0)
-    ops_->logits(logits_.data(), x + std::int64_t{n_rows - n_logits} * config.dim, weights, n_logits);
+    ops_->logits(logits_.data(), x + std::int64_t{n_rows - n_logits} * config.dim, weights,
+                 n_logits);
   return {logits_.data(), static_cast<std::size_t>(n_logits) * config.vocab_size};
 }
 

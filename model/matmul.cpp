@@ -11,10 +11,10 @@
 namespace thaw {
 namespace {
 
-constexpr int kBlock = 32;           // elements of a quantised block
-constexpr int kChunk = 512;          // weight columns unpacked at a time: a tile of them stays in L1 or L2
-constexpr int kDotRows = 3;          // up to so many activation rows, dot products are faster than tiles
-constexpr int kCodeTileRows = 4;     // activation rows of an integer tile: 8 sums in registers
+constexpr int kBlock = 32;   // elements of a quantised block
+constexpr int kChunk = 512;  // weight columns unpacked at a time: a tile of them stays in L1 or L2
+constexpr int kDotRows = 3;  // up to so many activation rows, dot products are faster than tiles
+constexpr int kCodeTileRows = 4;       // activation rows of an integer tile: 8 sums in registers
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
 // Codes of one block: round(x / scale), |code| <= 32767.
@@ -85,10 +85,14 @@ float dot_blocks(const Activations& x, std::int64_t t, const std::byte* w) {
 
 float dot(const Activations& x, std::int64_t t, const Tensor& w, std::int64_t r) {
   switch (w.type) {
-    case DType::kQ8_0: return dot_blocks<DType::kQ8_0>(x, t, w.row(r));
-    case DType::kQ4_0: return dot_blocks<DType::kQ4_0>(x, t, w.row(r));
-    case DType::kQ4_1: return dot_blocks<DType::kQ4_1>(x, t, w.row(r));
-    default: return dot_floats(x.row(t), w.row(r), w.type, w.cols);
+    case DType::kQ8_0:
+      return dot_blocks<DType::kQ8_0>(x, t, w.row(r));
+    case DType::kQ4_0:
+      return dot_blocks<DType::kQ4_0>(x, t, w.row(r));
+    case DType::kQ4_1:
+      return dot_blocks<DType::kQ4_1>(x, t, w.row(r));
+    default:
+      return dot_floats(x.row(t), w.row(r), w.type, w.cols);
   }
 }
 
@@ -96,10 +100,10 @@ float dot(const Activations& x, std::int64_t t, const Tensor& w, std::int64_t r)
 
 // The unpacked form of up to kChunk columns of 16 weight rows. Rows beyond the matrix are zeros.
 struct Tile {
-  alignas(32) float floats[kChunk * kTileCols];           // [column][weight row]
-  alignas(32) std::int16_t pairs[kChunk * kTileCols];     // [column / 2][weight row][column % 2]
-  alignas(32) float d[kChunk / kBlock][kTileCols];        // scale of a block and weight row
-  alignas(32) float offset[kChunk / kBlock][kTileCols];   // what the format adds to every element
+  alignas(32) float floats[kChunk * kTileCols];          // [column][weight row]
+  alignas(32) std::int16_t pairs[kChunk * kTileCols];    // [column / 2][weight row][column % 2]
+  alignas(32) float d[kChunk / kBlock][kTileCols];       // scale of a block and weight row
+  alignas(32) float offset[kChunk / kBlock][kTileCols];  // what the format adds to every element
 };
 
 void unpack_floats(Tile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
@@ -119,7 +123,8 @@ void unpack_floats(Tile& tile, const Tensor& w, std::int64_t first_row, std::int
 }
 
 // One block of one weight row: its 32 codes as 16 pairs, its scale, its offset.
-void unpack_block(std::int32_t* pairs, float& d, float& offset, const std::byte* block, DType type) {
+void unpack_block(std::int32_t* pairs, float& d, float& offset, const std::byte* block,
+                  DType type) {
   d = f16_to_f32(load_u16(block));
   std::int16_t codes[kBlock];
   if (type == DType::kQ8_0) {
@@ -146,7 +151,8 @@ void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int6
         const std::int64_t row = first_row + half + r;
         float &d = tile.d[b][half + r], &offset = tile.offset[b][half + r];
         if (row < w.rows) {
-          unpack_block(pairs[r], d, offset, w.row(row) + row_bytes(w.type, first_col + b * kBlock), w.type);
+          unpack_block(pairs[r], d, offset, w.row(row) + row_bytes(w.type, first_col + b * kBlock),
+                       w.type);
         } else {
           std::fill(pairs[r], pairs[r] + kBlock / 2, 0);
           d = offset = 0;
@@ -154,7 +160,8 @@ void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int6
       }
       float* to = reinterpret_cast<float*>(tile.pairs) + b * (kBlock / 2) * kTileCols + half;
       for (int i = 0; i < kBlock / 2; i += 8)
-        transpose_8x8(to + i * kTileCols, kTileCols, reinterpret_cast<float*>(pairs[0]) + i, kBlock / 2);
+        transpose_8x8(to + i * kTileCols, kTileCols, reinterpret_cast<float*>(pairs[0]) + i,
+                      kBlock / 2);
     }
   }
 }
@@ -194,10 +201,14 @@ void multiply_codes(float* out, const Activations& x, const Tile& tile, std::int
                     std::int64_t n) {
   for (std::int64_t t = 0; t < x.rows(); t += kCodeTileRows, out += kCodeTileRows * kTileCols) {
     switch (x.rows() - t) {
-      case 1: return multiply_codes<1>(out, x, t, tile, first_col, n);
-      case 2: return multiply_codes<2>(out, x, t, tile, first_col, n);
-      case 3: return multiply_codes<3>(out, x, t, tile, first_col, n);
-      default: multiply_codes<4>(out, x, t, tile, first_col, n);
+      case 1:
+        return multiply_codes<1>(out, x, t, tile, first_col, n);
+      case 2:
+        return multiply_codes<2>(out, x, t, tile, first_col, n);
+      case 3:
+        return multiply_codes<3>(out, x, t, tile, first_col, n);
+      default:
+        multiply_codes<4>(out, x, t, tile, first_col, n);
     }
   }
 }
@@ -218,7 +229,8 @@ void multiply_tile(const Product& p, const Activations& x, std::int64_t first_ro
       multiply_codes(s.sums.data(), x, s.tile, col, n);
     } else {
       unpack_floats(s.tile, w, first_row, col, n);
-      tile_multiply(s.sums.data(), kTileCols, x.row(0) + col, x.cols(), x.rows(), s.tile.floats, kTileCols, n);
+      tile_multiply(s.sums.data(), kTileCols, x.row(0) + col, x.cols(), x.rows(), s.tile.floats,
+                    kTileCols, n);
     }
   }
   const std::int64_t used = std::min<std::int64_t>(kTileCols, w.rows - first_row);

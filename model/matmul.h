@@ -1,12 +1,12 @@
 // GEMM-lite on the CPU: activations (T x K) times the transpose of stored weights (N x K).
 //
 // Float formats multiply f32 activations. Block formats multiply integers: each block of 32
-// activations is rounded to 16-bit codes with one f32 scale, a relative error of 2^-16 of the block's
-// largest element (8 bits, the usual choice, cost 100 times more KL), and the products of codes are
-// summed exactly in 32-bit integers, so every instruction set gives the same sums.
+// activations is rounded to 16-bit codes with one f32 scale, a relative error of 2^-16 of the
+// block's largest element (8 bits, the usual choice, cost 100 times more KL), and the products of
+// codes are summed exactly in 32-bit integers, so every instruction set gives the same sums.
 //
-// T <= 3: one dot product a row, reading the blocks as stored. More rows: tiles of 16 weight rows are
-// unpacked once and multiplied with all rows of activations from registers.
+// T <= 3: one dot product a row, reading the blocks as stored. More rows: tiles of 16 weight rows
+// are unpacked once and multiplied with all rows of activations from registers.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,8 @@ namespace thaw {
 // between calls.
 class Activations {
  public:
-  // Refers to x (rows x cols, f32), which must stay until the products are done. cols is a multiple of
-  // 32 when with_codes.
+  // Refers to x (rows x cols, f32), which must stay until the products are done. cols is a multiple
+  // of 32 when with_codes.
   void assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes, int n_threads);
 
   std::int64_t rows() const { return rows_; }

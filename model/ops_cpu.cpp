@@ -26,13 +26,15 @@ void rms_norm(float* n, const float* x, const std::vector<float>& w, float eps) 
 class CpuOps final : public Ops {
  public:
   CpuOps(const Config& config, int n_threads)
-      : config_(config), n_threads_(n_threads), inverse_frequencies_(rope_inverse_frequencies(config)) {}
+      : config_(config),
+        n_threads_(n_threads),
+        inverse_frequencies_(rope_inverse_frequencies(config)) {}
 
   void embed(float* x, std::span<const std::int32_t> tokens, const Weights& weights) override {
     const Tensor& table = weights.embedding;
     for (std::size_t t = 0; t < tokens.size(); ++t) {
-      require(tokens[t] >= 0 && tokens[t] < table.rows, "embed: token: expected 0 to ", table.rows - 1,
-              ", found ", tokens[t]);
+      require(tokens[t] >= 0 && tokens[t] < table.rows, "embed: token: expected 0 to ",
+              table.rows - 1, ", found ", tokens[t]);
       dequantize(x + t * table.cols, table.row(tokens[t]), table.type, table.cols);
     }
     report("embed", -1, x, static_cast<std::int64_t>(tokens.size()), table.cols);
@@ -95,8 +97,8 @@ class CpuOps final : public Ops {
   }
 
   // outputs[i] (n_rows x matrices[i]->rows) = n (n_rows x dim) times matrices[i]^T
-  void multiply(std::span<float* const> outputs, std::span<const Tensor* const> matrices, const float* n,
-                std::int64_t n_rows) {
+  void multiply(std::span<float* const> outputs, std::span<const Tensor* const> matrices,
+                const float* n, std::int64_t n_rows) {
     Product products[3];
     bool with_codes = false;
     for (std::size_t i = 0; i < outputs.size(); ++i) {
@@ -109,7 +111,9 @@ class CpuOps final : public Ops {
 
   // The angles of `positions`, unless they are the same as in the layer before.
   void update_rotations(std::span<const std::int32_t> positions) {
-    if (std::equal(positions.begin(), positions.end(), rope_positions_.begin(), rope_positions_.end())) return;
+    if (std::equal(positions.begin(), positions.end(), rope_positions_.begin(),
+                   rope_positions_.end()))
+      return;
     rope_positions_.assign(positions.begin(), positions.end());
     const std::size_t half = inverse_frequencies_.size();
     cos_.resize(positions.size() * half), sin_.resize(positions.size() * half);
@@ -121,7 +125,8 @@ class CpuOps final : public Ops {
     }
   }
 
-  // RoPE on every head of every row of x (rows x n_heads * head_dim)   (RoFormer, 2104.09864, eq. 34)
+  // RoPE on every head of every row of x (rows x n_heads * head_dim)   (RoFormer, 2104.09864, eq.
+  // 34)
   void rotate(float* x, int n_heads, std::span<const std::int32_t> positions) {
     update_rotations(positions);
     const int half = config_.head_dim / 2;

@@ -1,6 +1,6 @@
 // The definition: a LLaMA-architecture model in plain loops, f32 storage and f64 accumulation. No
-// intrinsics, no threads, no cache; every position is computed from the equations. Start reading here;
-// every backend is tested against it.
+// intrinsics, no threads, no cache; every position is computed from the equations. Start reading
+// here; every backend is tested against it.
 #pragma once
 
 #include <cmath>
@@ -38,13 +38,15 @@ inline Vector project(const Tensor& w, const Vector& x) {
   return y;
 }
 
-// Rotates pair i of every head of x by position * theta^(-2i / head_dim) / factor_i   (RoFormer, eq. 34)
+// Rotates pair i of every head of x by position * theta^(-2i / head_dim) / factor_i   (RoFormer,
+// eq. 34)
 inline void rope(Vector& x, int position, const Config& c) {
   const int half = c.head_dim / 2;
   for (std::size_t head = 0; head < x.size(); head += static_cast<std::size_t>(c.head_dim)) {
     for (int i = 0; i < half; ++i) {
       const double factor = c.rope_factors.empty() ? 1 : c.rope_factors[i];
-      const double angle = position * std::pow(double{c.rope_theta}, -2.0 * i / c.head_dim) / factor;
+      const double angle =
+          position * std::pow(double{c.rope_theta}, -2.0 * i / c.head_dim) / factor;
       const bool interleaved = c.rope_pairing == RopePairing::kInterleaved;
       float& a = x[head + static_cast<std::size_t>(interleaved ? 2 * i : i)];
       float& b = x[head + static_cast<std::size_t>(interleaved ? 2 * i + 1 : i + half)];
@@ -128,7 +130,8 @@ inline Matrix forward(const Model& model, std::span<const std::int32_t> tokens) 
   for (const LayerWeights& w : model.weights.layers) layer(x, w, c);
   Matrix logits;
   for (const Vector& row : x)
-    logits.push_back(project(model.weights.output, rms_norm(row, model.weights.final_norm, c.norm_eps)));
+    logits.push_back(
+        project(model.weights.output, rms_norm(row, model.weights.final_norm, c.norm_eps)));
   return logits;
 }
 

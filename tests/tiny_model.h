@@ -15,8 +15,8 @@
 namespace thaw::testing {
 
 struct TinyOptions {
-  DType type = DType::kF32;   // of every matrix
-  int dim = 64;               // multiples of 32, so that every format fits
+  DType type = DType::kF32;  // of every matrix
+  int dim = 64;              // multiples of 32, so that every format fits
   int n_layers = 2;
   int n_heads = 4;
   int n_kv_heads = 2;
@@ -35,7 +35,7 @@ class Random {
  public:
   explicit Random(std::uint64_t seed) : engine_(seed) {}
   double uniform() { return static_cast<double>(engine_() >> 11) * 0x1p-53; }  // [0, 1)
-  float normal() {  // Box-Muller
+  float normal() {                                                             // Box-Muller
     const double radius = std::sqrt(-2 * std::log(1 - uniform()));
     return static_cast<float>(radius * std::cos(6.283185307179586 * uniform()));
   }
@@ -83,9 +83,12 @@ inline std::vector<std::byte> encode(const std::vector<float>& x, DType type) {
   for (std::int64_t i = 0; i < n / info.block; ++i) {
     std::byte* out = bytes.data() + i * info.block_bytes;
     const std::uint16_t half = type == DType::kF16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
-    if (info.block == 32) quantize_block(out, &x[i * 32], type);
-    else if (type == DType::kF32) std::memcpy(out, &x[i], 4);
-    else std::memcpy(out, &half, 2);
+    if (info.block == 32)
+      quantize_block(out, &x[i * 32], type);
+    else if (type == DType::kF32)
+      std::memcpy(out, &x[i], 4);
+    else
+      std::memcpy(out, &half, 2);
   }
   return bytes;
 }

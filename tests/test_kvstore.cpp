@@ -1,0 +1,136 @@
+#include <doctest/doctest.h>
+
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "device/error.h"
+#include "device/half.h"
+#include "kvstore/kvstore.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+
+namespace {
+
+constexpr int kHeads = 2, kDim = 6;
+KvShape shape(KvType type, int capacity = 40) { return {3, kHeads, kDim, capacity, type}; }
+
+float element(const KvView& view, const std::byte* p, int i) {
+  std::uint16_t half;
+  float full;
+  std::memcpy(&half, p + 2 * i, view.type == KvType::kF32 ? 0 : 2);
+  if (view.type == KvType::kF16) return f16_to_f32(half);
+  if (view.type == KvType::kBF16) return bf16_to_f32(half);
+  std::memcpy(&full, p + 4 * i, 4);
+  return full;
+}
+
+float rounded(float x, KvType type) {
+  return type == KvType::kF16    ? f16_to_f32(f32_to_f16(x))
+         : type == KvType::kBF16 ? bf16_to_f32(f32_to_bf16(x))
+                                 : x;
+}
+
+}  // namespace
+
+TEST_CASE("kv store: what is appended is what the view shows, rounded once to the store's type") {
+  for (KvType type : {KvType::kF16, KvType::kBF16, KvType::kF32}) {
+    auto kv = make_full_kv_store(shape(type));
+    testing::Random random(3);
+    const std::vector<float> k = random.normals(10 * kHeads * kDim),
+                             v = random.normals(10 * kHeads * kDim);
+    for (int layer = 0; layer < 3; ++layer) {  // 7 tokens, then 3; each layer's keys differ
+      std::vector<float> scaled = k;
+      for (float& x : scaled) x *= static_cast<float>(layer * 4);
+      kv->append(layer, scaled.data(), v.data(), 7);
+      kv->append(layer, scaled.data() + 7 * kHeads * kDim, v.data() + 7 * kHeads * kDim, 3);
+    }
+    CHECK(kv->length() == 10);
+    for (int layer = 0; layer < 3; ++layer) {
+      const KvView view = kv->view(layer);
+      REQUIRE(view.kv_len == 10);
+      for (int t = 0; t < 10; ++t)
+        for (int h = 0; h < kHeads; ++h)
+          for (int i = 0; i < kDim; ++i) {
+            const int at = (t * kHeads + h) * kDim + i;
+            CHECK(element(view, view.key(h, t), i) ==
+                  rounded(static_cast<float>(layer * 4) * k[at], type));
+            CHECK(element(view, view.value(h, t), i) == rounded(v[at], type));
+          }
+    }
+    CHECK(kv->resident_bytes() == 10 * 3 * 2 * kHeads * kDim * (type == KvType::kF32 ? 4 : 2));
+  }
+}
+
+TEST_CASE("kv store: length counts tokens that every layer holds") {
+  auto kv = make_full_kv_store(shape(KvType::kF32));
+  const std::vector<float> x(5 * kHeads * kDim, 1.0f);
+  kv->append(0, x.data(), x.data(), 5);
+  CHECK(kv->length() == 0);
+  CHECK(kv->view(0).kv_len == 5);
+  kv->append(1, x.data(), x.data(), 5);
+  kv->append(2, x.data(), x.data(), 5);
+  CHECK(kv->length() == 5);
+}
+
+TEST_CASE("kv store: rewind forgets later tokens, and what is appended next takes their place") {
+  auto kv = make_full_kv_store(shape(KvType::kF32));
+  testing::Random random(4);
+  const std::vector<float> a = random.normals(6 * kHeads * kDim), b = random.normals(kHeads * kDim);
+  for (int layer = 0; layer < 3; ++layer) kv->append(layer, a.data(), a.data(), 6);
+  kv->rewind(4);
+  CHECK(kv->length() == 4);
+  for (int layer = 0; layer < 3; ++layer) kv->append(layer, b.data(), b.data(), 1);
+  const KvView view = kv->view(2);
+  CHECK(view.kv_len == 5);
+  CHECK(element(view, view.key(1, 4), 2) == b[kDim + 2]);
+  CHECK(element(view, view.key(1, 3), 2) == a[(3 * kHeads + 1) * kDim + 2]);
+  CHECK_THROWS_WITH_AS(kv->rewind(6), "KV store: rewind: expected a position from 0 to 5, found 6",
+                       Error);
+  CHECK_THROWS_AS(kv->rewind(-1), Error);
+  kv->clear();
+  CHECK(kv->length() == 0);
+}
+
+TEST_CASE("kv store: a full store refuses tokens and keeps what it has") {
+  auto kv = make_full_kv_store(shape(KvType::kF16, 4));
+  const std::vector<float> x(5 * kHeads * kDim, 1.0f);
+  for (int layer = 0; layer < 3; ++layer) kv->append(layer, x.data(), x.data(), 3);
+  CHECK_THROWS_WITH_AS(kv->append(0, x.data(), x.data(), 2),
+                       "KV store: expected at most 4 tokens, found 5", Error);
+  CHECK(kv->length() == 3);
+  CHECK(kv->view(0).kv_len == 3);
+}
+
+TEST_CASE("kv store: shapes that are not sane are refused before any allocation") {
+  CHECK_THROWS_AS(make_full_kv_store(shape(KvType::kF16, 0)), Error);
+  CHECK_THROWS_AS(make_full_kv_store({-1, 1, 1, 1, KvType::kF16}), Error);
+  CHECK_THROWS_AS(
+      make_full_kv_store({2000000000, 2000000000, 2000000000, 2000000000, KvType::kF32}), Error);
+}
+
+TEST_CASE("halves: every f16 survives the round trip, and rounding is to nearest, ties to even") {
+  for (std::uint32_t bits = 0; bits < 0x10000; ++bits) {
+    const float x = f16_to_f32(static_cast<std::uint16_t>(bits));
+    if ((bits & 0x7fff) > 0x7c00) {
+      CHECK(std::isnan(x));
+    } else if (f32_to_f16(x) != bits) {
+      FAIL("f16 bits " << bits);
+    }
+  }
+  CHECK(f32_to_f16(65519.996f) == 0x7bff);
+  CHECK(f32_to_f16(65520.0f) == 0x7c00);
+  CHECK(f32_to_f16(1.0f + 0x1p-11f) == 0x3c00);      // a tie: to even
+  CHECK(f32_to_f16(1.0f + 3 * 0x1p-11f) == 0x3c02);  // a tie: to even, upwards
+  CHECK(f32_to_f16(0x1p-25f) == 0);                  // half of the smallest subnormal: to even
+  CHECK(f32_to_f16(0x1.8p-24f) == 2);                // 1.5 of it
+  CHECK(f32_to_bf16(1.0f + 0x1p-8f) == 0x3f80);
+  CHECK(f32_to_bf16(1.0f + 3 * 0x1p-8f) == 0x3f82);
+  CHECK(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));
+  std::vector<std::uint16_t> all(0x10000);
+  std::vector<float> wide(0x10000);
+  for (std::uint32_t i = 0; i < 0x10000; ++i) all[i] = static_cast<std::uint16_t>(i);
+  widen_f16(wide.data(), all.data(), 0x7c00 + 1 + 2);  // an odd length, up to infinity
+  for (std::uint32_t i = 0; i <= 0x7c00; ++i) CHECK(wide[i] == f16_to_f32(all[i]));
+}

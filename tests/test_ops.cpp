@@ -1,0 +1,222 @@
+// Every product and op against the definition, all formats, odd shapes.
+//
+// Tolerances are on the error's power relative to |w|^2 |x|^2 / K, the expected power of a dot
+// product of K terms. f32 sums: (2^-24 sqrt(K))^2 = 4e-15 K, below 1e-11 for the K used here. Block
+// formats add the rounding of activations to codes, uniform in steps of peak 2^-15, where the peak
+// of 32 normal numbers is about 2.5 times their rms: 2.5^2 2^-30 / 12 = 4.9e-10. The mean of n
+// squared errors stays below 1 + 2 sqrt(12 / n) + 24 / n times that, but for a chance of e^-12
+// (Laurent and Massart's bound on the chi-square).
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+
+#include "device/error.h"
+#include "model/matmul.h"
+#include "model/ops.h"
+#include "tests/compare.h"
+#include "tests/reference.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+
+namespace {
+
+constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
+                            DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
+
+double tolerance(DType type, std::size_t n_outputs) {
+  const double n = static_cast<double>(n_outputs);
+  return needs_codes(type) ? 4.9e-10 * (1 + 2 * std::sqrt(12 / n) + 24 / n) : 1e-11;
+}
+
+double power(std::span<const float> x) {
+  double sum = 0;
+  for (float value : x) sum += static_cast<double>(value) * value;
+  return sum;
+}
+
+// out (T x rows) by the definition.
+std::vector<float> expected_product(const Tensor& w, const std::vector<float>& x) {
+  std::vector<float> out;
+  for (std::size_t at = 0; at < x.size(); at += static_cast<std::size_t>(w.cols)) {
+    const auto y = reference::project(w, {x.begin() + at, x.begin() + at + w.cols});
+    out.insert(out.end(), y.begin(), y.end());
+  }
+  return out;
+}
+
+// Mean squared error of `out` against the definition, relative to the power expected.
+double relative_error(const std::vector<float>& out, const Tensor& w, const std::vector<float>& x) {
+  std::vector<float> all(static_cast<std::size_t>(w.rows * w.cols));
+  for (std::int64_t r = 0; r < w.rows; ++r)
+    dequantize(all.data() + r * w.cols, w.row(r), w.type, w.cols);
+  const std::vector<float> expected = expected_product(w, x);
+  return testing::nmse(out, expected) * power(expected) /
+         (power(all) * power(x) / static_cast<double>(w.cols));
+}
+
+std::vector<float> product(const Tensor& w, const std::vector<float>& x, int n_threads,
+                           float initial = 0) {
+  const std::int64_t n_rows = static_cast<std::int64_t>(x.size()) / w.cols;
+  std::vector<float> out(static_cast<std::size_t>(n_rows * w.rows), initial);
+  Activations a;
+  a.assign(x.data(), n_rows, w.cols, needs_codes(w.type), n_threads);
+  const Product p{out.data(), w.rows, &w, initial != 0};
+  matmul({&p, 1}, a, n_threads);
+  return out;
+}
+
+}  // namespace
+
+TEST_CASE("dequantize: each format is its definition") {
+  std::vector<std::byte> block(34);
+  for (int i = 0; i < 34; ++i) block[i] = static_cast<std::byte>(37 * i + 11);
+  const std::uint16_t d = f32_to_f16(0.25f), m = f32_to_f16(-1.5f);
+  std::memcpy(block.data(), &d, 2);
+  std::vector<float> out(32);
+  const auto byte = [&](int i) { return std::to_integer<int>(block[i]); };
+  dequantize(out.data(), block.data(), DType::kQ8_0, 32);
+  for (int i = 0; i < 32; ++i)
+    CHECK(out[i] == 0.25f * static_cast<float>(static_cast<std::int8_t>(byte(2 + i))));
+  dequantize(out.data(), block.data(), DType::kQ4_0, 32);
+  for (int i = 0; i < 16; ++i) {
+    CHECK(out[i] == 0.25f * static_cast<float>(byte(2 + i) % 16 - 8));
+    CHECK(out[i + 16] == 0.25f * static_cast<float>(byte(2 + i) / 16 - 8));
+  }
+  std::memcpy(block.data() + 2, &m, 2);
+  dequantize(out.data(), block.data(), DType::kQ4_1, 32);
+  for (int i = 0; i < 16; ++i) {
+    CHECK(out[i] == 0.25f * static_cast<float>(byte(4 + i) % 16) - 1.5f);
+    CHECK(out[i + 16] == 0.25f * static_cast<float>(byte(4 + i) / 16) - 1.5f);
+  }
+}
+
+TEST_CASE("matmul: equals the definition for every format, with rows that fill no tile") {
+  testing::Random random(5);
+  for (DType type : kTypes)
+    for (std::int64_t n_rows : {1, 2, 3, 4, 5, 6, 7, 17})
+      for (std::int64_t out_dim : {1, 15, 16, 33})
+        for (std::int64_t cols : {32, 96, 512, 544, 1056}) {
+          CAPTURE(dtype_info(type).name);
+          CAPTURE(n_rows);
+          CAPTURE(out_dim);
+          CAPTURE(cols);
+          const auto bytes = testing::encode(random.normals(out_dim * cols), type);
+          const Tensor w{"w", type, out_dim, cols, bytes.data()};
+          const std::vector<float> x = random.normals(n_rows * cols, 3);
+          const auto out = product(w, x, 2);
+          CHECK(relative_error(out, w, x) <= tolerance(type, out.size()));
+        }
+}
+
+TEST_CASE("matmul: float formats take columns that are no multiple of anything") {
+  testing::Random random(6);
+  for (DType type : {DType::kF32, DType::kF16, DType::kBF16})
+    for (std::int64_t n_rows : {1, 5})
+      for (std::int64_t cols : {1, 7, 65, 515}) {
+        const auto bytes = testing::encode(random.normals(20 * cols), type);
+        const Tensor w{"w", type, 20, cols, bytes.data()};
+        const std::vector<float> x = random.normals(n_rows * cols);
+        const auto out = product(w, x, 1);
+        CHECK(relative_error(out, w, x) <= tolerance(type, out.size()));
+      }
+}
+
+TEST_CASE("matmul: extreme codes do not overflow the integer sums") {
+  for (DType type : {DType::kQ8_0, DType::kQ4_0, DType::kQ4_1})
+    for (std::int64_t n_rows : {1, 4}) {
+      std::vector<float> values(64 * 16);
+      for (std::size_t i = 0; i < values.size(); ++i) values[i] = i % 32 == 0 ? -1.0f : 1.0f;
+      const auto bytes = testing::encode(values, type);
+      const Tensor w{"w", type, 16, 64, bytes.data()};
+      const std::vector<float> x(static_cast<std::size_t>(n_rows * 64), 1e4f);
+      const auto out = product(w, x, 1);
+      CHECK(relative_error(out, w, x) <= tolerance(type, out.size()));
+    }
+}
+
+TEST_CASE(
+    "matmul: accumulates when asked; zero activations give zero; the same bits for any threads") {
+  testing::Random random(8);
+  for (DType type : kTypes)
+    for (std::int64_t n_rows : {1, 9}) {
+      const auto bytes = testing::encode(random.normals(100 * 96), type);
+      const Tensor w{"w", type, 100, 96, bytes.data()};
+      const std::vector<float> x = random.normals(n_rows * 96);
+      const std::vector<float> plain = product(w, x, 1);
+      std::vector<float> shifted = product(w, x, 1, 2.0f);
+      for (std::size_t i = 0; i < plain.size(); ++i) CHECK(shifted[i] == plain[i] + 2.0f);
+      for (int n_threads : {2, 3, 7}) CHECK(product(w, x, n_threads) == plain);
+      CHECK(product(w, std::vector<float>(x.size()), 2) == std::vector<float>(plain.size()));
+    }
+}
+
+TEST_CASE("matmul: a matrix that does not fit the activations is refused") {
+  const std::vector<std::byte> bytes(4 * 64);
+  const Tensor w{"blk.0.w", DType::kF32, 1, 64, bytes.data()};
+  Activations a;
+  const std::vector<float> x(32);
+  a.assign(x.data(), 1, 32, false, 1);
+  float out;
+  const Product p{&out, 1, &w, false};
+  CHECK_THROWS_WITH_AS(matmul({&p, 1}, a, 1), "blk.0.w: cols: expected 32, found 64", Error);
+}
+
+TEST_CASE("ops: each op equals the definition, both RoPE pairings, scaled frequencies") {
+  for (RopePairing pairing : {RopePairing::kInterleaved, RopePairing::kHalves})
+    for (std::int64_t n_rows : {1, 2, 17}) {
+      testing::TinyOptions options{.type = DType::kF32, .pairing = pairing};
+      options.rope_factors = linear_rope_factors(options.head_dim, 2.5);
+      const testing::TinyModel tiny = testing::make_tiny_model(options);
+      const Config& c = tiny.model.config;
+      const LayerWeights& w = tiny.model.weights.layers[1];
+      auto ops = make_cpu_ops(c, 2);
+      testing::Random random(9);
+      const std::vector<float> x = random.normals(n_rows * c.dim, 2);
+      std::vector<std::int32_t> positions;
+      for (std::int64_t t = 0; t < n_rows; ++t)
+        positions.push_back(static_cast<std::int32_t>(100 + t));
+      std::vector<float> q(n_rows * c.q_dim()), k(n_rows * c.kv_dim()), v(n_rows * c.kv_dim()),
+          h(n_rows * c.ffn_dim);
+      ops->qkv(q.data(), k.data(), v.data(), x.data(), w, positions);
+      ops->gate_up(h.data(), x.data(), w, n_rows);
+      std::vector<float> logits(n_rows * c.vocab_size);
+      ops->logits(logits.data(), x.data(), tiny.model.weights, n_rows);
+      std::vector<float> eq, ek, ev, eh, el;
+      const auto append = [](std::vector<float>& to, const std::vector<float>& from) {
+        to.insert(to.end(), from.begin(), from.end());
+      };
+      for (std::int64_t t = 0; t < n_rows; ++t) {
+        const std::vector<float> row(x.begin() + t * c.dim, x.begin() + (t + 1) * c.dim);
+        const auto n = reference::rms_norm(row, w.attn_norm, c.norm_eps);
+        auto rq = reference::project(w.wq, n), rk = reference::project(w.wk, n);
+        reference::rope(rq, positions[t], c), reference::rope(rk, positions[t], c);
+        append(eq, rq), append(ek, rk), append(ev, reference::project(w.wv, n));
+        const auto f = reference::rms_norm(row, w.ffn_norm, c.norm_eps);
+        const auto gate = reference::project(w.w_gate, f);
+        auto up = reference::project(w.w_up, f);
+        for (std::size_t i = 0; i < up.size(); ++i)
+          up[i] = static_cast<float>(up[i] * (gate[i] / (1 + std::exp(-double{gate[i]}))));
+        append(eh, up);
+        append(el, reference::project(
+                       tiny.model.weights.output,
+                       reference::rms_norm(row, tiny.model.weights.final_norm, c.norm_eps)));
+      }
+      // Angles are f32: at position 117 their rounding is 117 x 2^-24 = 7e-6, squared 5e-11.
+      CHECK(testing::nmse(q, eq) <= 1e-10);
+      CHECK(testing::nmse(k, ek) <= 1e-10);
+      CHECK(testing::nmse(v, ev) <= 1e-12);
+      CHECK(testing::nmse(h, eh) <= 1e-12);
+      CHECK(testing::nmse(logits, el) <= 1e-12);
+    }
+}
+
+TEST_CASE("ops: a token outside the vocabulary is refused") {
+  const testing::TinyModel tiny = testing::make_tiny_model();
+  auto ops = make_cpu_ops(tiny.model.config, 1);
+  std::vector<float> x(tiny.model.config.dim);
+  for (std::int32_t token : {-1, 288}) {
+    CHECK_THROWS_AS(ops->embed(x.data(), {&token, 1}, tiny.model.weights), Error);
+  }
+}
