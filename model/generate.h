@@ -1,0 +1,75 @@
+// The loops around the forward pass, in token ids, without I/O: generation (prompt, then token after
+// token until something ends it), and teacher forcing (the logits of tokens that are known).
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kvstore/kvstore.h"
+#include "model/forward.h"
+#include "model/sampler.h"
+
+namespace thaw {
+
+// FNV-1a (Fowler, Noll, Vo) over 32-bit words instead of bytes: h = (h xor word) * prime, starting from
+// the offset basis. The words are the bits of the logits.
+class Fingerprint {
+ public:
+  void add(std::span<const float> values);
+  std::uint64_t value() const { return hash_; }
+
+ private:
+  std::uint64_t hash_ = 0xcbf29ce484222325;
+};
+
+enum class Finish {
+  kEnd,          // the model ended the text
+  kLength,       // max_tokens are made
+  kContext,      // the KV store is full
+  kStopped,      // on_token said so
+  kInterrupted,  // the flag was set
+};
+
+struct GenerateOptions {
+  int max_tokens = -1;      // -1: until the KV store is full
+  int n_vocab = 0;          // sample only from the first n ids; 0: from all
+  bool fingerprint = false; // take it of all logits that are sampled from
+  std::function<bool(std::int32_t)> is_end;       // tokens that end the text; empty: none does
+  std::function<bool(std::int32_t)> on_token;     // every token when it is made; false stops
+  std::function<void(int, int)> on_prefill;       // tokens of the prompt done, of how many
+  const std::atomic<bool>* interrupted = nullptr; // asked between forward passes
+};
+
+struct Generation {
+  std::vector<std::int32_t> tokens;  // without the one that ended the text
+  Finish finish = Finish::kLength;
+  int prompt_tokens = 0;           // fewer than in the prompt when that was interrupted
+  double prefill_seconds = 0;      // the prompt through the model
+  double first_token_seconds = 0;  // from the call to the first token; 0 when there is none
+  int decode_steps = 0;            // forward passes of one token, after the prompt
+  double decode_seconds = 0;       // those passes, the sampling after them, and on_token
+  int context_tokens = 0;          // in the KV store at the end
+  std::int64_t kv_bytes = 0;       // that they take there
+  std::uint64_t fingerprint = 0;
+};
+
+// Appends `prompt` (1 token or more) to kv and generates. The sampler is told of the prompt's tokens
+// and of each new one. Throws Error when the prompt does not fit what is left of kv.
+Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
+                    std::span<const std::int32_t> prompt, const GenerateOptions& options);
+
+struct ForcedRows {
+  int prefill = -1;  // tokens run in calls of transformer.max_rows(); the rest one a call; -1: all
+  int first = 0;     // the first row whose logits are wanted
+};
+
+// Appends `tokens` to kv; on_logits(row, logits) gets the logits of rows `row` ... in order, each the
+// model's prediction after tokens[0 .. row], valid during the call. It returns false to stop, and then
+// so does this.
+bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::int32_t> tokens,
+                   ForcedRows rows, const std::function<bool(int, std::span<const float>)>& on_logits);
+
+}  // namespace thaw
