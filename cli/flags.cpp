@@ -1,0 +1,209 @@
+#include "cli/flags.h"
+
+#include <algorithm>
+#include <numeric>
+#include <sstream>
+
+#include "cli/terminal.h"
+
+namespace thaw {
+namespace {
+
+constexpr std::size_t kWidth = 96;       // of a help page
+constexpr std::size_t kHelpColumn = 29;  // where the help of a flag begins
+
+// Insertions, deletions, replacements and swaps of neighbours that turn a into b (optimal string
+// alignment distance).
+std::size_t edit_distance(std::string_view a, std::string_view b) {
+  std::vector<std::vector<std::size_t>> d(a.size() + 1, std::vector<std::size_t>(b.size() + 1));
+  std::iota(d[0].begin(), d[0].end(), std::size_t{0});
+  for (std::size_t i = 1; i <= a.size(); ++i) {
+    d[i][0] = i;
+    for (std::size_t j = 1; j <= b.size(); ++j) {
+      d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
+      if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
+        d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
+      }
+    }
+  }
+  return d[a.size()][b.size()];
+}
+
+// Appends `text` in lines that fit, each but the first indented.
+void wrap(std::string& out, const std::string& text, std::size_t indent, std::size_t column) {
+  std::istringstream words(text);
+  for (std::string word; words >> word;) {
+    if (column + 1 + word.size() > kWidth) {
+      out.append(1, '\n').append(indent, ' ');
+      column = indent;
+    } else if (column > indent) {
+      out += ' ';
+      ++column;
+    }
+    out += word;
+    column += word.size();
+  }
+  out += '\n';
+}
+
+}  // namespace
+
+std::string closest(std::string_view word, const std::vector<std::string>& candidates) {
+  if (word.size() > 40) return "";
+  std::string best;
+  std::size_t least = word.size() <= 4 ? 2 : 3;  // more slips than that are another word
+  for (const std::string& candidate : candidates) {
+    const std::size_t distance = edit_distance(word, candidate);
+    if (distance < least) least = distance, best = candidate;
+  }
+  if (!best.empty()) return best;
+  for (const std::string& candidate : candidates) {  // cut short, or with more at its end
+    const std::size_t common = std::min(word.size(), candidate.size());
+    if (common >= 4 && word.substr(0, common) == candidate.substr(0, common)) return candidate;
+  }
+  return "";
+}
+
+Flags::Flags(std::string command, std::string usage, std::string summary)
+    : command_(std::move(command)), usage_(std::move(usage)), summary_(std::move(summary)) {}
+
+void Flags::section(std::string title) { section_ = std::move(title); }
+void Flags::dash(bool& value) { dash_ = &value; }
+
+void Flags::examples(std::string text) {
+  toggle(help_wanted_, "-h, --help", "print this page");
+  examples_ = std::move(text);
+}
+
+Flags::Flag& Flags::add(std::string names, std::string placeholder, std::string help) {
+  Flag& flag = flags_.emplace_back();
+  flag.section = section_;
+  const std::size_t comma = names.find(", ");
+  flag.long_name = comma == std::string::npos ? names : names.substr(comma + 2);
+  if (comma != std::string::npos) flag.short_name = names.substr(0, comma);
+  flag.placeholder = std::move(placeholder);
+  flag.help = std::move(help);
+  return flag;
+}
+
+void Flags::toggle(bool& value, std::string names, std::string help) {
+  add(std::move(names), "", std::move(help)).set = [&value](std::string_view) { return value = true; };
+}
+
+void Flags::text(std::optional<std::string>& value, std::string names, std::string placeholder,
+                 std::string help) {
+  add(std::move(names), std::move(placeholder), std::move(help)).set = [&value](std::string_view s) {
+    value = std::string(s);
+    return true;
+  };
+}
+
+void Flags::texts(std::vector<std::string>& value, std::string names, std::string placeholder,
+                  std::string help) {
+  add(std::move(names), std::move(placeholder), std::move(help)).set = [&value](std::string_view s) {
+    value.emplace_back(s);
+    return true;
+  };
+}
+
+void Flags::choice(std::string& value, std::string names, std::vector<std::string> choices,
+                   std::string help) {
+  std::string list;
+  for (const std::string& choice : choices) list += join(list.empty() ? "" : "|", choice);
+  Flag& flag = add(std::move(names), list, std::move(help) + " (default " + value + ")");
+  flag.expected = choices.size() == 1 ? list : "one of " + list;
+  flag.set = [&value, choices](std::string_view s) {
+    value = std::string(s);
+    return std::find(choices.begin(), choices.end(), s) != choices.end();
+  };
+}
+
+void Flags::seed(std::optional<std::uint64_t>& value, std::string names, std::string help) {
+  Flag& flag = add(std::move(names), "N", std::move(help));
+  flag.expected = "a whole number from 0 to 18446744073709551615";
+  flag.set = [&value](std::string_view s) { return (value = parse_number<std::uint64_t>(s)).has_value(); };
+}
+
+void Flags::real(float& value, std::string names, std::string help, std::string expected,
+                 std::function<bool(double)> accepts) {
+  Flag& flag = add(std::move(names), "X", std::move(help) + join(" (default ", value, ")"));
+  flag.expected = std::move(expected);
+  flag.set = [&value, accepts = std::move(accepts)](std::string_view s) {
+    const auto number = parse_number<float>(s);
+    if (!number || !accepts(*number)) return false;
+    value = *number;
+    return true;
+  };
+}
+
+const Flags::Flag& Flags::find(const std::string& name, const std::string& arg) const {
+  std::vector<std::string> names;
+  for (const Flag& flag : flags_) {
+    if (name == flag.long_name || name == flag.short_name) return flag;
+    names.push_back(flag.long_name);
+  }
+  const std::string guess = closest(arg.starts_with("--") ? name : "-" + arg, names);
+  throw UsageError(join("unknown flag ", printable(arg.starts_with("--") ? name : arg),
+                        guess.empty() ? "" : "; did you mean " + guess + "?"));
+}
+
+bool Flags::parse(const std::vector<std::string>& args) {
+  for (std::size_t i = 0; i < args.size(); ++i) {
+    const std::string& arg = args[i];
+    if (arg == "-" && dash_) {
+      *dash_ = true;
+      continue;
+    }
+    if (arg.size() < 2 || arg[0] != '-') {
+      throw UsageError(join("unexpected argument \"", printable(arg), "\"; usage: thaw ", command_, " ",
+                            usage_));
+    }
+    // --name, --name=value, -n, -nvalue; and -name, which is a slip for --name.
+    const bool is_long = arg[1] == '-';
+    const std::size_t cut = is_long ? arg.find('=') : 2;
+    const bool slip = !is_long && arg.size() > 3 &&
+                      std::any_of(flags_.begin(), flags_.end(),
+                                  [&](const Flag& flag) { return flag.long_name == "-" + arg; });
+    const Flag& flag = find(slip ? arg : arg.substr(0, cut), arg);
+    std::string value;
+    const bool attached = is_long ? cut != std::string::npos : arg.size() > 2;
+    if (flag.placeholder.empty()) {
+      if (attached) throw UsageError(join(flag.long_name, " takes no value: ", printable(arg)));
+    } else if (attached) {
+      value = arg.substr(is_long ? cut + 1 : cut);
+    } else if (++i < args.size()) {
+      value = args[i];
+    } else {
+      throw UsageError(join(arg, " needs a value: ", flag.placeholder));
+    }
+    if (!flag.set(value)) {
+      throw UsageError(join(flag.long_name, ": expected ", flag.expected, ", found \"",
+                            printable(value), "\""));
+    }
+    if (help_wanted_) {
+      write_stdout(help());
+      return false;
+    }
+  }
+  return true;
+}
+
+std::string Flags::help() const {
+  std::string out;
+  wrap(out, "Usage: thaw " + command_ + " " + usage_, 7, 0);
+  out += '\n';
+  wrap(out, summary_, 0, 0);
+  std::string section;
+  for (const Flag& flag : flags_) {
+    if (flag.section != section) out += join("\n", section = flag.section, ":\n");
+    std::string left = flag.short_name.empty() ? "      " : join("  ", flag.short_name, ", ");
+    left += flag.long_name + (flag.placeholder.empty() ? "" : " " + flag.placeholder);
+    left += left.size() + 2 > kHelpColumn ? "\n" + std::string(kHelpColumn, ' ')
+                                          : std::string(kHelpColumn - left.size(), ' ');
+    out += left;
+    wrap(out, flag.help, kHelpColumn, kHelpColumn);
+  }
+  return out + "\nExamples:\n" + examples_;
+}
+
+}  // namespace thaw

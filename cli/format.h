@@ -1,0 +1,28 @@
+// Numbers for people.
+#pragma once
+
+#include <cstdint>
+#include <iomanip>
+#include <sstream>
+#include <string>
+#include <utility>
+
+namespace thaw {
+
+// With so many digits after the point.
+inline std::string fixed(double value, int digits) {
+  std::ostringstream out;
+  out << std::fixed << std::setprecision(digits) << value;
+  return std::move(out).str();
+}
+
+// "1.5 GiB"
+inline std::string format_bytes(std::int64_t bytes) {
+  constexpr const char* kUnits[] = {"B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"};
+  double value = static_cast<double>(bytes);
+  int unit = 0;
+  for (; value >= 1023.95; ++unit) value /= 1024;
+  return fixed(value, unit == 0 ? 0 : 1) + " " + kUnits[unit];
+}
+
+}  // namespace thaw

@@ -1,0 +1,31 @@
+// The text that a command works on.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cli/flags.h"
+
+namespace thaw {
+
+// Text from -p, -f or standard input ("-", or neither flag and standard input is no terminal).
+struct InputOptions {
+  std::optional<std::string> text;
+  std::optional<std::string> file;
+  bool dash = false;
+};
+void add_input_flags(Flags& flags, InputOptions& options, const std::string& what);
+// At most 256 MiB. `source` names it in messages.
+struct Input {
+  std::string text;
+  std::string source;
+};
+Input read_input(const InputOptions& options, const std::string& what);
+Input read_file(const std::string& path);  // "-" is standard input
+
+// Token ids as text: whole numbers between spaces, commas and square brackets.
+std::vector<std::int32_t> parse_token_ids(const Input& input, int vocab_size);
+
+}  // namespace thaw

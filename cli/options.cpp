@@ -1,0 +1,93 @@
+#include "cli/options.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <fstream>
+#include <iostream>
+#include <set>
+
+#include "device/error.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kMaxContext = 1 << 24;
+
+}  // namespace
+
+int CommonOptions::default_threads() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  ::sched_getaffinity(0, sizeof allowed, &allowed);
+  std::set<std::string> cores;  // CPUs of one core have the same list of siblings
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    const std::string topology = join("/sys/devices/system/cpu/cpu", cpu, "/topology/");
+    std::string siblings;
+    std::getline(std::ifstream(topology + "thread_siblings_list"), siblings);
+    cores.insert(siblings.empty() ? join(cpu) : siblings);
+  }
+  return std::clamp(static_cast<int>(cores.size()), 1, kMaxThreads);
+}
+
+KvType CommonOptions::kv() const {
+  return kv_type == "f32" ? KvType::kF32 : kv_type == "bf16" ? KvType::kBF16 : KvType::kF16;
+}
+
+void add_model_flag(Flags& flags, CommonOptions& o, const std::string& help) {
+  flags.text(o.model, "-m, --model", "PATH", help);
+}
+
+void add_run_flags(Flags& flags, CommonOptions& o) {
+  flags.section("Machine");
+  flags.integer(o.threads, "-t, --threads", "CPU threads; by default the physical cores", 1,
+                kMaxThreads);
+  flags.choice(o.backend, "--backend", {"auto", "cpu", "cuda"},
+               "where to compute; this build has: cpu");
+}
+
+void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help) {
+  flags.section("Context");
+  flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
+  flags.choice(o.kv_type, "--kv-type", {"f16", "bf16", "f32"}, "how keys and values are stored");
+  flags.choice(o.policy, "--policy", {"full"}, "which tokens stay in fast memory; this build has: full, "
+               "which keeps and attends all of them");
+}
+
+void add_output_flags(Flags& flags, CommonOptions& o) {
+  flags.section("Output");
+  flags.toggle(o.json, "--json", "print one JSON document instead of text");
+  flags.toggle(o.quiet, "-q, --quiet", "no progress and no statistics on standard error");
+  flags.toggle(o.verbose, "-v, --verbose", "more about the run on standard error");
+}
+
+void check_common(const CommonOptions& o) {
+  if (!o.model) throw UsageError("expected a model: -m FILE.gguf or -m DIRECTORY");
+  if (o.backend == "cuda") throw UsageError("--backend cuda: this build has no CUDA backend; it has: cpu");
+}
+
+int context_tokens(const CommonOptions& o, const Config& config) {
+  if (o.context.value_or(0) > config.context_length) {
+    std::cerr << "warning: --context " << *o.context << " is beyond the " << config.context_length
+              << " tokens that the model was trained for\n";
+  }
+  return o.context.value_or(config.context_length);
+}
+
+std::string describe(const Config& c) {
+  return join(c.name.empty() ? "unnamed" : printable(c.name), ": ", c.n_layers, " layers of width ", c.dim,
+              ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ", c.head_dim,
+              ", vocabulary ", c.vocab_size, ", context ", c.context_length);
+}
+
+std::unique_ptr<KvStore> make_kv_store(const CommonOptions& o, const Config& c, int capacity) {
+  return make_full_kv_store({.n_layers = c.n_layers,
+                             .n_kv_heads = c.n_kv_heads,
+                             .head_dim = c.head_dim,
+                             .capacity = capacity,
+                             .type = o.kv()});
+}
+
+}  // namespace thaw

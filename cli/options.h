@@ -1,0 +1,47 @@
+// Flags that several commands share, and what they mean.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "cli/flags.h"
+#include "kvstore/kvstore.h"
+#include "model/config.h"
+
+namespace thaw {
+
+struct CommonOptions {
+  std::optional<std::string> model;
+  int threads = default_threads();
+  std::string backend = "auto";
+  std::optional<int> context;
+  std::string kv_type = "f16";
+  std::string policy = "full";
+  bool json = false;
+  bool quiet = false;
+  bool verbose = false;
+
+  static int default_threads();  // physical cores this process may use, within 1 .. 256
+  KvType kv() const;
+};
+
+void add_model_flag(Flags& flags, CommonOptions& options, const std::string& help);
+void add_run_flags(Flags& flags, CommonOptions& options);    // threads, backend
+void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help);
+void add_output_flags(Flags& flags, CommonOptions& options); // json, quiet, verbose
+
+// Throws UsageError when no model is named or the backend is not in this build.
+void check_common(const CommonOptions& options);
+
+// The store's capacity in tokens: --context, or the model's. Warns on standard error when it is beyond
+// what the model was trained for.
+int context_tokens(const CommonOptions& options, const Config& config);
+
+// One line about a model, for --verbose.
+std::string describe(const Config& config);
+
+std::unique_ptr<KvStore> make_kv_store(const CommonOptions& options, const Config& config,
+                                       int capacity);
+
+}  // namespace thaw

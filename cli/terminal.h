@@ -1,0 +1,40 @@
+// Standard output, standard error and Ctrl-C.
+#pragma once
+
+#include <atomic>
+#include <string>
+#include <string_view>
+
+namespace thaw {
+
+// Makes sure that descriptors 0, 1 and 2 are open, so that no file can take the place of a closed one,
+// and that writing to a closed pipe is an error and not a signal. Called once, first of all.
+void prepare_standard_streams();
+
+// Writes all of `text` to standard output, at once. Throws Error when it cannot.
+void write_stdout(std::string_view text);
+
+bool stdin_is_terminal();
+bool stdout_is_terminal();
+
+// From now on the first Ctrl-C (SIGINT) sets the returned flag; a second one ends the process.
+const std::atomic<bool>& catch_interrupt();
+
+// One line on standard error that is written over; gone when this is. Nothing at all when standard
+// error is no terminal, or quiet.
+class Progress {
+ public:
+  explicit Progress(bool quiet);
+  ~Progress() { clear(); }
+  Progress(const Progress&) = delete;
+  Progress& operator=(const Progress&) = delete;
+
+  void show(const std::string& line);
+  void clear();
+
+ private:
+  bool enabled_;
+  bool shown_ = false;
+};
+
+}  // namespace thaw
