@@ -286,10 +286,33 @@ def report(name, logp, other, ids):
           f"max {kl.max():.2e}, top-1 {100 * agree:.2f} %, NLL {nll[0]:.6f} / {nll[1]:.6f}")
 
 
+def peer_log_probs(args, ids):
+    """What llama-perplexity saves of the first len(ids) tokens: (first position, log-probabilities).
+    Its file: magic, context, vocabulary, chunks, tokens; then for each position of the second half of
+    the context f32 scale, f32 least log-probability, and a 16-bit code for each vocabulary entry."""
+    with tempfile.TemporaryDirectory() as temp:
+        out = f"{temp}/logits"
+        command = [args.llama_perplexity, "-m", args.model, "-f", args.text, "-c", len(ids), "-b",
+                   len(ids), "--chunks", 1, "-t", 2, "--save-all-logits", out]
+        subprocess.run([str(part) for part in command], check=True, capture_output=True)
+        data = pathlib.Path(out).read_bytes()
+    n_ctx, n_vocab, n_chunks = np.frombuffer(data, np.int32, 3, 8)
+    assert data[:8] == b"_logits_" and n_ctx == len(ids) and n_chunks == 1
+    assert np.frombuffer(data, np.int32, n_ctx, 20).tolist() == ids
+    first, width = n_ctx // 2, 2 * ((n_vocab + 1) // 2) + 4
+    rows = np.frombuffer(data, np.uint16, offset=20 + 4 * n_ctx).reshape(-1, width)
+    scale, least = np.ascontiguousarray(rows[:, :4]).view(np.float32).astype(np.float64).T[:, :, None]
+    return first, scale * rows[:, 4 : 4 + n_vocab] + least
+
+
 def compare(args):
     config, tensors, field = read_gguf(args.model)
     ids = build_tokenizer(field).encode(pathlib.Path(args.text).read_text()).ids[: args.tokens]
     truth = log_softmax(hf_logits(build_model(config, tensors), ids))
+    if args.llama_perplexity:
+        first, peer = peer_log_probs(args, ids)
+        last = first + len(peer)
+        report("llama.cpp: transformers / second half", truth[first:last], peer, ids[first:last])
     with tempfile.TemporaryDirectory() as temp:
         ids_file, out = f"{temp}/ids.txt", f"{temp}/logits.npy"
         pathlib.Path(ids_file).write_text(" ".join(map(str, ids)) + "\n")
@@ -319,6 +342,7 @@ def main():
     p.add_argument("--model", required=True)
     p.add_argument("--thaw", default="build/thaw")
     p.add_argument("--hf-dir", help="compare this directory (from `hf-dir`) too")
+    p.add_argument("--llama-perplexity", help="compare this program of tools/peers.sh too")
     p.add_argument("--text", default=TEXT)
     p.add_argument("--tokens", type=int, default=2304)
     p.add_argument("--flags", default="", help="more flags for `thaw logits`, in one argument")
