@@ -12,7 +12,7 @@ namespace thaw {
 enum class ChatFormat { kNone, kLlama3, kChatML };
 
 struct ChatMessage {
-  std::string role;     // "system", "user", "assistant"
+  std::string role;  // "system", "user", "assistant"
   std::string content;
 };
 

@@ -1,11 +1,16 @@
 // Byte-level BPE: text to token ids and back.
 //
 // A tokenizer is built from one of three sources (GGUF metadata, a Hugging Face tokenizer.json, a
-// tiktoken tokenizer.model), all reduced to the same TokenizerSpec. Encoding: cut out special tokens
-// (only where asked), split the rest by the pre-tokenizer's regex (PCRE2), then merge the bytes of
-// each piece by rank with a priority queue, O(n log n).
+// tiktoken tokenizer.model), all reduced to the same TokenizerSpec. Encoding: cut out added tokens
+// (control tokens only where asked), split the rest by the pre-tokenizer's regexes
+// (pretokenizer.h), then merge the bytes of each piece by rank (bpe.h).
+//
+// Invalid UTF-8 is no error: a maximal run of bytes that are not UTF-8 is a piece of its own. A
+// vocabulary may lack single bytes (SmolLM2 lacks 21, among them 0xFF); as in Hugging Face's
+// tokenizers such a byte becomes `unk`, or no token at all when there is no unk.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -18,29 +23,54 @@ namespace thaw {
 
 using TokenId = std::int32_t;
 
-struct TokenizerSpec {
-  std::string source;                // file it came from, for messages
-  std::vector<std::string> tokens;   // raw bytes of token i (not the GPT-2 byte alphabet)
-  std::vector<bool> special;         // control tokens: matched only when parse_special, hidden on output
-  // Ranked merges, best first, as pairs of token ids; empty for tiktoken files, where the rank of a
-  // token is its id and any two neighbours whose concatenation is a token may merge.
-  std::vector<std::pair<TokenId, TokenId>> merges;
-  bool whole_pieces_first = false;   // "ignore_merges": a piece that is a token is that token
-  std::vector<std::string> patterns; // pre-tokenizer regexes, applied one after the other
-  TokenId bos = -1;                  // begin of text, or -1
-  bool add_bos = false;              // whether encode() with add_special prepends bos
-  std::vector<TokenId> eog;          // every token that ends a generation
-  std::string chat_template;         // Jinja source as stored, or empty
+enum class TokenKind : std::uint8_t {
+  kText,     // made from bytes by merges
+  kLiteral,  // found whole in every text before it is split ("added token", not special)
+  kControl,  // found whole only with parse_special; hidden on output; merges never make one
 };
 
-// The regexes of a named pre-tokenizer: "llama-bpe" (LLaMA 3), "smollm", "qwen2", "gpt-2".
-// Throws Error(SOURCE: ... found NAME) for any other.
-std::vector<std::string> pretokenizer_patterns(std::string_view name, const std::string& source);
+struct TokenizerSpec {
+  std::string source;               // file it came from, for messages
+  std::vector<std::string> tokens;  // raw bytes of token i (not the GPT-2 byte alphabet)
+  std::vector<TokenKind> kinds;     // of token i
+  // Ranked merges, best first, as pairs of token ids. Empty with ranks_are_ids (tiktoken), where
+  // two neighbours merge when their concatenation is a token, lowest id first.
+  std::vector<std::pair<TokenId, TokenId>> merges;
+  bool ranks_are_ids = false;
+  bool whole_pieces_first = false;    // "ignore_merges": a piece that is a token is that token
+  std::vector<std::string> patterns;  // pre-tokenizer regexes, applied one after the other
+  // Meta's reader of tiktoken files encodes long texts part by part: at most max_part code points,
+  // and at most max_run of them in a row that are all white space or all not. 0: no limit.
+  std::size_t max_part = 0;
+  std::size_t max_run = 0;
+  TokenId unk = -1;           // stands for a byte that no token spells, or -1
+  TokenId bos = -1;           // begin of text, or -1
+  bool add_bos = false;       // whether encode() with add_special prepends bos
+  std::vector<TokenId> eog;   // every token that ends a generation
+  std::string chat_template;  // Jinja source as stored, or empty
+};
 
-// From a Hugging Face tokenizer.json (with tokenizer_config.json, special_tokens_map.json and
-// generation_config.json beside it where present), or from a tiktoken tokenizer.model with the LLaMA-3
-// special tokens. Throw Error naming file, field, expected and found.
+// What the name of a pre-tokenizer in a GGUF file stands for.
+struct NamedPretokenizer {
+  std::vector<std::string> patterns;
+  bool whole_pieces_first = false;
+  bool add_bos = false;  // unless the file says otherwise
+};
+
+// "llama-bpe" (LLaMA 3), "smollm", "qwen2", "gpt-2", and names that llama.cpp reads as one of them.
+// Throws Error(SOURCE: ... found NAME) for any other.
+NamedPretokenizer named_pretokenizer(std::string_view name, const std::string& source);
+
+// Adds to spec.eog the control tokens that end a generation by a text known from published models,
+// such as "<|eot_id|>" and "<|im_end|>".
+void add_known_eog(TokenizerSpec& spec);
+
+// From a Hugging Face tokenizer.json, with tokenizer_config.json, generation_config.json and
+// chat_template.jinja beside it where present. Throws Error naming file, field, expected and found.
 TokenizerSpec read_tokenizer_json(const std::filesystem::path& path);
+
+// From a tiktoken tokenizer.model as LLaMA 3 has it, with that model's 256 special tokens. Throws
+// Error naming file, line, expected and found.
 TokenizerSpec read_tiktoken(const std::filesystem::path& path);
 
 class Tokenizer {
@@ -54,19 +84,22 @@ class Tokenizer {
     bool add_special = false;    // prepend bos where the model wants it
     bool parse_special = false;  // read "<|im_start|>" in the text as the control token
   };
-  // Any bytes, valid UTF-8 or not; decode(encode(x)) == x.
+  // Any bytes, valid UTF-8 or not. decode(encode(x)) == x where count_missing(x) is 0. Takes
+  // O(n log n) and at most about 50 bytes of memory for each byte of text. Texts are below 2 GiB.
   std::vector<TokenId> encode(std::string_view text, EncodeOptions options) const;
   std::vector<TokenId> encode(std::string_view text) const { return encode(text, {}); }
 
-  // The bytes of a token; special tokens give "" unless show_special. Throws Error on an id outside.
+  // The bytes of a token; control tokens give "" unless show_special. Throws Error on an id
+  // outside.
   std::string_view decode(TokenId id, bool show_special = false) const;
   std::string decode(const std::vector<TokenId>& ids, bool show_special = false) const;
 
   int vocab_size() const;
   TokenId bos() const;
-  bool is_special(TokenId id) const;
-  bool is_eog(TokenId id) const;                   // ends a generation
-  TokenId find(std::string_view token_text) const; // id of the token with these bytes, or -1
+  bool is_special(TokenId id) const;                // a control token
+  bool is_eog(TokenId id) const;                    // ends a generation
+  TokenId find(std::string_view token_text) const;  // id of the token with these bytes, or -1
+  std::size_t count_missing(std::string_view text) const;  // bytes that no token spells
   const TokenizerSpec& spec() const;
 
  private:
