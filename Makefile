@@ -8,7 +8,7 @@ PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 20
 OPENMP ?= -fopenmp
 
-FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048 -print_final_stats=1
+FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048
 
 WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
 SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
@@ -29,9 +29,10 @@ ROOMS := device kvstore attention model tokenizer cli
 SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cpp)))
 TESTS := $(sort $(wildcard tests/*.cpp))
 FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
+FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
-FUZZ_OBJECTS := $(FUZZERS:%.cpp=$(BUILD)/%.o)
+FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
 MODEL := weights/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := Why does ice float on water? Answer in three sentences.
@@ -65,6 +66,7 @@ fuzz:
 	@$(MAKE) BUILD=$(BUILD)/fuzz CXX=clang++ SAN=fuzzer-no-link,address,undefined OPT=-O1 OPENMP= \
 	  WARN= fuzz-run
 
+# What a run finds is added to build/fuzz/NAME.corpus; tests/fuzz/corpus/NAME holds the seeds.
 fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%)
 	@mkdir -p $(^:%=%.corpus)
 	@tests/tally.sh $(foreach f,$^,"$(f) $(FUZZ_FLAGS) $(f).corpus $(wildcard tests/fuzz/corpus/$(notdir $(f)))")
@@ -104,7 +106,7 @@ $(BUILD)/thaw-tests: $(TEST_OBJECTS) $(OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
-$(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%): $(BUILD)/%: $(BUILD)/tests/fuzz/%.o $(OBJECTS)
+$(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%): $(BUILD)/%: $(BUILD)/tests/fuzz/%.o $(FUZZ_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -fsanitize=fuzzer -o $@ $^ $(LIBS)
 
@@ -123,6 +125,6 @@ $(BUILD)/flags: force
 	@mkdir -p $(@D)
 	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@
 
--include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZ_OBJECTS:.o=.d) $(BUILD)/main.d
+-include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d
 
 .PHONY: all demo test sanitize sanitize-run fuzz fuzz-run install setup weights clean help force
