@@ -9,8 +9,8 @@
 namespace thaw {
 namespace {
 
-constexpr std::size_t kWidth = 96;       // of a help page
-constexpr std::size_t kHelpColumn = 29;  // where the help of a flag begins
+constexpr std::size_t kWidth = 98;       // of a help page
+constexpr std::size_t kHelpColumn = 31;  // where the help of a flag begins
 
 // Insertions, deletions, replacements and swaps of neighbours that turn a into b (optimal string
 // alignment distance).
@@ -32,11 +32,12 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
 // Appends `text` in lines that fit, each but the first indented.
 void wrap(std::string& out, const std::string& text, std::size_t indent, std::size_t column) {
   std::istringstream words(text);
-  for (std::string word; words >> word;) {
-    if (column + 1 + word.size() > kWidth) {
+  bool first = true;
+  for (std::string word; words >> word; first = false) {
+    if (!first && column + 1 + word.size() > kWidth) {
       out.append(1, '\n').append(indent, ' ');
       column = indent;
-    } else if (column > indent) {
+    } else if (!first) {
       out += ' ';
       ++column;
     }
@@ -144,7 +145,7 @@ const Flags::Flag& Flags::find(const std::string& name, const std::string& arg) 
   }
   const std::string guess = closest(arg.starts_with("--") ? name : "-" + arg, names);
   throw UsageError(join("unknown flag ", printable(arg.starts_with("--") ? name : arg),
-                        guess.empty() ? "" : "; did you mean " + guess + "?"));
+                        guess.empty() ? "" : " (did you mean " + guess + "?)"));
 }
 
 bool Flags::parse(const std::vector<std::string>& args) {

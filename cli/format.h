@@ -1,4 +1,4 @@
-// Numbers for people.
+// Numbers for people, documents for programs.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,8 @@
 #include <string>
 #include <utility>
 
+#include <nlohmann/json.hpp>
+
 namespace thaw {
 
 // With so many digits after the point.
@@ -14,6 +16,16 @@ inline std::string fixed(double value, int digits) {
   std::ostringstream out;
   out << std::fixed << std::setprecision(digits) << value;
   return std::move(out).str();
+}
+
+// "1 token", "2 tokens"
+inline std::string count(std::int64_t n, const std::string& noun) {
+  return std::to_string(n) + " " + noun + (n == 1 ? "" : "s");
+}
+
+// One line; bytes that are not UTF-8 become U+FFFD.
+inline std::string json_line(const nlohmann::ordered_json& document) {
+  return document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
 }
 
 // "1.5 GiB"

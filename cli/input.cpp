@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iostream>
 
 #include "cli/format.h"
 #include "cli/terminal.h"
@@ -62,6 +63,15 @@ Input read_input(const InputOptions& o, const std::string& what) {
     throw UsageError(join("expected ", what, ": -p TEXT, -f FILE, or - for standard input"));
   }
   return read_file(o.file.value_or("-"));
+}
+
+std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
+                                  Tokenizer::EncodeOptions options) {
+  if (const std::size_t missing = tokenizer.count_missing(input.text)) {
+    std::cerr << "warning: " << input.source << ": " << count(static_cast<std::int64_t>(missing), "byte")
+              << " that this vocabulary cannot spell\n";
+  }
+  return tokenizer.encode(input.text, options);
 }
 
 std::vector<std::int32_t> parse_token_ids(const Input& input, int vocab_size) {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cli/flags.h"
+#include "tokenizer/tokenizer.h"
 
 namespace thaw {
 
@@ -24,6 +25,10 @@ struct Input {
 };
 Input read_input(const InputOptions& options, const std::string& what);
 Input read_file(const std::string& path);  // "-" is standard input
+
+// Warns on standard error of bytes that no token of this vocabulary spells: they are lost.
+std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
+                                  Tokenizer::EncodeOptions options);
 
 // Token ids as text: whole numbers between spaces, commas and square brackets.
 std::vector<std::int32_t> parse_token_ids(const Input& input, int vocab_size);

@@ -52,8 +52,8 @@ void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_hel
   flags.section("Context");
   flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
   flags.choice(o.kv_type, "--kv-type", {"f16", "bf16", "f32"}, "how keys and values are stored");
-  flags.choice(o.policy, "--policy", {"full"}, "which tokens stay in fast memory; this build has: full, "
-               "which keeps and attends all of them");
+  flags.choice(o.policy, "--policy", {"full"}, "which tokens stay in fast memory: full, the only one in "
+               "this build, keeps all and attends all");
 }
 
 void add_output_flags(Flags& flags, CommonOptions& o) {

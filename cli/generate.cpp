@@ -1,0 +1,256 @@
+// thaw generate: streams a completion, or the answer to a message.
+#include "model/generate.h"
+
+#include <iostream>
+#include <random>
+
+#include "cli/commands.h"
+#include "cli/format.h"
+#include "cli/input.h"
+#include "cli/options.h"
+#include "cli/terminal.h"
+#include "cli/text_stream.h"
+#include "cli/tokenizer_source.h"
+#include "tokenizer/chat_template.h"
+
+namespace thaw {
+namespace {
+
+struct Options {
+  CommonOptions common;
+  InputOptions input;
+  SamplerOptions sampler;
+  std::optional<std::uint64_t> seed;
+  int max_tokens = 256;
+  std::vector<std::string> stops;
+  bool ignore_eos = false;
+  bool chat = false;
+  std::optional<std::string> system;
+  bool special = false;
+  bool echo = false;
+};
+
+void add_prompt_flags(Flags& flags, Options& o) {
+  flags.section("Model and prompt");
+  add_model_flag(flags, o.common,
+                 "a .gguf file, or a Hugging Face directory with config.json, tokenizer.json and "
+                 "*.safetensors");
+  add_input_flags(flags, o.input, "the prompt");
+  flags.toggle(o.chat, "--chat", "the prompt is a message: wrap it in the model's chat template");
+  flags.text(o.system, "--system", "TEXT",
+             "with --chat: the system message; by default the model's own, \"\" for none");
+  flags.toggle(o.special, "--special",
+               "read control tokens such as <|im_start|> in the prompt as such, not as text");
+  flags.toggle(o.echo, "--echo", "print the prompt before its completion");
+
+  flags.section("Where it ends");
+  flags.integer(o.max_tokens, "-n, --max-tokens", "most tokens to make; -1: until the context is full", -1,
+                1 << 24);
+  flags.texts(o.stops, "--stop", "TEXT", "end before TEXT, which is not printed; may be repeated");
+  flags.toggle(o.ignore_eos, "--ignore-eos", "go on past the model's end-of-text tokens");
+}
+
+void add_sampling_flags(Flags& flags, Options& o) {
+  SamplerOptions& s = o.sampler;
+  const auto any = [](double) { return true; };
+  const auto share = [](double x) { return x >= 0 && x <= 1; };
+  flags.section("Sampling, in this order");
+  flags.real(s.repeat_penalty, "--repeat-penalty", "seen tokens: divide logits above 0 by X, multiply "
+             "those below; 1: off", "a number above 0", [](double x) { return x > 0; });
+  flags.real(s.presence_penalty, "--presence-penalty", "subtract X from the logit of a seen token",
+             "a number", any);
+  flags.real(s.frequency_penalty, "--frequency-penalty", "subtract X for each time it was seen",
+             "a number", any);
+  flags.integer(s.penalty_window, "--penalty-window", "seen: among the last N tokens; -1: all", -1,
+                1 << 24);
+  flags.real(s.temperature, "--temp", "divide logits by X; 0: always the most probable token, and "
+             "what follows does not matter", "a number >= 0", [](double x) { return x >= 0; });
+  flags.integer(s.top_k, "--top-k", "keep the N most probable tokens; 0: all", 0, 1 << 24);
+  flags.real(s.top_p, "--top-p", "keep the most probable tokens that together reach probability X; "
+             "1: all", "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
+  flags.real(s.min_p, "--min-p", "keep tokens at least X times as probable as the most probable one; "
+             "0: all", "a number from 0 to 1", share);
+  flags.seed(o.seed, "--seed", "draw the same tokens again; by default a random seed, which is printed");
+}
+
+bool parse(const Args& args, Options& o) {
+  Flags flags("generate", "-m MODEL [-p TEXT | -f FILE | -] [flags]",
+              "Continues a prompt, or answers it with --chat. The text goes to standard output as it is "
+              "made, then statistics to standard error. One newline at the end of a prompt from a file "
+              "or from standard input is dropped. Ctrl-C ends the text; a second one ends the program.");
+  add_prompt_flags(flags, o);
+  add_sampling_flags(flags, o);
+  add_kv_flags(flags, o.common, "most tokens of prompt and text; by default the model's context. "
+               "Memory is taken only as tokens arrive");
+  add_run_flags(flags, o.common);
+  add_output_flags(flags, o.common);
+  flags.examples(
+      "  thaw generate -m model.gguf -p \"Once upon a time\" -n 100\n"
+      "  thaw generate -m model.gguf --chat -p \"Why is the sky blue?\" --temp 0\n"
+      "  thaw generate -m model.gguf -f story.txt --stop $'\\n\\n' --seed 7 > more.txt\n");
+  if (!flags.parse(args)) return false;
+  check_common(o.common);
+  if (o.system && !o.chat) throw UsageError("--system needs --chat");
+  if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
+  if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");
+  o.sampler.seed = o.seed ? *o.seed : std::random_device{}();
+  return true;
+}
+
+Input read_prompt(const Options& o) {
+  Input prompt = read_input(o.input, "a prompt");
+  if (!o.input.text && prompt.text.ends_with('\n')) {
+    prompt.text.pop_back();
+    if (prompt.text.ends_with('\r')) prompt.text.pop_back();
+  }
+  return prompt;
+}
+
+std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer,
+                                    const std::string& message) {
+  const ChatFormat format = recognise_chat_format(tokenizer);
+  require(format != ChatFormat::kNone, *o.common.model,
+          ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is not for this model");
+  std::vector<ChatMessage> messages;
+  const std::string system = o.system ? *o.system : default_system_message(tokenizer);
+  if (!system.empty()) messages.push_back({"system", system});
+  messages.push_back({"user", message});
+  return encode_chat(tokenizer, format, messages);
+}
+
+std::vector<TokenId> encode_prompt(const Options& o, const Tokenizer& tokenizer, const Input& prompt,
+                                   const Config& config, int context) {
+  std::vector<TokenId> ids =
+      o.chat ? encode_message(o, tokenizer, prompt.text)
+             : encode_input(tokenizer, prompt, {.add_special = true, .parse_special = o.special});
+  if (ids.empty() && tokenizer.bos() >= 0) ids = {tokenizer.bos()};
+  require(!ids.empty(), prompt.source, ": expected a prompt, found an empty one, and this model has no "
+          "begin-of-text token to start from");
+  require(ids.size() <= static_cast<std::size_t>(context), prompt.source, ": expected at most ", context,
+          " tokens (the context), found ", ids.size(),
+          context < config.context_length ? join("; -c can be up to ", config.context_length) : "");
+  return ids;
+}
+
+const char* finish_name(Finish finish) {
+  constexpr const char* kNames[] = {"end", "length", "context", "stop", "interrupted"};
+  return kNames[static_cast<int>(finish)];
+}
+
+double rate(int count, double seconds) { return seconds > 0 ? count / seconds : 0; }
+
+std::string hex(std::uint64_t value) {
+  std::ostringstream out;
+  out << std::hex << std::setw(16) << std::setfill('0') << value;
+  return std::move(out).str();
+}
+
+void print_statistics(const Options& o, const Generation& g) {
+  constexpr const char* kFinish[] = {"the model ended the text", "-n reached", "the context is full",
+                                     "--stop text", "interrupted"};
+  std::cerr << "prompt   " << count(g.prompt_tokens, "token") << " in " << fixed(g.prefill_seconds, 2) << " s, "
+            << fixed(rate(g.prompt_tokens, g.prefill_seconds), 1) << " tok/s";
+  if (!g.tokens.empty()) {
+    std::cerr << "; first token after " << fixed(g.first_token_seconds, 2) << " s";
+  }
+  std::cerr << "\noutput   " << count(std::ssize(g.tokens), "token") << " in " << fixed(g.decode_seconds, 2) << " s, "
+            << fixed(rate(g.decode_steps, g.decode_seconds), 1)
+            << " tok/s; " << kFinish[static_cast<int>(g.finish)] << "\nkv       "
+            << count(g.context_tokens, "token") << ", " << format_bytes(g.kv_bytes) << " as " << o.common.kv_type << "\nseed     "
+            << o.sampler.seed << "\n";
+  if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
+}
+
+std::string to_json(const Options& o, const Generation& g, const std::string& text) {
+  return json_line({
+      {"text", text},
+      {"finish_reason", finish_name(g.finish)},
+      {"prompt_tokens", g.prompt_tokens},
+      {"output_tokens", g.tokens.size()},
+      {"tokens", g.tokens},
+      {"seed", o.sampler.seed},
+      {"prefill_s", g.prefill_seconds},
+      {"prefill_tok_s", rate(g.prompt_tokens, g.prefill_seconds)},
+      {"first_token_s", g.first_token_seconds},
+      {"decode_s", g.decode_seconds},
+      {"decode_tok_s", rate(g.decode_steps, g.decode_seconds)},
+      {"context_tokens", g.context_tokens},
+      {"kv_bytes", g.kv_bytes},
+      {"kv_type", o.common.kv_type},
+      {"logits_fingerprint", hex(g.fingerprint)},
+  });
+}
+
+// Where generated text goes: to standard output as it comes, or into `text` for --json.
+class Sink {
+ public:
+  explicit Sink(bool keep) : keep_(keep) {}
+  void write(std::string_view piece) {
+    if (keep_) {
+      text_ += piece;
+    } else {
+      write_stdout(piece);
+    }
+    if (!piece.empty()) line_ended_ = piece.back() == '\n';
+  }
+  // A terminal gets the newline that the text lacks; a file gets exactly the text.
+  void finish() {
+    if (!keep_ && !line_ended_ && stdout_is_terminal()) write_stdout("\n");
+  }
+  const std::string& text() const { return text_; }
+
+ private:
+  bool keep_;
+  bool line_ended_ = true;
+  std::string text_;
+};
+
+Generation stream(const Options& o, const Model& model, const Tokenizer& tokenizer,
+                  const std::vector<TokenId>& prompt, int context, Sink& sink) {
+  Transformer transformer(model, o.common.threads);
+  const std::unique_ptr<KvStore> kv = make_kv_store(o.common, model.config, context);
+  Sampler sampler(o.sampler);
+  TextStream text(o.stops, [&](std::string_view piece) { sink.write(piece); });
+  Progress progress(o.common.quiet);
+
+  GenerateOptions options;
+  options.max_tokens = o.max_tokens;
+  options.n_vocab = std::min(tokenizer.vocab_size(), model.config.vocab_size);
+  options.fingerprint = o.common.verbose || o.common.json;
+  options.interrupted = &catch_interrupt();
+  if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
+  options.on_prefill = [&](int done, int total) {
+    if (done < total) progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));
+    else progress.clear();
+  };
+  options.on_token = [&](TokenId id) { return text.feed(tokenizer.decode(id)); };
+  Generation result = generate(transformer, *kv, sampler, prompt, options);
+  progress.clear();
+  text.finish();
+  sink.finish();
+  return result;
+}
+
+}  // namespace
+
+int run_generate(const Args& args) {
+  Options o;
+  if (!parse(args, o)) return 0;
+  const Model model = load_model(*o.common.model);
+  const Tokenizer tokenizer = load_tokenizer(model);
+  const int context = context_tokens(o.common, model.config);
+  const Input input = read_prompt(o);
+  const std::vector<TokenId> prompt = encode_prompt(o, tokenizer, input, model.config, context);
+  if (o.common.verbose) {
+    std::cerr << "model    " << describe(model.config) << "\nrun      cpu, " << o.common.threads
+              << " threads, context " << context << ", kv " << o.common.kv_type << "\n";
+  }
+  Sink sink(o.common.json);
+  if (o.echo) sink.write(input.text);
+  const Generation result = stream(o, model, tokenizer, prompt, context, sink);
+  if (o.common.json) write_stdout(to_json(o, result, sink.text()));
+  if (!o.common.quiet) print_statistics(o, result);
+  return result.finish == Finish::kInterrupted ? kInterruptedExit : 0;
+}
+
+}  // namespace thaw
