@@ -8,6 +8,7 @@
 
 namespace thaw {
 
+using f32x4 = float __attribute__((vector_size(16)));
 using f32x8 = float __attribute__((vector_size(32)));
 inline constexpr int kTileCols = 16;  // columns of a tile: two vectors of f32x8
 inline constexpr int kTileRows =
@@ -17,6 +18,21 @@ inline f32x8 load8(const float* p) {
   f32x8 v;
   std::memcpy(&v, p, sizeof v);
   return v;
+}
+// Keeps a loaded vector in a register: compilers would rather read it again at every use.
+template <class Vector>
+inline void keep(Vector& v) {
+#ifdef __AVX__
+  asm("" : "+x"(v));
+#else
+  (void)v;
+#endif
+}
+inline f32x4 load2(const float* p) {  // then two zeros
+  std::int64_t bits;
+  std::memcpy(&bits, p, sizeof bits);
+  const std::int64_t __attribute__((vector_size(16))) both = {bits, 0};
+  return reinterpret_cast<f32x4>(both);
 }
 inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 inline float sum8(f32x8 v) {  // in a fixed order
@@ -29,7 +45,8 @@ void tile_multiply_rows(float* out, std::int64_t out_stride, const float* x, std
                         const float* tile, std::int64_t tile_stride, std::int64_t n) {
   f32x8 sum[kRows][2] = {};
   for (std::int64_t i = 0; i < n; ++i) {
-    const f32x8 left = load8(tile + i * tile_stride), right = load8(tile + i * tile_stride + 8);
+    f32x8 left = load8(tile + i * tile_stride), right = load8(tile + i * tile_stride + 8);
+    keep(left), keep(right);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const float factor = x[r * x_stride + i];

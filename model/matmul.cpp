@@ -1,6 +1,7 @@
 #include "model/matmul.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstring>
 
@@ -17,28 +18,24 @@ constexpr int kDotRows = 3;  // up to so many activation rows, dot products are 
 constexpr int kCodeTileRows = 4;       // activation rows of an integer tile: 8 sums in registers
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
-// Codes of one block: round(x / scale), |code| <= 32767.
-void encode_block(std::int16_t* codes, float& scale, float& sum, const float* x) {
+// Codes of one block, round(x / scale) with |code| <= 32767, in code_position() order; its two
+// scales.
+void encode_block(std::int16_t* codes, float* scales, const float* x) {
   float peak = 0;
+#pragma omp simd reduction(max : peak)
   for (int i = 0; i < kBlock; ++i) peak = std::max(peak, std::fabs(x[i]));
-  scale = peak / 32767.0f;
   const float inverse = peak > 0 ? 32767.0f / peak : 0.0f;
   std::int32_t total = 0;
-  for (int i = 0; i < kBlock; ++i) {
-    // Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low bits.
-    const float shifted = x[i] * inverse + 12582912.0f;
-    std::int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    codes[i] = static_cast<std::int16_t>(bits);
-    total += codes[i];
+#pragma omp simd reduction(+ : total)
+  for (int i = 0; i < kBlock / 2; ++i) {
+    // Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low 16 bits.
+    const float even = x[2 * i] * inverse + 12582912.0f, odd = x[2 * i + 1] * inverse + 12582912.0f;
+    codes[i] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(even));
+    codes[i + 16] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(odd));
+    total += codes[i] + codes[i + 16];
   }
-  sum = scale * static_cast<float>(total);
-}
-
-std::uint16_t load_u16(const std::byte* p) {
-  std::uint16_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return bits;
+  scales[0] = peak / 32767.0f;
+  scales[1] = scales[0] * static_cast<float>(total);
 }
 
 // ---- dot products: one weight row as stored, one row of activations ----
@@ -60,39 +57,60 @@ float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n)
   return total;
 }
 
-template <DType kType>
-float dot_blocks(const Activations& x, std::int64_t t, const std::byte* w) {
+// out[r] = row r of w . row t of x, for kRows rows that are `stride` bytes apart.
+template <DType kType, int kRows>
+void dot_blocks(float* out, const Activations& x, std::int64_t t, const std::byte* w,
+                std::int64_t stride) {
+  constexpr std::int64_t kAhead = 2048;  // bytes; the hardware's prefetcher stops at every page
+  constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
   const std::int64_t n_blocks = x.cols() / kBlock;
-  const int block_bytes = dtype_info(kType).block_bytes;
   const std::int16_t* codes = x.codes(t);
-  const float *scale = x.scale(t), *sum = x.sum(t);
-  f32x8 total = {};
-  float offset = 0;
-  for (std::int64_t b = 0; b < n_blocks; ++b, codes += kBlock, w += block_bytes) {
-    const float d = f16_to_f32(load_u16(w));
-    if constexpr (kType == DType::kQ8_0) {
-      total += d * scale[b] * to_float(dot_bytes(codes, w + 2));
-    } else if constexpr (kType == DType::kQ4_0) {
-      total += d * scale[b] * to_float(dot_nibbles(codes, w + 2));
-      offset -= 8 * d * sum[b];
-    } else {
-      total += d * scale[b] * to_float(dot_nibbles(codes, w + 4));
-      offset += f16_to_f32(load_u16(w + 2)) * sum[b];
+  const float* scales = x.scales(t);
+  f32x8 total[kRows] = {};
+  f32x4 offset[kRows] = {};  // element 1 is used
+  for (std::int64_t b = 0; b < n_blocks; ++b, codes += kBlock, scales += 2) {
+    const f32x4 factors = load2(scales);
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) {
+      const std::byte* block = w + r * stride;
+      __builtin_prefetch(block + kAhead);
+      const f32x4 header = load_halves(block);  // d, and m where the format has it
+      const f32x4 scaled = (kType == DType::kQ4_1 ? header : f32x4{} + header[0]) * factors;
+      const BlockCodes unpacked =
+          kType == DType::kQ8_0 ? unpack_bytes(block + kHeader) : unpack_nibbles(block + kHeader);
+      total[r] += scaled[0] * to_float(dot_block(codes, unpacked));
+      if (kType != DType::kQ8_0) offset[r] += scaled;
     }
+    w += dtype_info(kType).block_bytes;
   }
-  return sum8(total) + offset;
+  constexpr float kOffset = kType == DType::kQ4_0 ? -8 : 1;
+  for (int r = 0; r < kRows; ++r) out[r] = sum8(total[r]) + kOffset * offset[r][1];
 }
 
-float dot(const Activations& x, std::int64_t t, const Tensor& w, std::int64_t r) {
+template <DType kType>
+void dot_rows(float* out, const Activations& x, std::int64_t t, const Tensor& w,
+              std::int64_t first_row, std::int64_t n_rows) {
+  constexpr int kRows = 4;  // independent sums, to hide the latency of an addition
+  const std::int64_t stride = row_bytes(kType, w.cols);
+  std::int64_t r = 0;
+  for (; r + kRows <= n_rows; r += kRows)
+    dot_blocks<kType, kRows>(out + r, x, t, w.row(first_row + r), stride);
+  for (; r < n_rows; ++r) dot_blocks<kType, 1>(out + r, x, t, w.row(first_row + r), stride);
+}
+
+// out[r] = row first_row + r of w . row t of x
+void dot_rows(float* out, const Activations& x, std::int64_t t, const Tensor& w,
+              std::int64_t first_row, std::int64_t n_rows) {
   switch (w.type) {
     case DType::kQ8_0:
-      return dot_blocks<DType::kQ8_0>(x, t, w.row(r));
+      return dot_rows<DType::kQ8_0>(out, x, t, w, first_row, n_rows);
     case DType::kQ4_0:
-      return dot_blocks<DType::kQ4_0>(x, t, w.row(r));
+      return dot_rows<DType::kQ4_0>(out, x, t, w, first_row, n_rows);
     case DType::kQ4_1:
-      return dot_blocks<DType::kQ4_1>(x, t, w.row(r));
+      return dot_rows<DType::kQ4_1>(out, x, t, w, first_row, n_rows);
     default:
-      return dot_floats(x.row(t), w.row(r), w.type, w.cols);
+      for (std::int64_t r = 0; r < n_rows; ++r)
+        out[r] = dot_floats(x.row(t), w.row(first_row + r), w.type, w.cols);
   }
 }
 
@@ -123,45 +141,36 @@ void unpack_floats(Tile& tile, const Tensor& w, std::int64_t first_row, std::int
 }
 
 // One block of one weight row: its 32 codes as 16 pairs, its scale, its offset.
-void unpack_block(std::int32_t* pairs, float& d, float& offset, const std::byte* block,
+void unpack_block(std::int16_t* codes, float& d, float& offset, const std::byte* block,
                   DType type) {
-  d = f16_to_f32(load_u16(block));
-  std::int16_t codes[kBlock];
-  if (type == DType::kQ8_0) {
-    offset = 0;
-    for (int i = 0; i < kBlock; ++i) codes[i] = static_cast<std::int8_t>(block[2 + i]);
-  } else {
-    offset = type == DType::kQ4_1 ? f16_to_f32(load_u16(block + 2)) : -8 * d;
-    const std::byte* nibbles = block + (type == DType::kQ4_1 ? 4 : 2);
-    for (int i = 0; i < 16; ++i) {
-      const int byte = std::to_integer<int>(nibbles[i]);
-      codes[i] = static_cast<std::int16_t>(byte & 15);
-      codes[i + 16] = static_cast<std::int16_t>(byte >> 4);
-    }
-  }
-  std::memcpy(pairs, codes, sizeof codes);
+  const f32x4 header = load_halves(block);
+  d = header[0];
+  offset = type == DType::kQ4_1 ? header[1] : type == DType::kQ4_0 ? -8 * d : 0;
+  const BlockCodes unpacked = type == DType::kQ8_0
+                                  ? unpack_bytes(block + 2)
+                                  : unpack_nibbles(block + (type == DType::kQ4_1 ? 4 : 2));
+  std::memcpy(codes, &unpacked, sizeof unpacked);
 }
 
 void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
                   std::int64_t n) {
-  alignas(32) std::int32_t pairs[8][kBlock / 2];  // a pair of codes travels as one 32-bit element
+  alignas(32) float pairs[8][kBlock / 2];  // a pair of codes travels as one 32-bit element
+  const std::int64_t stride = row_bytes(w.type, w.cols);
+  const int block_bytes = dtype_info(w.type).block_bytes;
   for (std::int64_t b = 0; b < n / kBlock; ++b) {
-    for (int half = 0; half < kTileCols; half += 8) {
-      for (int r = 0; r < 8; ++r) {
-        const std::int64_t row = first_row + half + r;
-        float &d = tile.d[b][half + r], &offset = tile.offset[b][half + r];
-        if (row < w.rows) {
-          unpack_block(pairs[r], d, offset, w.row(row) + row_bytes(w.type, first_col + b * kBlock),
-                       w.type);
-        } else {
-          std::fill(pairs[r], pairs[r] + kBlock / 2, 0);
-          d = offset = 0;
-        }
+    const std::byte* block = w.row(first_row) + (first_col / kBlock + b) * block_bytes;
+    for (int r = 0; r < kTileCols; ++r, block += stride) {
+      std::int16_t* codes = reinterpret_cast<std::int16_t*>(pairs[r % 8]);
+      if (first_row + r < w.rows) {
+        unpack_block(codes, tile.d[b][r], tile.offset[b][r], block, w.type);
+      } else {
+        std::fill(codes, codes + kBlock, std::int16_t{0});
+        tile.d[b][r] = tile.offset[b][r] = 0;
       }
-      float* to = reinterpret_cast<float*>(tile.pairs) + b * (kBlock / 2) * kTileCols + half;
+      if (r % 8 < 7) continue;
+      float* to = reinterpret_cast<float*>(tile.pairs) + b * (kBlock / 2) * kTileCols + r - 7;
       for (int i = 0; i < kBlock / 2; i += 8)
-        transpose_8x8(to + i * kTileCols, kTileCols, reinterpret_cast<float*>(pairs[0]) + i,
-                      kBlock / 2);
+        transpose_8x8(to + i * kTileCols, kTileCols, pairs[0] + i, kBlock / 2);
     }
   }
 }
@@ -174,24 +183,24 @@ void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile
     i32x8 sum[kRows][2] = {};
     const std::int16_t* pairs = tile.pairs + b * kBlock * kTileCols;
     for (int i = 0; i < kBlock; i += 2) {
-      i32x8 left, right;
+      i16x16 left, right;
       std::memcpy(&left, pairs + i * kTileCols, sizeof left);
-      std::memcpy(&right, pairs + i * kTileCols + kTileCols, sizeof right);
+      std::memcpy(&right, pairs + (i + 1) * kTileCols, sizeof right);
+      keep(left), keep(right);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const std::int16_t* codes = x.codes(t + r) + first_col + b * kBlock + i;
-        sum[r][0] = add_pairs(sum[r][0], codes, left);
-        sum[r][1] = add_pairs(sum[r][1], codes, right);
+        const i16x16 pair = broadcast_pair(x.codes(t + r) + first_col + b * kBlock + i);
+        sum[r][0] += multiply_pairs(pair, left);
+        sum[r][1] += multiply_pairs(pair, right);
       }
     }
-    const std::int64_t block = first_col / kBlock + b;
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      const float scale = x.scale(t + r)[block], code_sum = x.sum(t + r)[block];
+      const float* scales = x.scales(t + r) + (first_col / kBlock + b) * 2;
       for (int half = 0; half < 2; ++half) {
         float* to = out + r * kTileCols + 8 * half;
         const f32x8 d = load8(tile.d[b] + 8 * half), offset = load8(tile.offset[b] + 8 * half);
-        store8(to, load8(to) + to_float(sum[r][half]) * (d * scale) + offset * code_sum);
+        store8(to, load8(to) + to_float(sum[r][half]) * (d * scales[0]) + offset * scales[1]);
       }
     }
   }
@@ -242,13 +251,12 @@ void multiply_tile(const Product& p, const Activations& x, std::int64_t first_ro
 }
 
 void multiply_dots(const Product& p, const Activations& x, std::int64_t first_row) {
-  const std::int64_t end = std::min(first_row + kDotTask, p.w->rows);
-  for (std::int64_t r = first_row; r < end; ++r) {
-    for (std::int64_t t = 0; t < x.rows(); ++t) {
-      float& out = p.out[t * p.out_stride + r];
-      const float y = dot(x, t, *p.w, r);
-      out = p.accumulate ? out + y : y;
-    }
+  const std::int64_t n_rows = std::min(kDotTask, p.w->rows - first_row);
+  float y[kDotTask];
+  for (std::int64_t t = 0; t < x.rows(); ++t) {
+    dot_rows(y, x, t, *p.w, first_row, n_rows);
+    float* out = p.out + t * p.out_stride + first_row;
+    for (std::int64_t r = 0; r < n_rows; ++r) out[r] = p.accumulate ? out[r] + y[r] : y[r];
   }
 }
 
@@ -263,10 +271,10 @@ void Activations::assign(const float* x, std::int64_t rows, std::int64_t cols, b
   const auto grow = [](auto& v, std::int64_t n) {
     if (static_cast<std::int64_t>(v.size()) < n) v.resize(static_cast<std::size_t>(n));
   };
-  grow(codes_, rows * cols), grow(scale_, rows * n_blocks), grow(sum_, rows * n_blocks);
+  grow(codes_, rows * cols), grow(scales_, 2 * rows * n_blocks);
 #pragma omp parallel for num_threads(n_threads) if (rows >= 8)
   for (std::int64_t i = 0; i < rows * n_blocks; ++i)
-    encode_block(codes_.data() + i * kBlock, scale_[i], sum_[i], x + i * kBlock);
+    encode_block(codes_.data() + i * kBlock, scales_.data() + 2 * i, x + i * kBlock);
 }
 
 void matmul(std::span<const Product> products, const Activations& x, int n_threads) {

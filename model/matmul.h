@@ -28,17 +28,16 @@ class Activations {
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
   const float* row(std::int64_t t) const { return x_ + t * cols_; }
-  // x[t][i] ~ scale(t)[i / 32] * codes(t)[i]
+  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)]; scales(t)[2 b + 1] is the scale
+  // times the sum of the block's codes: what a format's offset is multiplied with.
   const std::int16_t* codes(std::int64_t t) const { return codes_.data() + t * cols_; }
-  const float* scale(std::int64_t t) const { return scale_.data() + t * (cols_ / 32); }
-  // scale times the sum of the block's codes: what a block's offset is multiplied with
-  const float* sum(std::int64_t t) const { return sum_.data() + t * (cols_ / 32); }
+  const float* scales(std::int64_t t) const { return scales_.data() + t * (cols_ / 16); }
 
  private:
   const float* x_ = nullptr;
   std::int64_t rows_ = 0, cols_ = 0;
   std::vector<std::int16_t> codes_;
-  std::vector<float> scale_, sum_;
+  std::vector<float> scales_;
 };
 
 // out[t * out_stride + r] (+)= row r of w . row t of the activations, for all r and t.

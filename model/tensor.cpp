@@ -6,18 +6,6 @@
 
 namespace thaw {
 
-const DTypeInfo& dtype_info(DType type) {
-  static constexpr DTypeInfo kInfo[] = {
-      {"F32", 1, 4}, {"F16", 1, 2}, {"BF16", 1, 2}, {"Q8_0", 32, 34}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20},
-  };
-  return kInfo[static_cast<int>(type)];
-}
-
-std::int64_t row_bytes(DType type, std::int64_t cols) {
-  const DTypeInfo& info = dtype_info(type);
-  return cols / info.block * info.block_bytes;
-}
-
 namespace {
 
 std::uint16_t load_u16(const std::byte* p) {
@@ -60,10 +48,10 @@ void dequantize(float* out, const std::byte* in, DType type, std::int64_t n) {
       std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
       return;
     case DType::kF16:
-      for (std::int64_t i = 0; i < n; ++i) out[i] = f16_to_f32(load_u16(in + 2 * i));
+      widen_f16(out, reinterpret_cast<const std::uint16_t*>(in), n);
       return;
     case DType::kBF16:
-      for (std::int64_t i = 0; i < n; ++i) out[i] = bf16_to_f32(load_u16(in + 2 * i));
+      widen_bf16(out, reinterpret_cast<const std::uint16_t*>(in), n);
       return;
     default: {
       const DTypeInfo& info = dtype_info(type);

@@ -23,10 +23,16 @@ struct DTypeInfo {
   int block;              // elements in a block; a row is a whole number of blocks
   int block_bytes;        // bytes of a block
 };
-const DTypeInfo& dtype_info(DType type);
+inline constexpr DTypeInfo kDTypes[] = {
+    {"F32", 1, 4},    {"F16", 1, 2},    {"BF16", 1, 2},
+    {"Q8_0", 32, 34}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20},
+};
+constexpr const DTypeInfo& dtype_info(DType type) { return kDTypes[static_cast<int>(type)]; }
 
 // Bytes of a row of `cols` elements. cols must be a multiple of the block.
-std::int64_t row_bytes(DType type, std::int64_t cols);
+constexpr std::int64_t row_bytes(DType type, std::int64_t cols) {
+  return cols / dtype_info(type).block * dtype_info(type).block_bytes;
+}
 
 // A view of rows x cols elements, row-major, rows contiguous. Vectors have rows = 1.
 // Does not own `data`: the mapped file behind the Model does.
