@@ -10,7 +10,7 @@ OPENMP ?= -fopenmp
 
 FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048
 
-WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Werror
+WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wno-psabi -Werror
 SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
 COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) $(OPENMP) -g1 -I. $(WARN) $(SAN_FLAGS) \
   $(CPPFLAGS) $(CXXFLAGS)

@@ -1,7 +1,8 @@
 // Whole tiny models against the definition, and what must hold between two ways to run one.
 //
-// Tolerance on logits, NMSE: two layers of f32 ops, each within 1e-12, and angles within 5e-11:
-// 1e-9. Block formats: 4.9e-10 an op (test_ops.cpp), fifteen ops deep: 1e-8.
+// Tolerance on logits, NMSE: two layers of f32 ops, each within 1e-12, and angles within 5e-11: 1e-9.
+// Block formats: 15 products of 4.9e-10 each (test_ops.cpp) make 7e-9, and scores of standard
+// deviation 4 amplify what reaches the softmax: 3e-8.
 #include <doctest/doctest.h>
 
 #include <set>
@@ -61,7 +62,7 @@ TEST_CASE("forward: every format, as one prefill, in uneven batches, and token b
     for (std::size_t step : {37, 5, 1}) {
       CAPTURE(step);
       CHECK(testing::nmse(run(tiny.model, tokens, step), expected) <=
-            (needs_codes(type) ? 1e-8 : 1e-9));
+            (needs_codes(type) ? 3e-8 : 1e-9));
     }
   }
 }
