@@ -13,12 +13,6 @@ using namespace thaw::testing;
 
 namespace {
 
-// A copy of exactly these bytes, so that AddressSanitizer sees a read past the end.
-std::vector<std::byte> exact(const std::string& bytes) {
-  const auto* data = reinterpret_cast<const std::byte*>(bytes.data());
-  return {data, data + bytes.size()};
-}
-
 // A file with three tensors and a few keys, without a tokenizer: short, so that sweeps are quick.
 GgufWriter small() {
   GgufWriter w;

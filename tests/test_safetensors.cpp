@@ -10,11 +10,6 @@ using namespace thaw::testing;
 
 namespace {
 
-std::vector<std::byte> exact(const std::string& bytes) {
-  const auto* data = reinterpret_cast<const std::byte*>(bytes.data());
-  return {data, data + bytes.size()};
-}
-
 SafetensorsWriter small() {
   SafetensorsWriter w;
   w.tensors.push_back({"matrix", "F16", {3, 4}, std::string(24, '\1')});
