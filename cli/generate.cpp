@@ -206,7 +206,8 @@ class Sink {
 };
 
 Generation stream(const Options& o, const Model& model, const Tokenizer& tokenizer,
-                  const std::vector<TokenId>& prompt, int context, Sink& sink) {
+                  const std::vector<TokenId>& prompt, int context,
+                  const std::atomic<bool>& interrupted, Sink& sink) {
   Transformer transformer(model, o.common.threads);
   const std::unique_ptr<KvStore> kv = make_kv_store(o.common, model.config, context);
   Sampler sampler(o.sampler);
@@ -217,7 +218,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.max_tokens = o.max_tokens;
   options.n_vocab = std::min(tokenizer.vocab_size(), model.config.vocab_size);
   options.fingerprint = o.common.verbose || o.common.json;
-  options.interrupted = &catch_interrupt();
+  options.interrupted = &interrupted;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
   options.on_prefill = [&](int done, int total) {
     if (done < total) progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));
@@ -245,9 +246,10 @@ int run_generate(const Args& args) {
     std::cerr << "model    " << describe(model.config) << "\nrun      cpu, " << o.common.threads
               << " threads, context " << context << ", kv " << o.common.kv_type << "\n";
   }
+  const std::atomic<bool>& interrupted = catch_interrupt();
   Sink sink(o.common.json);
   if (o.echo) sink.write(input.text);
-  const Generation result = stream(o, model, tokenizer, prompt, context, sink);
+  const Generation result = stream(o, model, tokenizer, prompt, context, interrupted, sink);
   if (o.common.json) write_stdout(to_json(o, result, sink.text()));
   if (!o.common.quiet) print_statistics(o, result);
   return result.finish == Finish::kInterrupted ? kInterruptedExit : 0;

@@ -222,7 +222,7 @@ int run_inspect(const Args& args) {
   if (o.common.json) text = json_line(document);
   write_stdout(text);
   require(faults == 0, model.path.string(), ": weights: expected finite numbers, found NaN or infinity in ",
-          faults, " tensors");
+          count(static_cast<std::int64_t>(faults), "tensor"));
   return 0;
 }
 

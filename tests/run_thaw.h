@@ -1,0 +1,25 @@
+// Runs the thaw binary as a shell would.
+#pragma once
+
+#include <string>
+#include <vector>
+
+namespace thaw::testing {
+
+struct RunResult {
+  int exit_code = -1;  // 128 + signal when a signal ended it
+  std::string out;
+  std::string err;
+};
+
+struct RunOptions {
+  std::string input = "";    // its standard input, then end of file; at most 64 KiB
+  int interrupt_after = -1;  // SIGINT once there are more bytes than this on standard output
+  std::string stdout_path = "";  // "": captured; "closed": not open; else this file
+};
+
+// $THAW_BIN, or `thaw` beside the test binary.
+std::string thaw_binary();
+RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& options = {});
+
+}  // namespace thaw::testing
