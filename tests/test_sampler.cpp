@@ -223,6 +223,16 @@ TEST_CASE("sampler: draws follow the stated formula") {
   for (int i = 0; i < 1000; ++i) CHECK(sampler.sample(logits) == static_cast<int>(engine() >> 62));
 }
 
+TEST_CASE("sampler: what top-k keeps is drawn from in the order of distribution()") {
+  SamplerOptions o = plain();
+  o.seed = 42, o.top_k = 4;
+  Sampler sampler(o);
+  std::mt19937_64 engine(42);
+  const std::vector<float> logits = {1, 3, 0, 3, 3, 2, 3};
+  const Tokens order = {1, 3, 4, 6};
+  for (int i = 0; i < 100; ++i) CHECK(sampler.sample(logits) == order[engine() >> 62]);
+}
+
 TEST_CASE("sampler: frequencies match probabilities") {
   SamplerOptions o = plain();
   o.seed = 1;
