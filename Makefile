@@ -35,7 +35,7 @@ TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
 MODEL := weights/SmolLM2-135M-Instruct.Q4_1.gguf
-PROMPT := Why does ice float on water? Answer in three sentences.
+PROMPT := What is a glacier? Answer in three sentences.
 
 ## all         build/thaw, for this machine (the default; ARCH=x86-64-v3 for another)
 all: $(BUILD)/thaw
@@ -44,7 +44,8 @@ all: $(BUILD)/thaw
 demo:
 	@tools/setup.sh build weights
 	@$(MAKE) $(BUILD)/thaw
-	$(BUILD)/thaw generate -m $(MODEL) --chat -p "$(PROMPT)" -n 120 --temp 0.7 --seed 1
+	$(BUILD)/thaw generate -m $(MODEL) --chat -p "$(PROMPT)" --temp 0.6 --repeat-penalty 1.1 \
+	  --seed 1
 
 ## test        install what is missing, build, run every test
 test:

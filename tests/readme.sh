@@ -19,7 +19,7 @@ awk -v dir="$work" '
 passed=0 failed=0
 for block in "$work"/*.sh; do
   head -n 1 "$block" | grep -qE '^(make|git|tools/)' && continue
-  sed -i "s#build/thaw#$thaw#g; s#/tmp/#$work/#g" "$block"
+  sed -i "s#/tmp/#$work/#g; s#build/thaw#$thaw#g" "$block"
   expected=${block%.sh}.output
   if ! bash -euo pipefail "$block" >"$work/stdout" 2>"$work/stderr"; then
     reason=$(tail -n 3 "$work/stderr")

@@ -38,7 +38,6 @@ want_build() {
   want g++ command -v "${CXX:-g++}"
   want libpcre2-dev has_header pcre2.h
   want nlohmann-json3-dev has_header nlohmann/json.hpp
-  want libcli11-dev has_header CLI/CLI.hpp
 }
 
 want_test() { want doctest-dev has_header doctest/doctest.h; }
