@@ -17,7 +17,8 @@ constexpr const char* kVersion = "0.1.0";
 std::string help() {
   std::string out =
       "Usage: thaw COMMAND [flags]\n\n"
-      "Runs LLaMA-architecture models from .gguf files and Hugging Face directories.\n\nCommands:\n";
+      "Runs LLaMA-architecture models from .gguf files and Hugging Face "
+      "directories.\n\nCommands:\n";
   for (const Command& command : kCommands) {
     const std::string name = command.name;
     out += "  " + name + std::string(12 - name.size(), ' ') + command.summary + "\n";
@@ -56,7 +57,8 @@ const Command& find_command(const std::string& name) {
 int run(const Args& args) {
   const std::string first = args.empty() ? "" : args[0];
   if (args.empty()) return std::cerr << help(), 2;
-  if (first == "--version" || first == "-V" || first == "version") return write_stdout(version()), 0;
+  if (first == "--version" || first == "-V" || first == "version")
+    return write_stdout(version()), 0;
   if (first == "--help" || first == "-h" || (first == "help" && args.size() == 1)) {
     return write_stdout(help()), 0;
   }
@@ -67,7 +69,8 @@ int run(const Args& args) {
 // "see 'thaw generate --help'", for the command that was meant if there is one.
 std::string hint(const Args& args) {
   for (const Command& command : kCommands) {
-    if (!args.empty() && args[0] == command.name) return join("see 'thaw ", command.name, " --help'");
+    if (!args.empty() && args[0] == command.name)
+      return join("see 'thaw ", command.name, " --help'");
   }
   return "see 'thaw help'";
 }

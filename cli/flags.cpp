@@ -20,7 +20,8 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
   for (std::size_t i = 1; i <= a.size(); ++i) {
     d[i][0] = i;
     for (std::size_t j = 1; j <= b.size(); ++j) {
-      d[i][j] = std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
+      d[i][j] =
+          std::min({d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1])});
       if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1]) {
         d[i][j] = std::min(d[i][j], d[i - 2][j - 2] + 1);
       }
@@ -88,23 +89,27 @@ Flags::Flag& Flags::add(std::string names, std::string placeholder, std::string 
 }
 
 void Flags::toggle(bool& value, std::string names, std::string help) {
-  add(std::move(names), "", std::move(help)).set = [&value](std::string_view) { return value = true; };
+  add(std::move(names), "", std::move(help)).set = [&value](std::string_view) {
+    return value = true;
+  };
 }
 
 void Flags::text(std::optional<std::string>& value, std::string names, std::string placeholder,
                  std::string help) {
-  add(std::move(names), std::move(placeholder), std::move(help)).set = [&value](std::string_view s) {
-    value = std::string(s);
-    return true;
-  };
+  add(std::move(names), std::move(placeholder), std::move(help)).set =
+      [&value](std::string_view s) {
+        value = std::string(s);
+        return true;
+      };
 }
 
 void Flags::texts(std::vector<std::string>& value, std::string names, std::string placeholder,
                   std::string help) {
-  add(std::move(names), std::move(placeholder), std::move(help)).set = [&value](std::string_view s) {
-    value.emplace_back(s);
-    return true;
-  };
+  add(std::move(names), std::move(placeholder), std::move(help)).set =
+      [&value](std::string_view s) {
+        value.emplace_back(s);
+        return true;
+      };
 }
 
 void Flags::choice(std::string& value, std::string names, std::vector<std::string> choices,
@@ -122,7 +127,9 @@ void Flags::choice(std::string& value, std::string names, std::vector<std::strin
 void Flags::seed(std::optional<std::uint64_t>& value, std::string names, std::string help) {
   Flag& flag = add(std::move(names), "N", std::move(help));
   flag.expected = "a whole number from 0 to 18446744073709551615";
-  flag.set = [&value](std::string_view s) { return (value = parse_number<std::uint64_t>(s)).has_value(); };
+  flag.set = [&value](std::string_view s) {
+    return (value = parse_number<std::uint64_t>(s)).has_value();
+  };
 }
 
 void Flags::real(float& value, std::string names, std::string help, std::string expected,
@@ -156,8 +163,8 @@ bool Flags::parse(const std::vector<std::string>& args) {
       continue;
     }
     if (arg.size() < 2 || arg[0] != '-') {
-      throw UsageError(join("unexpected argument \"", printable(arg), "\"; usage: thaw ", command_, " ",
-                            usage_));
+      throw UsageError(join("unexpected argument \"", printable(arg), "\"; usage: thaw ", command_,
+                            " ", usage_));
     }
     // --name, --name=value, -n, -nvalue; and -name, which is a slip for --name.
     const bool is_long = arg[1] == '-';
@@ -178,8 +185,8 @@ bool Flags::parse(const std::vector<std::string>& args) {
       throw UsageError(join(arg, " needs a value: ", flag.placeholder));
     }
     if (!flag.set(value)) {
-      throw UsageError(join(flag.long_name, ": expected ", flag.expected, ", found \"",
-                            printable(value), "\""));
+      throw UsageError(
+          join(flag.long_name, ": expected ", flag.expected, ", found \"", printable(value), "\""));
     }
     if (help_wanted_) {
       write_stdout(help());

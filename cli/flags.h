@@ -1,5 +1,5 @@
-// The flags of one command, declared once: they parse the command line, check every value, and print
-// the help page.
+// The flags of one command, declared once: they parse the command line, check every value, and
+// print the help page.
 #pragma once
 
 #include <charconv>
@@ -65,7 +65,7 @@ class Flags {
     std::string section, short_name, long_name;
     std::string placeholder;  // empty: takes no value
     std::string help;
-    std::string expected;     // what a value must be; for messages
+    std::string expected;                       // what a value must be; for messages
     std::function<bool(std::string_view)> set;  // false: not that
   };
   Flag& add(std::string names, std::string placeholder, std::string help);

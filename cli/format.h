@@ -3,11 +3,10 @@
 
 #include <cstdint>
 #include <iomanip>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <utility>
-
-#include <nlohmann/json.hpp>
 
 namespace thaw {
 

@@ -44,8 +44,8 @@ void add_prompt_flags(Flags& flags, Options& o) {
   flags.toggle(o.echo, "--echo", "print the prompt before its completion");
 
   flags.section("Where it ends");
-  flags.integer(o.max_tokens, "-n, --max-tokens", "most tokens to make; -1: until the context is full", -1,
-                1 << 24);
+  flags.integer(o.max_tokens, "-n, --max-tokens",
+                "most tokens to make; -1: until the context is full", -1, 1 << 24);
   flags.texts(o.stops, "--stop", "TEXT", "end before TEXT, which is not printed; may be repeated");
   flags.toggle(o.ignore_eos, "--ignore-eos", "go on past the model's end-of-text tokens");
 }
@@ -55,32 +55,43 @@ void add_sampling_flags(Flags& flags, Options& o) {
   const auto any = [](double) { return true; };
   const auto share = [](double x) { return x >= 0 && x <= 1; };
   flags.section("Sampling, in this order");
-  flags.real(s.repeat_penalty, "--repeat-penalty", "seen tokens: divide logits above 0 by X, multiply "
-             "those below; 1: off", "a number above 0", [](double x) { return x > 0; });
+  flags.real(s.repeat_penalty, "--repeat-penalty",
+             "seen tokens: divide logits above 0 by X, multiply "
+             "those below; 1: off",
+             "a number above 0", [](double x) { return x > 0; });
   flags.real(s.presence_penalty, "--presence-penalty", "subtract X from the logit of a seen token",
              "a number", any);
   flags.real(s.frequency_penalty, "--frequency-penalty", "subtract X for each time it was seen",
              "a number", any);
   flags.integer(s.penalty_window, "--penalty-window", "seen: among the last N tokens; -1: all", -1,
                 1 << 24);
-  flags.real(s.temperature, "--temp", "divide logits by X; 0: always the most probable token, and "
-             "what follows does not matter", "a number >= 0", [](double x) { return x >= 0; });
+  flags.real(s.temperature, "--temp",
+             "divide logits by X; 0: always the most probable token, and "
+             "what follows does not matter",
+             "a number >= 0", [](double x) { return x >= 0; });
   flags.integer(s.top_k, "--top-k", "keep the N most probable tokens; 0: all", 0, 1 << 24);
-  flags.real(s.top_p, "--top-p", "keep the most probable tokens that together reach probability X; "
-             "1: all", "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
-  flags.real(s.min_p, "--min-p", "keep tokens at least X times as probable as the most probable one; "
-             "0: all", "a number from 0 to 1", share);
-  flags.seed(o.seed, "--seed", "draw the same tokens again; by default a random seed, which is printed");
+  flags.real(s.top_p, "--top-p",
+             "keep the most probable tokens that together reach probability X; "
+             "1: all",
+             "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
+  flags.real(s.min_p, "--min-p",
+             "keep tokens at least X times as probable as the most probable one; "
+             "0: all",
+             "a number from 0 to 1", share);
+  flags.seed(o.seed, "--seed",
+             "draw the same tokens again; by default a random seed, which is printed");
 }
 
 bool parse(const Args& args, Options& o) {
-  Flags flags("generate", "-m MODEL [-p TEXT | -f FILE | -] [flags]",
-              "Continues a prompt, or answers it with --chat. The text goes to standard output as it is "
-              "made, then statistics to standard error. One newline at the end of a prompt from a file "
-              "or from standard input is dropped. Ctrl-C ends the text; a second one ends the program.");
+  Flags flags(
+      "generate", "-m MODEL [-p TEXT | -f FILE | -] [flags]",
+      "Continues a prompt, or answers it with --chat. The text goes to standard output as it is "
+      "made, then statistics to standard error. One newline at the end of a prompt from a file "
+      "or from standard input is dropped. Ctrl-C ends the text; a second one ends the program.");
   add_prompt_flags(flags, o);
   add_sampling_flags(flags, o);
-  add_kv_flags(flags, o.common, "most tokens of prompt and text; by default the model's context. "
+  add_kv_flags(flags, o.common,
+               "most tokens of prompt and text; by default the model's context. "
                "Memory is taken only as tokens arrive");
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
@@ -109,8 +120,9 @@ Input read_prompt(const Options& o) {
 std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer,
                                     const std::string& message) {
   const ChatFormat format = recognise_chat_format(tokenizer);
-  require(format != ChatFormat::kNone, *o.common.model,
-          ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is not for this model");
+  require(
+      format != ChatFormat::kNone, *o.common.model,
+      ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is not for this model");
   std::vector<ChatMessage> messages;
   const std::string system = o.system ? *o.system : default_system_message(tokenizer);
   if (!system.empty()) messages.push_back({"system", system});
@@ -118,16 +130,17 @@ std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer
   return encode_chat(tokenizer, format, messages);
 }
 
-std::vector<TokenId> encode_prompt(const Options& o, const Tokenizer& tokenizer, const Input& prompt,
-                                   const Config& config, int context) {
+std::vector<TokenId> encode_prompt(const Options& o, const Tokenizer& tokenizer,
+                                   const Input& prompt, const Config& config, int context) {
   std::vector<TokenId> ids =
       o.chat ? encode_message(o, tokenizer, prompt.text)
              : encode_input(tokenizer, prompt, {.add_special = true, .parse_special = o.special});
   if (ids.empty() && tokenizer.bos() >= 0) ids = {tokenizer.bos()};
-  require(!ids.empty(), prompt.source, ": expected a prompt, found an empty one, and this model has no "
+  require(!ids.empty(), prompt.source,
+          ": expected a prompt, found an empty one, and this model has no "
           "begin-of-text token to start from");
-  require(ids.size() <= static_cast<std::size_t>(context), prompt.source, ": expected at most ", context,
-          " tokens (the context), found ", ids.size(),
+  require(ids.size() <= static_cast<std::size_t>(context), prompt.source, ": expected at most ",
+          context, " tokens (the context), found ", ids.size(),
           context < config.context_length ? join("; -c can be up to ", config.context_length) : "");
   return ids;
 }
@@ -146,18 +159,20 @@ std::string hex(std::uint64_t value) {
 }
 
 void print_statistics(const Options& o, const Generation& g) {
-  constexpr const char* kFinish[] = {"the model ended the text", "-n reached", "the context is full",
-                                     "--stop text", "interrupted"};
-  std::cerr << "prompt   " << count(g.prompt_tokens, "token") << " in " << fixed(g.prefill_seconds, 2) << " s, "
+  constexpr const char* kFinish[] = {"the model ended the text", "-n reached",
+                                     "the context is full", "--stop text", "interrupted"};
+  std::cerr << "prompt   " << count(g.prompt_tokens, "token") << " in "
+            << fixed(g.prefill_seconds, 2) << " s, "
             << fixed(rate(g.prompt_tokens, g.prefill_seconds), 1) << " tok/s";
   if (!g.tokens.empty()) {
     std::cerr << "; first token after " << fixed(g.first_token_seconds, 2) << " s";
   }
-  std::cerr << "\noutput   " << count(std::ssize(g.tokens), "token") << " in " << fixed(g.decode_seconds, 2) << " s, "
-            << fixed(rate(g.decode_steps, g.decode_seconds), 1)
-            << " tok/s; " << kFinish[static_cast<int>(g.finish)] << "\nkv       "
-            << count(g.context_tokens, "token") << ", " << format_bytes(g.kv_bytes) << " as " << o.common.kv_type << "\nseed     "
-            << o.sampler.seed << "\n";
+  std::cerr << "\noutput   " << count(std::ssize(g.tokens), "token") << " in "
+            << fixed(g.decode_seconds, 2) << " s, "
+            << fixed(rate(g.decode_steps, g.decode_seconds), 1) << " tok/s; "
+            << kFinish[static_cast<int>(g.finish)] << "\nkv       "
+            << count(g.context_tokens, "token") << ", " << format_bytes(g.kv_bytes) << " as "
+            << o.common.kv_type << "\nseed     " << o.sampler.seed << "\n";
   if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
 }
 
@@ -221,8 +236,10 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.interrupted = &interrupted;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
   options.on_prefill = [&](int done, int total) {
-    if (done < total) progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));
-    else progress.clear();
+    if (done < total)
+      progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));
+    else
+      progress.clear();
   };
   options.on_token = [&](TokenId id) { return text.feed(tokenizer.decode(id)); };
   Generation result = generate(transformer, *kv, sampler, prompt, options);

@@ -34,7 +34,8 @@ class Descriptor {
 
 void add_input_flags(Flags& flags, InputOptions& o, const std::string& what) {
   flags.text(o.text, "-p, --prompt", "TEXT", what + " itself");
-  flags.text(o.file, "-f, --file", "FILE", "read " + what + " from FILE; - or neither flag: from standard input");
+  flags.text(o.file, "-f, --file", "FILE",
+             "read " + what + " from FILE; - or neither flag: from standard input");
   flags.dash(o.dash);
 }
 
@@ -68,7 +69,8 @@ Input read_input(const InputOptions& o, const std::string& what) {
 std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
                                   Tokenizer::EncodeOptions options) {
   if (const std::size_t missing = tokenizer.count_missing(input.text)) {
-    std::cerr << "warning: " << input.source << ": " << count(static_cast<std::int64_t>(missing), "byte")
+    std::cerr << "warning: " << input.source << ": "
+              << count(static_cast<std::int64_t>(missing), "byte")
               << " that this vocabulary cannot spell\n";
   }
   return tokenizer.encode(input.text, options);

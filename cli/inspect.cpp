@@ -3,7 +3,6 @@
 #include <fstream>
 #include <iostream>
 #include <map>
-
 #include <nlohmann/json.hpp>
 
 #include "cli/commands.h"
@@ -26,13 +25,15 @@ struct Options {
 };
 
 bool parse(const Args& args, Options& o) {
-  Flags flags("inspect", "-m MODEL [flags]",
-              "Prints a model's configuration, formats and sizes, its KV bytes a token, the context that "
-              "fits in the memory now available, and what its tokenizer knows.");
+  Flags flags(
+      "inspect", "-m MODEL [flags]",
+      "Prints a model's configuration, formats and sizes, its KV bytes a token, the context that "
+      "fits in the memory now available, and what its tokenizer knows.");
   flags.section("Options");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
   flags.toggle(o.tensors, "--tensors", "list every matrix: name, format, rows x columns, bytes");
-  flags.toggle(o.check, "--check", "look for NaN and infinity among the weights; exit code 1 if there are any");
+  flags.toggle(o.check, "--check",
+               "look for NaN and infinity among the weights; exit code 1 if there are any");
   flags.toggle(o.common.json, "--json", "print one JSON document instead of text");
   flags.examples("  thaw inspect -m model.gguf\n  thaw inspect -m model.gguf --tensors --check\n");
   if (!flags.parse(args)) return false;
@@ -115,27 +116,44 @@ Json facts(const Options& o, const Model& model, const Tokenizer& tokenizer) {
   const std::int64_t available = available_memory();
   const std::int64_t kv = kv_bytes_per_token(c, KvType::kF16);
   Json document = {
-      {"path", model.path.string()}, {"source", model.gguf ? "gguf" : "hugging face"}, {"name", c.name},
-      {"n_layers", c.n_layers}, {"dim", c.dim}, {"n_heads", c.n_heads}, {"n_kv_heads", c.n_kv_heads},
-      {"head_dim", c.head_dim}, {"ffn_dim", c.ffn_dim}, {"vocab_size", c.vocab_size},
-      {"context_tokens", c.context_length}, {"norm_eps", c.norm_eps}, {"rope_theta", c.rope_theta},
+      {"path", model.path.string()},
+      {"source", model.gguf ? "gguf" : "hugging face"},
+      {"name", c.name},
+      {"n_layers", c.n_layers},
+      {"dim", c.dim},
+      {"n_heads", c.n_heads},
+      {"n_kv_heads", c.n_kv_heads},
+      {"head_dim", c.head_dim},
+      {"ffn_dim", c.ffn_dim},
+      {"vocab_size", c.vocab_size},
+      {"context_tokens", c.context_length},
+      {"norm_eps", c.norm_eps},
+      {"rope_theta", c.rope_theta},
       {"rope_scaled", !c.rope_factors.empty()},
       {"rope_pairing", c.rope_pairing == RopePairing::kInterleaved ? "interleaved" : "halves"},
-      {"tied_output", c.tied_output}, {"parameters", sizes.parameters}, {"weight_bytes", sizes.bytes},
+      {"tied_output", c.tied_output},
+      {"parameters", sizes.parameters},
+      {"weight_bytes", sizes.bytes},
       {"formats", formats},
-      {"kv_bytes_per_token", {{"f16", kv}, {"bf16", kv}, {"f32", kv_bytes_per_token(c, KvType::kF32)}}},
+      {"kv_bytes_per_token",
+       {{"f16", kv}, {"bf16", kv}, {"f32", kv_bytes_per_token(c, KvType::kF32)}}},
       {"available_memory_bytes", available},
       {"context_tokens_that_fit_f16", std::max<std::int64_t>(0, available - sizes.bytes) / kv},
-      {"tokenizer", {{"vocab_size", tokenizer.vocab_size()},
-                     {"special_tokens", count_special(tokenizer)},
-                     {"bos", bos < 0 ? Json() : token_facts(tokenizer, bos)},
-                     {"adds_bos", tokenizer.spec().add_bos}, {"eog", eog},
-                     {"chat_format", chat_format_name(tokenizer)}}}};
+      {"tokenizer",
+       {{"vocab_size", tokenizer.vocab_size()},
+        {"special_tokens", count_special(tokenizer)},
+        {"bos", bos < 0 ? Json() : token_facts(tokenizer, bos)},
+        {"adds_bos", tokenizer.spec().add_bos},
+        {"eog", eog},
+        {"chat_format", chat_format_name(tokenizer)}}}};
   if (o.tensors) {
     document["tensors"] = Json::array();
     for (const Tensor* t : matrices(model)) {
-      document["tensors"].push_back({{"name", t->name}, {"format", dtype_info(t->type).name},
-                                     {"rows", t->rows}, {"cols", t->cols}, {"bytes", t->bytes()}});
+      document["tensors"].push_back({{"name", t->name},
+                                     {"format", dtype_info(t->type).name},
+                                     {"rows", t->rows},
+                                     {"cols", t->cols},
+                                     {"bytes", t->bytes()}});
     }
   }
   return document;
@@ -143,7 +161,9 @@ Json facts(const Options& o, const Model& model, const Tokenizer& tokenizer) {
 
 // Text from the file, on one line of a terminal.
 std::string shown(const Json& text) { return printable(text.get<std::string>()); }
-std::string shown_token(const Json& token) { return join(shown(token["text"]), " (", token["id"], ")"); }
+std::string shown_token(const Json& token) {
+  return join(shown(token["text"]), " (", token["id"], ")");
+}
 
 std::string model_text(const Json& j) {
   std::string formats;
@@ -153,15 +173,16 @@ std::string model_text(const Json& j) {
   }
   const std::int64_t bytes = j["weight_bytes"], parameters = j["parameters"];
   return join(
-      "model       ", shown(j["name"]), "\npath        ", j["path"].get<std::string>(), "\nlayers      ",
-      j["n_layers"], " of width ", j["dim"], ", feed-forward ", j["ffn_dim"], "\nheads       ",
-      j["n_heads"], " query, ", j["n_kv_heads"], " key/value, of ", j["head_dim"], "\nrope        theta ",
-      j["rope_theta"].get<double>(), ", ", shown(j["rope_pairing"]), " pairs",
-      j["rope_scaled"] ? ", scaled" : "", "\nnorm eps    ", j["norm_eps"].get<double>(),
+      "model       ", shown(j["name"]), "\npath        ", j["path"].get<std::string>(),
+      "\nlayers      ", j["n_layers"], " of width ", j["dim"], ", feed-forward ", j["ffn_dim"],
+      "\nheads       ", j["n_heads"], " query, ", j["n_kv_heads"], " key/value, of ", j["head_dim"],
+      "\nrope        theta ", j["rope_theta"].get<double>(), ", ", shown(j["rope_pairing"]),
+      " pairs", j["rope_scaled"] ? ", scaled" : "", "\nnorm eps    ", j["norm_eps"].get<double>(),
       "\ncontext     ", j["context_tokens"], " tokens in training\nvocabulary  ", j["vocab_size"],
       j["tied_output"] ? ", output head tied to the embedding" : ", separate output head",
       "\nweights     ", fixed(static_cast<double>(parameters) / 1e6, 1), " million, ",
-      format_bytes(bytes), ", ", fixed(8.0 * static_cast<double>(bytes) / static_cast<double>(parameters), 2),
+      format_bytes(bytes), ", ",
+      fixed(8.0 * static_cast<double>(bytes) / static_cast<double>(parameters), 2),
       " bits each\nformats     ", formats, "\n");
 }
 
@@ -179,8 +200,9 @@ std::string tokenizer_text(const Json& t) {
   return join("tokenizer   ", t["vocab_size"], " tokens, ", t["special_tokens"],
               " of them special\n            begins with ",
               t["bos"].is_null() ? "nothing" : shown_token(t["bos"]),
-              t["bos"].is_null() || t["adds_bos"] ? "" : " only where asked", "\n            ends with ",
-              ends.empty() ? "nothing" : ends, "\nchat        ", shown(t["chat_format"]), "\n");
+              t["bos"].is_null() || t["adds_bos"] ? "" : " only where asked",
+              "\n            ends with ", ends.empty() ? "nothing" : ends, "\nchat        ",
+              shown(t["chat_format"]), "\n");
 }
 
 std::string tensors_text(const Json& tensors) {
@@ -199,7 +221,8 @@ std::size_t check(const Model& model, Json& document, std::string& text) {
   const std::vector<NonFinite> found = find_non_finite(model);
   document["non_finite"] = Json::array();
   for (const NonFinite& f : found) {
-    document["non_finite"].push_back({{"tensor", f.tensor}, {"first", f.first}, {"count", f.count}});
+    document["non_finite"].push_back(
+        {{"tensor", f.tensor}, {"first", f.first}, {"count", f.count}});
     text += join("check       ", printable(f.tensor, 80), ": ", f.count,
                  " NaN or infinite, the first at element ", f.first, "\n");
   }
@@ -215,13 +238,15 @@ int run_inspect(const Args& args) {
   const Model model = load_model(*o.common.model);
   const Tokenizer tokenizer = load_tokenizer(model);
   Json document = facts(o, model, tokenizer);
-  std::string text = model_text(document) + memory_text(document) + tokenizer_text(document["tokenizer"]);
+  std::string text =
+      model_text(document) + memory_text(document) + tokenizer_text(document["tokenizer"]);
   std::size_t faults = 0;
   if (o.check) faults = check(model, document, text);
   if (o.tensors) text += tensors_text(document["tensors"]);
   if (o.common.json) text = json_line(document);
   write_stdout(text);
-  require(faults == 0, model.path.string(), ": weights: expected finite numbers, found NaN or infinity in ",
+  require(faults == 0, model.path.string(),
+          ": weights: expected finite numbers, found NaN or infinity in ",
           count(static_cast<std::int64_t>(faults), "tensor"));
   return 0;
 }

@@ -31,9 +31,10 @@ struct Options {
 };
 
 // The names that a forward pass reports, in its order.
-const std::vector<std::string> kNames = {"embed", "attn_norm", "q", "k", "v", "attn_out",
-                                         "attn_residual", "ffn_norm", "ffn_hidden", "ffn_residual",
-                                         "final_norm", "logits"};
+const std::vector<std::string> kNames = {
+    "embed",      "attn_norm",     "q",        "k",          "v",
+    "attn_out",   "attn_residual", "ffn_norm", "ffn_hidden", "ffn_residual",
+    "final_norm", "logits"};
 
 std::string list_of_names() {
   std::string list;
@@ -55,23 +56,30 @@ std::vector<std::string> split_names(const std::string& list) {
 }
 
 bool parse(const Args& args, Options& o) {
-  Flags flags("logits", "-m MODEL [-p TEXT | -f FILE | - | --tokens FILE] -o OUT [flags]",
-              "Runs known tokens through the model (teacher forcing) and writes the logits of every "
-              "position to OUT, a .npy file of tokens x vocabulary f32; or, with --dump, named "
-              "intermediates to OUT, a directory. A file appears only when it is complete.");
+  Flags flags(
+      "logits", "-m MODEL [-p TEXT | -f FILE | - | --tokens FILE] -o OUT [flags]",
+      "Runs known tokens through the model (teacher forcing) and writes the logits of every "
+      "position to OUT, a .npy file of tokens x vocabulary f32; or, with --dump, named "
+      "intermediates to OUT, a directory. A file appears only when it is complete.");
   flags.section("Model and tokens");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
   add_input_flags(flags, o.input, "the text");
-  flags.text(o.tokens, "--tokens", "FILE", "token ids instead of a text, as 'thaw tokenize' prints them");
-  flags.toggle(o.special, "--special", "read control tokens such as <|im_start|> in the text as such");
+  flags.text(o.tokens, "--tokens", "FILE",
+             "token ids instead of a text, as 'thaw tokenize' prints them");
+  flags.toggle(o.special, "--special",
+               "read control tokens such as <|im_start|> in the text as such");
   flags.section("What is written");
-  flags.text(o.output, "-o, --output", "OUT", "the .npy file; with --dump the directory, made if missing");
-  flags.text(o.dump, "--dump", "NAMES", "intermediates to write, with commas between: " +
-             list_of_names() + ". Files are NAME.npy, in layer L NAME.L.npy");
+  flags.text(o.output, "-o, --output", "OUT",
+             "the .npy file; with --dump the directory, made if missing");
+  flags.text(o.dump, "--dump", "NAMES",
+             "intermediates to write, with commas between: " + list_of_names() +
+                 ". Files are NAME.npy, in layer L NAME.L.npy");
   flags.integer(o.layer, "--layer", "with --dump: only this layer, counted from 0", 0, 1 << 20);
   flags.section("How it is computed");
-  flags.integer(o.prefill, "--prefill", "run the first N tokens in batches and the rest one at a time, as "
-                "generation does; by default all in batches", 0, 1 << 24);
+  flags.integer(o.prefill, "--prefill",
+                "run the first N tokens in batches and the rest one at a time, as "
+                "generation does; by default all in batches",
+                0, 1 << 24);
   flags.integer(o.batch, "--batch", "tokens in a batch", 1, 4096);
   add_kv_flags(flags, o.common, "most tokens; by default the model's context");
   add_run_flags(flags, o.common);
@@ -81,7 +89,8 @@ bool parse(const Args& args, Options& o) {
       "  thaw logits -m model.gguf -p \"Once upon a time\" --dump q,attn_out --layer 3 -o out/\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
-  if (!o.output) throw UsageError("expected where to write: -o FILE.npy, or -o DIRECTORY with --dump");
+  if (!o.output)
+    throw UsageError("expected where to write: -o FILE.npy, or -o DIRECTORY with --dump");
   if (o.layer && !o.dump) throw UsageError("--layer needs --dump");
   if (o.tokens && (o.input.text || o.input.file || o.input.dash)) {
     throw UsageError("expected one of -p, -f, - and --tokens, found several");
@@ -159,13 +168,12 @@ std::vector<std::string> write_files(const Options& o, const Model& model,
   }
   const std::atomic<bool>& interrupted = catch_interrupt();
   Progress progress(o.common.quiet);
-  const bool complete = teacher_force(
-      transformer, *kv, ids, {.prefill = o.prefill.value_or(-1)},
-      [&](int row, std::span<const float> logits) {
-        if (logits_file) logits_file->append(logits);
-        progress.show(join("token ", row + 1, " of ", n_tokens));
-        return !interrupted;
-      });
+  const bool complete = teacher_force(transformer, *kv, ids, {.prefill = o.prefill.value_or(-1)},
+                                      [&](int row, std::span<const float> logits) {
+                                        if (logits_file) logits_file->append(logits);
+                                        progress.show(join("token ", row + 1, " of ", n_tokens));
+                                        return !interrupted;
+                                      });
   if (!complete) return {};
   if (dump) return dump->finish();
   logits_file->finish();
@@ -180,7 +188,8 @@ int run_logits(const Args& args) {
   const Model model = load_model(*o.common.model);
   const int n_layers = model.config.n_layers;
   if (o.layer.value_or(0) >= n_layers) {
-    throw UsageError(join("--layer: expected 0 to ", n_layers - 1, " for this model, found ", *o.layer));
+    throw UsageError(
+        join("--layer: expected 0 to ", n_layers - 1, " for this model, found ", *o.layer));
   }
   const std::vector<TokenId> ids = read_tokens(o, model, context_tokens(o.common, model.config));
   const std::vector<std::string> files = write_files(o, model, ids);

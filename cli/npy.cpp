@@ -22,12 +22,14 @@ NpyWriter::NpyWriter(std::filesystem::path path, std::int64_t rows, std::int64_t
   fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd_ < 0) fail(path_.string(), ": cannot write: ", std::strerror(errno));
   // Magic, version, length of the rest of the header, and a Python dict padded to a multiple of 64.
-  std::string dict = join("{'descr': '<f4', 'fortran_order': False, 'shape': (", rows, ", ", cols, "), }");
+  std::string dict =
+      join("{'descr': '<f4', 'fortran_order': False, 'shape': (", rows, ", ", cols, "), }");
   dict.resize((10 + dict.size() + 1 + 63) / 64 * 64 - 10 - 1, ' ');
   dict += '\n';
   const auto length = static_cast<std::uint16_t>(dict.size());
-  const std::string header = "\x93NUMPY" + std::string{1, 0, static_cast<char>(length & 255),
-                                                       static_cast<char>(length >> 8)} + dict;
+  const std::string header =
+      "\x93NUMPY" +
+      std::string{1, 0, static_cast<char>(length & 255), static_cast<char>(length >> 8)} + dict;
   write(header.data(), header.size());
 }
 
@@ -39,7 +41,8 @@ NpyWriter::~NpyWriter() {
 
 void NpyWriter::append(std::span<const float> values) {
   const auto n = static_cast<std::int64_t>(values.size());
-  require(n <= missing_, path_.string(), ": rows: expected ", missing_, " more elements, found ", n);
+  require(n <= missing_, path_.string(), ": rows: expected ", missing_, " more elements, found ",
+          n);
   write(values.data(), values.size_bytes());
   missing_ -= n;
 }

@@ -52,7 +52,8 @@ void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_hel
   flags.section("Context");
   flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
   flags.choice(o.kv_type, "--kv-type", {"f16", "bf16", "f32"}, "how keys and values are stored");
-  flags.choice(o.policy, "--policy", {"full"}, "which tokens stay in fast memory: full, the only one in "
+  flags.choice(o.policy, "--policy", {"full"},
+               "which tokens stay in fast memory: full, the only one in "
                "this build, keeps all and attends all");
 }
 
@@ -65,7 +66,8 @@ void add_output_flags(Flags& flags, CommonOptions& o) {
 
 void check_common(const CommonOptions& o) {
   if (!o.model) throw UsageError("expected a model: -m FILE.gguf or -m DIRECTORY");
-  if (o.backend == "cuda") throw UsageError("--backend cuda: this build has no CUDA backend; it has: cpu");
+  if (o.backend == "cuda")
+    throw UsageError("--backend cuda: this build has no CUDA backend; it has: cpu");
 }
 
 int context_tokens(const CommonOptions& o, const Config& config) {
@@ -77,9 +79,9 @@ int context_tokens(const CommonOptions& o, const Config& config) {
 }
 
 std::string describe(const Config& c) {
-  return join(c.name.empty() ? "unnamed" : printable(c.name), ": ", c.n_layers, " layers of width ", c.dim,
-              ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ", c.head_dim,
-              ", vocabulary ", c.vocab_size, ", context ", c.context_length);
+  return join(c.name.empty() ? "unnamed" : printable(c.name), ": ", c.n_layers, " layers of width ",
+              c.dim, ", ", c.n_heads, " query and ", c.n_kv_heads, " key/value heads of ",
+              c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.context_length);
 }
 
 std::unique_ptr<KvStore> make_kv_store(const CommonOptions& o, const Config& c, int capacity) {

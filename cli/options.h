@@ -27,15 +27,15 @@ struct CommonOptions {
 };
 
 void add_model_flag(Flags& flags, CommonOptions& options, const std::string& help);
-void add_run_flags(Flags& flags, CommonOptions& options);    // threads, backend
+void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
 void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help);
-void add_output_flags(Flags& flags, CommonOptions& options); // json, quiet, verbose
+void add_output_flags(Flags& flags, CommonOptions& options);  // json, quiet, verbose
 
 // Throws UsageError when no model is named or the backend is not in this build.
 void check_common(const CommonOptions& options);
 
-// The store's capacity in tokens: --context, or the model's. Warns on standard error when it is beyond
-// what the model was trained for.
+// The store's capacity in tokens: --context, or the model's. Warns on standard error when it is
+// beyond what the model was trained for.
 int context_tokens(const CommonOptions& options, const Config& config);
 
 // One line about a model, for --verbose.

@@ -13,7 +13,8 @@ namespace thaw {
 std::size_t unfinished_utf8(std::string_view text);
 
 // Passes bytes on in whole UTF-8 characters, and holds back what could still become a stop string.
-// Invalid UTF-8 passes unchanged. What is emitted, joined, does not depend on how the bytes were cut.
+// Invalid UTF-8 passes unchanged. What is emitted, joined, does not depend on how the bytes were
+// cut.
 class TextStream {
  public:
   using Emit = std::function<void(std::string_view)>;
@@ -21,8 +22,8 @@ class TextStream {
   // Empty stop strings are ignored.
   TextStream(std::vector<std::string> stops, Emit emit);
 
-  // Returns false once a stop string was completed (the first to be completed; the longest, if several
-  // are at once). What precedes it has then been emitted; the rest never is.
+  // Returns false once a stop string was completed (the first to be completed; the longest, if
+  // several are at once). What precedes it has then been emitted; the rest never is.
   bool feed(std::string_view bytes);
 
   // Emits what is held back, as it is: a character cut in the middle stays cut.

@@ -19,22 +19,26 @@ struct Options {
 };
 
 bool parse(const Args& args, Options& o) {
-  Flags flags("tokenize", "-m PATH [-p TEXT | -f FILE | -] [flags]",
-              "Prints the token ids of a text, on one line; or, with --decode, exactly the bytes that "
-              "token ids stand for. The text is taken as it is, a newline at its end included.");
+  Flags flags(
+      "tokenize", "-m PATH [-p TEXT | -f FILE | -] [flags]",
+      "Prints the token ids of a text, on one line; or, with --decode, exactly the bytes that "
+      "token ids stand for. The text is taken as it is, a newline at its end included.");
   flags.section("Tokenizer and input");
   add_model_flag(flags, o.common,
                  "a model (.gguf file or Hugging Face directory), a tokenizer.json, a tiktoken "
                  "tokenizer.model, or a .gguf file with only a vocabulary");
   add_input_flags(flags, o.input, "the text or the ids");
-  flags.toggle(o.decode, "--decode", "the input is token ids: print their text. Spaces, commas and "
+  flags.toggle(o.decode, "--decode",
+               "the input is token ids: print their text. Spaces, commas and "
                "brackets may separate ids");
-  flags.toggle(o.special, "--special", "read control tokens such as <|im_start|> in the text as such; "
+  flags.toggle(o.special, "--special",
+               "read control tokens such as <|im_start|> in the text as such; "
                "with --decode: print them");
   flags.toggle(o.bos, "--bos", "begin with the begin-of-text token");
   flags.section("Output");
   flags.toggle(o.pieces, "--pieces", "one token a line: id, tab, text in quotes");
-  flags.toggle(o.common.json, "--json", "print one JSON document; bytes that are not UTF-8 appear there "
+  flags.toggle(o.common.json, "--json",
+               "print one JSON document; bytes that are not UTF-8 appear there "
                "as U+FFFD");
   flags.examples(
       "  thaw tokenize -m model.gguf -p \"Hello, world\"\n"
@@ -70,8 +74,8 @@ int run_tokenize(const Args& args) {
   if (!parse(args, o)) return 0;
   const Tokenizer tokenizer = load_tokenizer(*o.common.model);
   const Input input = read_input(o.input, o.decode ? "token ids" : "a text");
-  const std::vector<TokenId> ids = o.decode ? parse_token_ids(input, tokenizer.vocab_size())
-                                            : encode(o, tokenizer, input);
+  const std::vector<TokenId> ids =
+      o.decode ? parse_token_ids(input, tokenizer.vocab_size()) : encode(o, tokenizer, input);
   const std::string text = o.decode ? tokenizer.decode(ids, o.special) : input.text;
   std::string out;
   if (o.common.json) {

@@ -25,21 +25,24 @@ bool interrupted(const GenerateOptions& options) {
 
 // Logits of the last token of the prompt, or nothing when interrupted.
 std::span<const float> prefill(Transformer& transformer, KvStore& kv,
-                               std::span<const std::int32_t> prompt, const GenerateOptions& options) {
+                               std::span<const std::int32_t> prompt,
+                               const GenerateOptions& options) {
   std::span<const float> logits;
   for (std::size_t done = 0; done < prompt.size() && !interrupted(options);) {
     const std::size_t n = std::min<std::size_t>(transformer.max_rows(), prompt.size() - done);
     const bool last = done + n == prompt.size();
     logits = transformer.forward(prompt.subspan(done, n), kv, last ? 1 : 0);
     done += n;
-    if (options.on_prefill) options.on_prefill(static_cast<int>(done), static_cast<int>(prompt.size()));
+    if (options.on_prefill)
+      options.on_prefill(static_cast<int>(done), static_cast<int>(prompt.size()));
   }
   return logits;
 }
 
 // Tokens into `result`, starting from the logits of the prompt's last token.
-Finish decode(Transformer& transformer, KvStore& kv, Sampler& sampler, std::span<const float> logits,
-              const GenerateOptions& options, const Clock& clock, Generation& result) {
+Finish decode(Transformer& transformer, KvStore& kv, Sampler& sampler,
+              std::span<const float> logits, const GenerateOptions& options, const Clock& clock,
+              Generation& result) {
   const std::size_t limit = options.max_tokens < 0 ? SIZE_MAX : options.max_tokens;
   Fingerprint fingerprint;
   for (;;) {
@@ -92,14 +95,14 @@ Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
 }
 
 bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::int32_t> tokens,
-                   ForcedRows rows, const std::function<bool(int, std::span<const float>)>& on_logits) {
+                   ForcedRows rows,
+                   const std::function<bool(int, std::span<const float>)>& on_logits) {
   const int n_tokens = static_cast<int>(tokens.size());
   const int prefill = rows.prefill < 0 ? n_tokens : std::min(rows.prefill, n_tokens);
   for (int row = 0, n = 0; row < n_tokens; row += n) {
     n = row < prefill ? std::min(transformer.max_rows(), prefill - row) : 1;
     const int n_logits = std::clamp(row + n - rows.first, 0, n);
-    const std::span<const float> logits =
-        transformer.forward(tokens.subspan(row, n), kv, n_logits);
+    const std::span<const float> logits = transformer.forward(tokens.subspan(row, n), kv, n_logits);
     if (!on_logits(row + n - n_logits, logits)) return false;
   }
   return true;

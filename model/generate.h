@@ -1,5 +1,5 @@
-// The loops around the forward pass, in token ids, without I/O: generation (prompt, then token after
-// token until something ends it), and teacher forcing (the logits of tokens that are known).
+// The loops around the forward pass, in token ids, without I/O: generation (prompt, then token
+// after token until something ends it), and teacher forcing (the logits of tokens that are known).
 #pragma once
 
 #include <atomic>
@@ -14,8 +14,8 @@
 
 namespace thaw {
 
-// FNV-1a (Fowler, Noll, Vo) over 32-bit words instead of bytes: h = (h xor word) * prime, starting from
-// the offset basis. The words are the bits of the logits.
+// FNV-1a (Fowler, Noll, Vo) over 32-bit words instead of bytes: h = (h xor word) * prime, starting
+// from the offset basis. The words are the bits of the logits.
 class Fingerprint {
  public:
   void add(std::span<const float> values);
@@ -34,13 +34,13 @@ enum class Finish {
 };
 
 struct GenerateOptions {
-  int max_tokens = -1;      // -1: until the KV store is full
-  int n_vocab = 0;          // sample only from the first n ids; 0: from all
-  bool fingerprint = false; // take it of all logits that are sampled from
-  std::function<bool(std::int32_t)> is_end;       // tokens that end the text; empty: none does
-  std::function<bool(std::int32_t)> on_token;     // every token when it is made; false stops
-  std::function<void(int, int)> on_prefill;       // tokens of the prompt done, of how many
-  const std::atomic<bool>* interrupted = nullptr; // asked between forward passes
+  int max_tokens = -1;                             // -1: until the KV store is full
+  int n_vocab = 0;                                 // sample only from the first n ids; 0: from all
+  bool fingerprint = false;                        // take it of all logits that are sampled from
+  std::function<bool(std::int32_t)> is_end;        // tokens that end the text; empty: none does
+  std::function<bool(std::int32_t)> on_token;      // every token when it is made; false stops
+  std::function<void(int, int)> on_prefill;        // tokens of the prompt done, of how many
+  const std::atomic<bool>* interrupted = nullptr;  // asked between forward passes
 };
 
 struct Generation {
@@ -56,8 +56,8 @@ struct Generation {
   std::uint64_t fingerprint = 0;
 };
 
-// Appends `prompt` (1 token or more) to kv and generates. The sampler is told of the prompt's tokens
-// and of each new one. Throws Error when the prompt does not fit what is left of kv.
+// Appends `prompt` (1 token or more) to kv and generates. The sampler is told of the prompt's
+// tokens and of each new one. Throws Error when the prompt does not fit what is left of kv.
 Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
                     std::span<const std::int32_t> prompt, const GenerateOptions& options);
 
@@ -66,10 +66,11 @@ struct ForcedRows {
   int first = 0;     // the first row whose logits are wanted
 };
 
-// Appends `tokens` to kv; on_logits(row, logits) gets the logits of rows `row` ... in order, each the
-// model's prediction after tokens[0 .. row], valid during the call. It returns false to stop, and then
-// so does this.
+// Appends `tokens` to kv; on_logits(row, logits) gets the logits of rows `row` ... in order, each
+// the model's prediction after tokens[0 .. row], valid during the call. It returns false to stop,
+// and then so does this.
 bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::int32_t> tokens,
-                   ForcedRows rows, const std::function<bool(int, std::span<const float>)>& on_logits);
+                   ForcedRows rows,
+                   const std::function<bool(int, std::span<const float>)>& on_logits);
 
 }  // namespace thaw

@@ -68,9 +68,9 @@ float Sampler::penalized(float logit, std::size_t token) const {
          options_.frequency_penalty * static_cast<float>(count_[token]);
 }
 
-// candidates_ = the k most probable of the finite logits, most probable first; all of them, in order
-// of id, when there are no more than k. A heap whose top is the least probable one kept: most logits
-// cost one comparison.
+// candidates_ = the k most probable of the finite logits, most probable first; all of them, in
+// order of id, when there are no more than k. A heap whose top is the least probable one kept: most
+// logits cost one comparison.
 void Sampler::keep_most_probable(std::span<const float> logits, std::size_t k) {
   candidates_.clear();
   const bool penalties = has_penalties();
@@ -87,10 +87,12 @@ void Sampler::keep_most_probable(std::span<const float> logits, std::size_t k) {
       continue;
     }
     candidates_.push_back({static_cast<std::int32_t>(i), logit, 0});
-    if (candidates_.size() == k) std::make_heap(candidates_.begin(), candidates_.end(), more_probable);
+    if (candidates_.size() == k)
+      std::make_heap(candidates_.begin(), candidates_.end(), more_probable);
   }
   require(!candidates_.empty(), "logits: expected at least one finite number, found none");
-  if (candidates_.size() == k) std::sort_heap(candidates_.begin(), candidates_.end(), more_probable);
+  if (candidates_.size() == k)
+    std::sort_heap(candidates_.begin(), candidates_.end(), more_probable);
 }
 
 // Keeps, most probable first, the smallest set of most probable candidates whose sum of p reaches

@@ -13,8 +13,8 @@ struct RunResult {
 };
 
 struct RunOptions {
-  std::string input = "";    // its standard input, then end of file; at most 64 KiB
-  int interrupt_after = -1;  // SIGINT once there are more bytes than this on standard output
+  std::string input = "";        // its standard input, then end of file; at most 64 KiB
+  int interrupt_after = -1;      // SIGINT once there are more bytes than this on standard output
   std::string stdout_path = "";  // "": captured; "closed": not open; else this file
 };
 

@@ -82,7 +82,8 @@ TEST_CASE("cli: wrong commands and flags get a hint") {
   check_fails({"generate", "-Z"}, 2, "unknown flag -Z;");
   check_fails({"generate", "-m"}, 2, "-m needs a value: PATH");
   check_fails({"generate", "--json=1"}, 2, "--json takes no value");
-  check_fails({"generate", "-m", "x", "Once"}, 2, "unexpected argument \"Once\"; usage: thaw generate -m");
+  check_fails({"generate", "-m", "x", "Once"}, 2,
+              "unexpected argument \"Once\"; usage: thaw generate -m");
   check_fails({"inspect", "-"}, 2, "unexpected argument \"-\"");
 }
 
@@ -92,7 +93,8 @@ TEST_CASE("cli: flags that are missing or do not go together") {
   check_fails({"generate", "-m", m, "-p", "a", "-f", "b"}, 2, "expected one of -p, -f and -");
   check_fails({"generate", "-m", m, "-p", "a", "-"}, 2, "expected one of -p, -f and -");
   check_fails({"generate", "-m", m, "-p", "a", "--system", "b"}, 2, "--system needs --chat");
-  check_fails({"generate", "-m", m, "-p", "a", "--chat", "--special"}, 2, "--special has no meaning");
+  check_fails({"generate", "-m", m, "-p", "a", "--chat", "--special"}, 2,
+              "--special has no meaning");
   check_fails({"generate", "-m", m, "-p", "a", "--chat", "--echo"}, 2, "--echo has no meaning");
   check_fails({"tokenize", "-m", m, "-p", "1", "--decode", "--bos"}, 2, "--bos has no meaning");
   check_fails({"logits", "-m", m, "-p", "a"}, 2, "-o FILE.npy");
@@ -104,7 +106,8 @@ TEST_CASE("cli: flags that are missing or do not go together") {
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", "q", "--layer", "2"}, 2,
               "--layer: expected 0 to 1");
   check_fails({"perplexity", "-m", m, "-p", "abc", "-c", "1"}, 2, "--context: expected at least 2");
-  check_fails({"perplexity", "-m", m, "-p", "abc", "-c", "8", "--stride", "9"}, 2, "--stride: expected");
+  check_fails({"perplexity", "-m", m, "-p", "abc", "-c", "8", "--stride", "9"}, 2,
+              "--stride: expected");
 }
 
 TEST_CASE("cli: every number and choice is checked, and the message names the flag") {
@@ -119,7 +122,8 @@ TEST_CASE("cli: every number and choice is checked, and the message names the fl
           "a whole number from 1 to 256");
   rejects("--context", {"0", "16777217", "1k"}, "a whole number from 1 to 16777216");
   rejects("--max-tokens", {"-2", "5x", " 5", "+5", "0x5"}, "a whole number from -1 to 16777216");
-  rejects("--seed", {"-1", "1e3", "18446744073709551616"}, "a whole number from 0 to 18446744073709551615");
+  rejects("--seed", {"-1", "1e3", "18446744073709551616"},
+          "a whole number from 0 to 18446744073709551615");
   rejects("--temp", {"-0.1", "nan", "inf", "abc", "1,5", "1e39"}, "a number >= 0");
   rejects("--top-k", {"-1", "1.0"}, "a whole number from 0 to 16777216");
   rejects("--top-p", {"0", "1.1", "nan"}, "a number above 0, at most 1");
@@ -162,7 +166,8 @@ TEST_CASE("cli: input that is missing or unfit fails with its name") {
   testing::write_file(file("empty.gguf"), "");
   check_fails({"generate", "-m", file("page.gguf"), "-p", "a"}, 1, "page.gguf: ");
   check_fails({"inspect", "-m", file("empty.gguf")}, 1, "empty.gguf: ");
-  check_fails({"generate", "-m", m, "-f", file("none.txt")}, 1, "none.txt: cannot open: No such file");
+  check_fails({"generate", "-m", m, "-f", file("none.txt")}, 1,
+              "none.txt: cannot open: No such file");
   check_fails({"generate", "-m", m, "-f", file("")}, 1, "cannot read: Is a directory");
   check_fails({"generate", "-m", m, "-f", "/dev/zero"}, 1, "expected at most 256.0 MiB of text");
   check_fails({"generate", "-m", m, "-p", "abcdefgh", "-c", "7"}, 1,
@@ -171,7 +176,8 @@ TEST_CASE("cli: input that is missing or unfit fails with its name") {
               "standard input: token 1: expected an id from 0 to 287, found \"288\"", "7 288");
   check_fails({"tokenize", "-m", m, "--decode", "-p", "7 -1"}, 1, "found \"-1\"");
   check_fails({"perplexity", "-m", m, "-p", "a"}, 1, "-p: expected at least 2 tokens, found 1");
-  check_fails({"logits", "-m", m, "-p", "", "-o", file("x.npy")}, 1, "expected at least 1 token, found 0");
+  check_fails({"logits", "-m", m, "-p", "", "-o", file("x.npy")}, 1,
+              "expected at least 1 token, found 0");
 }
 
 TEST_CASE("cli: standard output that cannot be written is an error") {

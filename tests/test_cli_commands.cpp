@@ -6,11 +6,10 @@
 #include <filesystem>
 #include <fstream>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <vector>
-
-#include <nlohmann/json.hpp>
 
 #include "cli/tokenizer_source.h"
 #include "device/error.h"
@@ -37,7 +36,8 @@ bool contains(const std::string& text, const std::string& part) {
 }
 
 // thaw COMMAND -m tiny ARGS..., which must succeed.
-RunResult run(const std::string& command, std::vector<std::string> args, const RunOptions& options = {}) {
+RunResult run(const std::string& command, std::vector<std::string> args,
+              const RunOptions& options = {}) {
   args.insert(args.begin(), {command, "-m", tiny()});
   const RunResult r = run_thaw(args, options);
   CAPTURE(r.err);
@@ -94,8 +94,9 @@ TEST_CASE("generate: standard output is exactly the text, statistics are on stan
   const RunResult r = run("generate", greedy({"-p", "Once"}));
   CHECK(r.out == library.tokenizer.decode(tokens));
   CHECK(r.out.size() > 10);
-  for (const char* part : {"prompt   4 tokens in ", "output   24 tokens in ", " tok/s; -n reached\n",
-                           "first token after ", "kv       27 tokens, 6.8 KiB as f16\n", "seed     "}) {
+  for (const char* part :
+       {"prompt   4 tokens in ", "output   24 tokens in ", " tok/s; -n reached\n",
+        "first token after ", "kv       27 tokens, 6.8 KiB as f16\n", "seed     "}) {
     CHECK(contains(r.err, part));
   }
   CHECK(run("generate", greedy({"-p", "Once", "--quiet"})).err.empty());
@@ -133,12 +134,14 @@ TEST_CASE("generate: a seed gives the same text again, on any number of threads"
     more.insert(more.end(), args.begin(), args.end());
     return run_json("generate", more);
   };
-  const json a = with({"--seed", "7"}), b = with({"--seed", "7", "-t", "1"}), c = with({"--seed", "8"});
+  const json a = with({"--seed", "7"}), b = with({"--seed", "7", "-t", "1"}),
+             c = with({"--seed", "8"});
   CHECK(a["seed"] == 7);
   CHECK(a["tokens"] == b["tokens"]);
   CHECK(a["logits_fingerprint"] == b["logits_fingerprint"]);
   CHECK(a["tokens"] != c["tokens"]);
-  const json random = with({}), again = with({"--seed", std::to_string(random["seed"].get<std::uint64_t>())});
+  const json random = with({}),
+             again = with({"--seed", std::to_string(random["seed"].get<std::uint64_t>())});
   CHECK(random["tokens"] == again["tokens"]);
   CHECK(with({})["seed"] != random["seed"]);
 }
@@ -146,7 +149,8 @@ TEST_CASE("generate: a seed gives the same text again, on any number of threads"
 TEST_CASE("generate: a stop string ends the text before it, also across tokens") {
   const std::string text = run("generate", greedy({"-p", "Once"})).out;
   const std::string stop = text.substr(text.size() / 2, 3);
-  const RunResult r = run("generate", greedy({"-p", "Once", "--stop", "not in it", "--stop", stop}));
+  const RunResult r =
+      run("generate", greedy({"-p", "Once", "--stop", "not in it", "--stop", stop}));
   CHECK(r.out == text.substr(0, text.find(stop)));
   CHECK(contains(r.err, "; --stop text\n"));
 }
@@ -207,8 +211,9 @@ TEST_CASE("tokenize: control tokens, begin-of-text, pieces and JSON") {
   CHECK(j["pieces"] == json({"<|im_start|>", "a", "<|im_end|>"}));
   CHECK(j["n_tokens"] == 3);
   CHECK(run_json("tokenize", {"-p", "a<|im_end|>"})["n_tokens"] == 11);
-  CHECK(run("tokenize", {"-p", "a\n", "--pieces"}).out ==
-        join(library.tokenizer.find("a"), "\t\"a\"\n", library.tokenizer.find("\n"), "\t\"\\n\"\n"));
+  CHECK(
+      run("tokenize", {"-p", "a\n", "--pieces"}).out ==
+      join(library.tokenizer.find("a"), "\t\"a\"\n", library.tokenizer.find("\n"), "\t\"\\n\"\n"));
   CHECK(run("tokenize", {"--decode", "-p", std::to_string(end)}).out.empty());
   CHECK(run("tokenize", {"--decode", "--special", "-p", std::to_string(end)}).out == "<|im_end|>");
 }
@@ -222,7 +227,8 @@ Npy read_npy(const std::string& path) {
   const std::string bytes = slurp(path);
   REQUIRE(bytes.size() >= 128);
   CHECK(bytes.substr(0, 8) == std::string("\x93NUMPY\x01\x00", 8));
-  const std::size_t end = 10 + static_cast<unsigned char>(bytes[8]) + 256u * static_cast<unsigned char>(bytes[9]);
+  const std::size_t end =
+      10 + static_cast<unsigned char>(bytes[8]) + 256u * static_cast<unsigned char>(bytes[9]);
   CHECK(end % 64 == 0);
   CHECK(bytes[end - 1] == '\n');
   Npy npy{bytes.substr(10, end - 10), std::vector<float>((bytes.size() - end) / 4)};
@@ -259,7 +265,8 @@ TEST_CASE("logits: a failure leaves no file, not even in part, and an old file a
   testing::write_file(out, "old");
   CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-c", "3", "-o", out}).exit_code == 1);
   CHECK(slurp(out) == "old");
-  CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-o", directory.path().string()}).exit_code == 1);
+  CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-o", directory.path().string()})
+            .exit_code == 1);
   CHECK(std::distance(std::filesystem::directory_iterator(directory.path()), {}) == 1);
   CHECK_FALSE(std::filesystem::exists(directory.path().string() + ".partial"));
 }
@@ -269,22 +276,27 @@ TEST_CASE("logits: --dump writes each intermediate over all tokens, one file a l
   const std::string all = file("dump-all"), some = file("dump-some");
   run("logits", {"-p", "Xbqkz", "--dump",
                  "embed,attn_norm,q,k,v,attn_out,attn_residual,ffn_norm,ffn_hidden,ffn_residual,"
-                 "final_norm,logits", "-o", all, "--batch", "2"});
+                 "final_norm,logits",
+                 "-o", all, "--batch", "2"});
   for (const std::string layer : {".0", ".1"}) {
-    for (const std::string name : {"attn_norm", "q", "attn_out", "attn_residual", "ffn_norm", "ffn_residual"}) {
+    for (const std::string name :
+         {"attn_norm", "q", "attn_out", "attn_residual", "ffn_norm", "ffn_residual"}) {
       CHECK(contains(read_npy(all + "/" + name + layer + ".npy").header, "(5, 64)"));
     }
-    for (const std::string name : {"k", "v"}) CHECK(contains(read_npy(all + "/" + name + layer + ".npy").header, "(5, 32)"));
+    for (const std::string name : {"k", "v"})
+      CHECK(contains(read_npy(all + "/" + name + layer + ".npy").header, "(5, 32)"));
     CHECK(contains(read_npy(all + "/ffn_hidden" + layer + ".npy").header, "(5, 96)"));
   }
-  for (const std::string name : {"embed", "final_norm"}) CHECK(contains(read_npy(all + "/" + name + ".npy").header, "(5, 64)"));
+  for (const std::string name : {"embed", "final_norm"})
+    CHECK(contains(read_npy(all + "/" + name + ".npy").header, "(5, 64)"));
   const std::vector<float> expected = library.logits(library.tokenizer.encode("Xbqkz"));
   const std::vector<float> found = read_npy(all + "/logits.npy").values;
   REQUIRE(found.size() == expected.size());
   CHECK(std::fabs(found[700] - expected[700]) < 1e-3f);
   CHECK(std::distance(std::filesystem::directory_iterator(all), {}) == 2 * 9 + 3);
 
-  const json j = run_json("logits", {"-p", "Xbqkz", "--dump", "q,embed,q", "--layer", "1", "-o", some});
+  const json j =
+      run_json("logits", {"-p", "Xbqkz", "--dump", "q,embed,q", "--layer", "1", "-o", some});
   CHECK(j["files"] == json({some + "/embed.npy", some + "/q.1.npy"}));
   CHECK(std::distance(std::filesystem::directory_iterator(some), {}) == 2);
 }
@@ -364,7 +376,8 @@ TEST_CASE("inspect: --check names the tensor with a NaN and fails") {
   testing::write_file(file("nan.gguf"), testing::tiny_gguf(broken).bytes());
   const RunResult r = run_thaw({"inspect", "-m", file("nan.gguf"), "--check"});
   CHECK(r.exit_code == 1);
-  CHECK(contains(r.out, "check       blk.0.attn_q.weight: 1 NaN or infinite, the first at element"));
+  CHECK(
+      contains(r.out, "check       blk.0.attn_q.weight: 1 NaN or infinite, the first at element"));
   CHECK(contains(r.err, "expected finite numbers, found NaN or infinity in 1 tensor"));
   CHECK(run_thaw({"inspect", "-m", file("nan.gguf")}).exit_code == 0);
   const RunResult text = run_thaw({"generate", "-m", file("nan.gguf"), "-p", "Once", "-q"});
@@ -382,14 +395,15 @@ TEST_CASE("cli: SmolLM2 knows capitals, counts, and ends its answers") {
   const auto path = weights_file(kSmolLM2File);
   if (!path) return;
   const std::string m = path->string();
-  const RunResult paris = run_thaw({"generate", "-m", m, "-p", "The capital of France is", "--temp", "0",
-                                    "-n", "1"});
+  const RunResult paris =
+      run_thaw({"generate", "-m", m, "-p", "The capital of France is", "--temp", "0", "-n", "1"});
   CHECK(paris.out == " Paris");
-  const RunResult count = run_thaw({"generate", "-m", m, "-p", "1, 2, 3, 4, 5, 6,", "--temp", "0", "-n",
-                                    "24", "--stop", " 9"});
+  const RunResult count = run_thaw(
+      {"generate", "-m", m, "-p", "1, 2, 3, 4, 5, 6,", "--temp", "0", "-n", "24", "--stop", " 9"});
   CHECK(count.out == " 7, 8,");
-  const RunResult cut = run_thaw({"generate", "-m", m, "--chat", "-p", "Tell me a story.", "-n", "-1"},
-                                 {.interrupt_after = 10});
+  const RunResult cut =
+      run_thaw({"generate", "-m", m, "--chat", "-p", "Tell me a story.", "-n", "-1"},
+               {.interrupt_after = 10});
   CHECK(cut.exit_code == 130);
   CHECK(contains(cut.err, "; interrupted\n"));
 }

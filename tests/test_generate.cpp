@@ -48,8 +48,8 @@ Tokens greedy(int n) {
   for (int i = 0; i < n; ++i) {
     Engine fresh(200);
     const auto logits = fresh.transformer.forward(all, *fresh.kv, 1);
-    all.push_back(static_cast<std::int32_t>(
-        std::max_element(logits.begin(), logits.end()) - logits.begin()));
+    all.push_back(
+        static_cast<std::int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin()));
   }
   return Tokens(all.begin() + std::ssize(kPrompt), all.end());
 }
@@ -108,9 +108,9 @@ TEST_CASE("generate: a prompt that just fits gives one token, a longer one is an
   Engine engine(7);
   CHECK(engine.run(at_most(-1)).tokens.size() == 1);
   Engine smaller(6);
-  CHECK_THROWS_WITH_AS(smaller.run(at_most(-1)),
-                       "prompt: expected at most 6 tokens, which is what the context has room for, found 7",
-                       Error);
+  CHECK_THROWS_WITH_AS(
+      smaller.run(at_most(-1)),
+      "prompt: expected at most 6 tokens, which is what the context has room for, found 7", Error);
   CHECK(smaller.kv->length() == 0);
   CHECK_THROWS_AS(smaller.run(at_most(1), {}), Error);
 }
@@ -124,7 +124,8 @@ TEST_CASE("generate: no tokens asked, none made") {
   CHECK(g.first_token_seconds == 0);
 }
 
-TEST_CASE("generate: an interruption ends it between tokens, and in a long prompt between batches") {
+TEST_CASE(
+    "generate: an interruption ends it between tokens, and in a long prompt between batches") {
   std::atomic<bool> flag = false;
   Engine engine;
   GenerateOptions o = at_most(12);

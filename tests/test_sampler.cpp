@@ -109,7 +109,7 @@ TEST_CASE("sampler: top-p keeps the smallest set that reaches p") {
   SamplerOptions o = plain();
   const std::vector<float> halves = log_of({0.125, 0.5, 0.125, 0.25});
   const std::map<float, Tokens> expected = {
-      {1e-6f, {1}},   {0.49f, {1}},        {0.51f, {1, 3}},      {0.74f, {1, 3}},
+      {1e-6f, {1}},       {0.49f, {1}},       {0.51f, {1, 3}},       {0.74f, {1, 3}},
       {0.76f, {1, 3, 0}}, {0.87f, {1, 3, 0}}, {0.88f, {1, 3, 0, 2}}, {1.0f, {1, 3, 0, 2}}};
   for (const auto& [p, tokens] : expected) {
     CAPTURE(p);
@@ -271,7 +271,8 @@ TEST_CASE("sampler: a seed decides the tokens") {
     o.seed = seed;
     Sampler sampler(o);
     Tokens tokens;
-    for (int i = 0; i < 50; ++i) tokens.push_back(sampler.sample(logits)), sampler.accept(tokens[i]);
+    for (int i = 0; i < 50; ++i)
+      tokens.push_back(sampler.sample(logits)), sampler.accept(tokens[i]);
     return tokens;
   };
   CHECK(draw(9) == draw(9));
@@ -298,7 +299,7 @@ TEST_CASE("sampler: logits that are no distribution are errors that say which") 
 
 TEST_CASE("sampler: options out of range are usage errors") {
   const float nan = std::numeric_limits<float>::quiet_NaN();
-  const auto rejects = [](auto SamplerOptions::* field, auto value) {
+  const auto rejects = [](auto SamplerOptions::*field, auto value) {
     SamplerOptions o;
     o.*field = value;
     CAPTURE(value);
