@@ -13,6 +13,7 @@ int run_tokenize(const Args& args);
 int run_logits(const Args& args);
 int run_perplexity(const Args& args);
 int run_inspect(const Args& args);
+int run_bench(const Args& args);
 
 constexpr int kInterruptedExit = 130;
 
@@ -27,6 +28,7 @@ inline constexpr Command kCommands[] = {
     {"perplexity", "how well a model predicts a text", run_perplexity},
     {"logits", "logits and intermediates of a text, as .npy files", run_logits},
     {"inspect", "what a model is made of, and what fits in this machine", run_inspect},
+    {"bench", "how fast prompts are read and tokens written", run_bench},
 };
 
 }  // namespace thaw
