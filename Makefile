@@ -6,15 +6,14 @@ OPT ?= -O3
 SAN ?=
 PREFIX ?= /usr/local
 FUZZ_SECONDS ?= 20
-OPENMP ?= -fopenmp
 
 FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048
 
 WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wno-psabi -Werror
 SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
-COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) $(OPENMP) -g1 -I. $(WARN) $(SAN_FLAGS) \
+COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -pthread -g1 -I. $(WARN) $(SAN_FLAGS) \
   $(CPPFLAGS) $(CXXFLAGS)
-LINK = $(CXX) $(OPENMP) $(SAN_FLAGS) $(LDFLAGS)
+LINK = $(CXX) -pthread $(SAN_FLAGS) $(LDFLAGS)
 LIBS := -lpcre2-8
 
 # V=1 shows whole commands.
@@ -64,7 +63,7 @@ sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests
 ## fuzz        each fuzzer in tests/fuzz/ for FUZZ_SECONDS (20) seconds; needs clang
 fuzz:
 	@tools/setup.sh build fuzz
-	@$(MAKE) BUILD=$(BUILD)/fuzz CXX=clang++ SAN=fuzzer-no-link,address,undefined OPT=-O1 OPENMP= \
+	@$(MAKE) BUILD=$(BUILD)/fuzz CXX=clang++ SAN=fuzzer-no-link,address,undefined OPT=-O1 \
 	  WARN= fuzz-run
 
 # What a run finds is added to build/fuzz/NAME.corpus; tests/fuzz/corpus/NAME holds the seeds.

@@ -6,6 +6,7 @@
 #include <span>
 #include <vector>
 
+#include "device/thread_pool.h"
 #include "kvstore/kvstore.h"
 
 namespace thaw {
@@ -29,7 +30,7 @@ class Attention {
                       AttentionStats* stats = nullptr, int stats_rows = 1) = 0;
 };
 
-// n_threads >= 1. Results do not depend on n_threads.
-std::unique_ptr<Attention> make_cpu_attention(int n_threads);
+// Keeps a reference to `pool`. Results do not depend on its size.
+std::unique_ptr<Attention> make_cpu_attention(ThreadPool& pool);
 
 }  // namespace thaw

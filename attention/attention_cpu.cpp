@@ -3,8 +3,6 @@
 // In decode the tokens are also split into ranges, so that all threads have work, and the partial
 // states are merged in order; ranges depend on the shape alone, so the bits do not depend on
 // threads.
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -152,7 +150,7 @@ void attend_range(SoftmaxState* states, float* o, const Problem& p, const Work& 
 
 class CpuAttention final : public Attention {
  public:
-  explicit CpuAttention(int n_threads) : n_threads_(n_threads), scratch_(n_threads) {}
+  explicit CpuAttention(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
 
   void attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
               AttentionStats* stats, int stats_rows) override;
@@ -162,7 +160,7 @@ class CpuAttention final : public Attention {
   void finish(const Problem& p, int dim);
   void fill_stats(AttentionStats& stats, const Problem& p);
 
-  int n_threads_;
+  ThreadPool& pool_;
   std::vector<Scratch> scratch_;      // one a thread
   std::vector<Work> work_;            // ranges of one query tile are neighbours, in order
   int max_rows_ = 0;                  // most rows of one Work
@@ -248,21 +246,18 @@ void CpuAttention::attend(float* o, const float* q, int n_rows, int n_heads, con
   states_.assign(work_.size() * max_rows_, {});
   outputs_.assign(work_.size() * max_rows_ * dim, 0.0f);
   for (Scratch& s : scratch_) s.reserve(max_rows_, dim);
-#pragma omp parallel num_threads(n_threads_)
-  {
-    Scratch& s = scratch_[omp_get_thread_num()];
-#pragma omp for schedule(dynamic, 1)
-    for (std::size_t i = 0; i < work_.size(); ++i)
-      attend_range(&states_[i * max_rows_], &outputs_[i * max_rows_ * dim], p, work_[i], s, dim);
-  }
+  pool_.run(static_cast<std::int64_t>(work_.size()), [&](std::int64_t i, int thread) {
+    attend_range(&states_[i * max_rows_], &outputs_[i * max_rows_ * dim], p, work_[i],
+                 scratch_[thread], dim);
+  });
   finish(p, dim);
   if (stats) fill_stats(*stats, p);
 }
 
 }  // namespace
 
-std::unique_ptr<Attention> make_cpu_attention(int n_threads) {
-  return std::make_unique<CpuAttention>(n_threads);
+std::unique_ptr<Attention> make_cpu_attention(ThreadPool& pool) {
+  return std::make_unique<CpuAttention>(pool);
 }
 
 }  // namespace thaw

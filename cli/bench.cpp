@@ -75,6 +75,8 @@ class Bench {
     }
   }
 
+  ThreadPool& pool() { return transformer_.pool(); }
+
   std::vector<Result> run() {
     std::vector<Result> results;
     if (o_.prompt > 0) {
@@ -171,7 +173,7 @@ int run_bench(const Args& args) {
   if (!parse(args, o)) return 0;
   const Model model = load_model(*o.common.model);
   Bench bench(o, model);
-  const double peak = measure_read_bandwidth(o.common.threads);
+  const double peak = measure_read_bandwidth(bench.pool());
   write_stdout(report(o, bench.run(), peak));
   return 0;
 }

@@ -10,8 +10,9 @@ namespace thaw {
 Transformer::Transformer(const Model& model, int n_threads, int max_rows)
     : model_(model),
       max_rows_(max_rows),
-      ops_(make_cpu_ops(model.config, n_threads)),
-      attention_(make_cpu_attention(n_threads)) {
+      pool_(n_threads),
+      ops_(make_cpu_ops(model.config, pool_)),
+      attention_(make_cpu_attention(pool_)) {
   require(n_threads >= 1 && max_rows >= 1,
           "transformer: expected at least 1 thread and 1 row, found ", n_threads, " and ",
           max_rows);

@@ -16,7 +16,7 @@ namespace thaw {
 
 class Transformer {
  public:
-  // Keeps a reference to `model`, which must outlive this. n_threads: OpenMP threads, >= 1; results
+  // Keeps a reference to `model`, which must outlive this. n_threads: at least 1; results
   // do not depend on it. max_rows: most tokens of one forward() call; scratch memory grows with it.
   Transformer(const Model& model, int n_threads, int max_rows = 512);
 
@@ -31,6 +31,7 @@ class Transformer {
   // Every named intermediate of every forward() from now on; {} to stop.
   void observe(Observer observer);
 
+  ThreadPool& pool() { return pool_; }
   const Config& config() const { return model_.config; }
   int max_rows() const { return max_rows_; }
 
@@ -39,6 +40,7 @@ class Transformer {
 
   const Model& model_;
   int max_rows_;
+  ThreadPool pool_;
   std::unique_ptr<Ops> ops_;
   std::unique_ptr<Attention> attention_;
   std::vector<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // scratch, max_rows x width

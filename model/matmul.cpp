@@ -263,7 +263,7 @@ void multiply_dots(const Product& p, const Activations& x, std::int64_t first_ro
 }  // namespace
 
 void Activations::assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes,
-                         int n_threads) {
+                         ThreadPool& pool) {
   x_ = x, rows_ = rows, cols_ = cols;
   if (!with_codes) return;
   require(cols % kBlock == 0, "activations: cols: expected a multiple of 32, found ", cols);
@@ -272,12 +272,17 @@ void Activations::assign(const float* x, std::int64_t rows, std::int64_t cols, b
     if (static_cast<std::int64_t>(v.size()) < n) v.resize(static_cast<std::size_t>(n));
   };
   grow(codes_, rows * cols), grow(scales_, 2 * rows * n_blocks);
-#pragma omp parallel for num_threads(n_threads) if (rows >= 8)
-  for (std::int64_t i = 0; i < rows * n_blocks; ++i)
-    encode_block(codes_.data() + i * kBlock, scales_.data() + 2 * i, x + i * kBlock);
+  constexpr std::int64_t kTask = 128;  // blocks: 4096 elements
+  const std::int64_t total = rows * n_blocks;
+  pool.run((total + kTask - 1) / kTask, [&](std::int64_t task, int) {
+    const std::int64_t end = std::min(total, (task + 1) * kTask);
+    for (std::int64_t i = task * kTask; i < end; ++i) {
+      encode_block(codes_.data() + i * kBlock, scales_.data() + 2 * i, x + i * kBlock);
+    }
+  });
 }
 
-void matmul(std::span<const Product> products, const Activations& x, int n_threads) {
+void matmul(std::span<const Product> products, const Activations& x, ThreadPool& pool) {
   const bool tiled = x.rows() > kDotRows;
   const std::int64_t step = tiled ? kTileCols : kDotTask;
   std::int64_t n_tasks = 0;
@@ -285,21 +290,17 @@ void matmul(std::span<const Product> products, const Activations& x, int n_threa
     require(p.w->cols == x.cols(), p.w->name, ": cols: expected ", x.cols(), ", found ", p.w->cols);
     n_tasks += (p.w->rows + step - 1) / step;
   }
-#pragma omp parallel num_threads(n_threads)
-  {
+  pool.run(n_tasks, [&](std::int64_t task, int) {
     thread_local TileScratch scratch;
-#pragma omp for schedule(dynamic, 1)
-    for (std::int64_t task = 0; task < n_tasks; ++task) {
-      std::int64_t i = task;
-      const Product* p = products.data();
-      for (; i >= (p->w->rows + step - 1) / step; ++p) i -= (p->w->rows + step - 1) / step;
-      if (tiled) {
-        multiply_tile(*p, x, i * step, scratch);
-      } else {
-        multiply_dots(*p, x, i * step);
-      }
+    std::int64_t i = task;
+    const Product* p = products.data();
+    for (; i >= (p->w->rows + step - 1) / step; ++p) i -= (p->w->rows + step - 1) / step;
+    if (tiled) {
+      multiply_tile(*p, x, i * step, scratch);
+    } else {
+      multiply_dots(*p, x, i * step);
     }
-  }
+  });
 }
 
 }  // namespace thaw

@@ -13,6 +13,7 @@
 #include <span>
 #include <vector>
 
+#include "device/thread_pool.h"
 #include "model/tensor.h"
 
 namespace thaw {
@@ -23,7 +24,7 @@ class Activations {
  public:
   // Refers to x (rows x cols, f32), which must stay until the products are done. cols is a multiple
   // of 32 when with_codes.
-  void assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes, int n_threads);
+  void assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes, ThreadPool& pool);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
@@ -51,8 +52,8 @@ struct Product {
 // Whether products with this format need Activations with codes.
 inline bool needs_codes(DType type) { return dtype_info(type).block > 1; }
 
-// All products of the same activations, in one parallel region. Every w has cols = x.cols().
-// Results do not depend on n_threads.
-void matmul(std::span<const Product> products, const Activations& x, int n_threads);
+// All products of the same activations, in one loop of tasks. Every w has cols = x.cols().
+// Results do not depend on the pool's size.
+void matmul(std::span<const Product> products, const Activations& x, ThreadPool& pool);
 
 }  // namespace thaw

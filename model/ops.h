@@ -11,6 +11,7 @@
 #include <span>
 #include <string_view>
 
+#include "device/thread_pool.h"
 #include "model/config.h"
 #include "model/weights.h"
 
@@ -59,7 +60,7 @@ class Ops {
   Observer observer_;
 };
 
-// n_threads >= 1. Results do not depend on n_threads.
-std::unique_ptr<Ops> make_cpu_ops(const Config& config, int n_threads);
+// Keeps references to both. Results do not depend on the pool's size.
+std::unique_ptr<Ops> make_cpu_ops(const Config& config, ThreadPool& pool);
 
 }  // namespace thaw

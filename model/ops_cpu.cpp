@@ -11,8 +11,6 @@
 namespace thaw {
 namespace {
 
-constexpr std::int64_t kParallelRows = 8;  // fewer rows are not worth waking threads for
-
 // n = x / sqrt(mean(x^2) + eps) * w   (Zhang and Sennrich, 1910.07467)
 void rms_norm(float* n, const float* x, const std::vector<float>& w, float eps) {
   const std::int64_t dim = static_cast<std::int64_t>(w.size());
@@ -25,10 +23,8 @@ void rms_norm(float* n, const float* x, const std::vector<float>& w, float eps) 
 
 class CpuOps final : public Ops {
  public:
-  CpuOps(const Config& config, int n_threads)
-      : config_(config),
-        n_threads_(n_threads),
-        inverse_frequencies_(rope_inverse_frequencies(config)) {}
+  CpuOps(const Config& config, ThreadPool& pool)
+      : config_(config), pool_(pool), inverse_frequencies_(rope_inverse_frequencies(config)) {}
 
   void embed(float* x, std::span<const std::int32_t> tokens, const Weights& weights) override {
     const Tensor& table = weights.embedding;
@@ -56,9 +52,9 @@ class CpuOps final : public Ops {
   }
 
   void project_add(float* x, const float* h, const Tensor& w, std::int64_t n_rows) override {
-    activations_.assign(h, n_rows, w.cols, needs_codes(w.type), n_threads_);
+    activations_.assign(h, n_rows, w.cols, needs_codes(w.type), pool_);
     const Product product{x, w.rows, &w, true};
-    matmul({&product, 1}, activations_, n_threads_);
+    matmul({&product, 1}, activations_, pool_);
   }
 
   void gate_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) override {
@@ -68,13 +64,12 @@ class CpuOps final : public Ops {
     const Tensor* matrices[] = {&w.w_gate, &w.w_up};
     float* outputs[] = {h, up_.data()};
     multiply(outputs, matrices, n, n_rows);
-#pragma omp parallel for num_threads(n_threads_) if (n_rows >= kParallelRows)
-    for (std::int64_t t = 0; t < n_rows; ++t) {
+    for_rows(n_rows, [&](std::int64_t t) {
       float* gate = h + t * config_.ffn_dim;
       const float* up = up_.data() + t * config_.ffn_dim;
 #pragma omp simd
       for (int i = 0; i < config_.ffn_dim; ++i) gate[i] = silu(gate[i]) * up[i];
-    }
+    });
     report("ffn_hidden", w.index, h, n_rows, config_.ffn_dim);
   }
 
@@ -87,12 +82,22 @@ class CpuOps final : public Ops {
   }
 
  private:
+  // body(row) for every row, a task for every few of them.
+  template <class Body>
+  void for_rows(std::int64_t n_rows, const Body& body) {
+    constexpr std::int64_t kRows = 8;
+    pool_.run((n_rows + kRows - 1) / kRows, [&](std::int64_t task, int) {
+      const std::int64_t end = std::min(n_rows, (task + 1) * kRows);
+      for (std::int64_t row = task * kRows; row < end; ++row) body(row);
+    });
+  }
+
   const float* normalize(const float* x, const std::vector<float>& w, std::int64_t n_rows) {
     const std::int64_t dim = config_.dim;
     norm_.resize(std::max(norm_.size(), static_cast<std::size_t>(n_rows * dim)));
-#pragma omp parallel for num_threads(n_threads_) if (n_rows >= kParallelRows)
-    for (std::int64_t t = 0; t < n_rows; ++t)
+    for_rows(n_rows, [&](std::int64_t t) {
       rms_norm(norm_.data() + t * dim, x + t * dim, w, config_.norm_eps);
+    });
     return norm_.data();
   }
 
@@ -105,8 +110,8 @@ class CpuOps final : public Ops {
       products[i] = {outputs[i], matrices[i]->rows, matrices[i], false};
       with_codes |= needs_codes(matrices[i]->type);
     }
-    activations_.assign(n, n_rows, config_.dim, with_codes, n_threads_);
-    matmul({products, outputs.size()}, activations_, n_threads_);
+    activations_.assign(n, n_rows, config_.dim, with_codes, pool_);
+    matmul({products, outputs.size()}, activations_, pool_);
   }
 
   // The angles of `positions`, unless they are the same as in the layer before.
@@ -133,8 +138,7 @@ class CpuOps final : public Ops {
     const bool interleaved = config_.rope_pairing == RopePairing::kInterleaved;
     const int step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
     const std::int64_t n_rows = static_cast<std::int64_t>(positions.size());
-#pragma omp parallel for num_threads(n_threads_) if (n_rows >= kParallelRows)
-    for (std::int64_t row = 0; row < n_rows; ++row) {
+    for_rows(n_rows, [&](std::int64_t row) {
       const float *cos = cos_.data() + row * half, *sin = sin_.data() + row * half;
       for (int head = 0; head < n_heads; ++head) {
         float* pair = x + (row * n_heads + head) * config_.head_dim;
@@ -144,11 +148,11 @@ class CpuOps final : public Ops {
           pair[partner] = a * sin[i] + b * cos[i];
         }
       }
-    }
+    });
   }
 
   const Config& config_;
-  int n_threads_;
+  ThreadPool& pool_;
   std::vector<float> inverse_frequencies_;
   std::vector<float> cos_, sin_;  // rows of the last positions x head_dim / 2
   std::vector<std::int32_t> rope_positions_;
@@ -158,8 +162,8 @@ class CpuOps final : public Ops {
 
 }  // namespace
 
-std::unique_ptr<Ops> make_cpu_ops(const Config& config, int n_threads) {
-  return std::make_unique<CpuOps>(config, n_threads);
+std::unique_ptr<Ops> make_cpu_ops(const Config& config, ThreadPool& pool) {
+  return std::make_unique<CpuOps>(config, pool);
 }
 
 }  // namespace thaw

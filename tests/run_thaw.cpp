@@ -41,8 +41,6 @@ Pipe make_pipe() {
   } else {
     ::dup2(::open(options.stdout_path.c_str(), O_WRONLY | O_CLOEXEC), STDOUT_FILENO);
   }
-  // Threads that spin while they wait starve one another when the machine is busy.
-  ::setenv("OMP_WAIT_POLICY", "passive", 0);
   ::execv(argv[0], argv.data());
   ::_exit(127);
 }

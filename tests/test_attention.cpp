@@ -65,8 +65,9 @@ void check_case(const Case& c) {
   std::vector<float> o(in.flat_q.size());
   AttentionStats stats;
   const int stats_rows = (c.n_rows + 1) / 2;
-  make_cpu_attention(2)->attend(o.data(), in.flat_q.data(), c.n_rows, c.n_heads(), in.kv->view(0),
-                                &stats, stats_rows);
+  ThreadPool pool(2);
+  make_cpu_attention(pool)->attend(o.data(), in.flat_q.data(), c.n_rows, c.n_heads(),
+                                   in.kv->view(0), &stats, stats_rows);
   std::vector<float> expected, probability(static_cast<std::size_t>(c.kv_len));
   for (int t = 0; t < c.n_rows; ++t) {
     const int visible = c.kv_len - c.n_rows + t + 1;
@@ -110,10 +111,12 @@ TEST_CASE("attention: the same bits for any number of threads, and from one call
     const Inputs in = make_inputs(c);
     std::vector<float> first(in.flat_q.size()), o(in.flat_q.size());
     AttentionStats stats, other;
-    make_cpu_attention(1)->attend(first.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0), &stats,
-                                  n_rows);
+    ThreadPool single(1);
+    make_cpu_attention(single)->attend(first.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0),
+                                       &stats, n_rows);
     for (int n_threads : {2, 3, 5}) {
-      auto attention = make_cpu_attention(n_threads);
+      ThreadPool pool(n_threads);
+      auto attention = make_cpu_attention(pool);
       for (int repeat = 0; repeat < 2; ++repeat) {
         attention->attend(o.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0), &other, n_rows);
         CHECK(std::memcmp(o.data(), first.data(), o.size() * sizeof(float)) == 0);
@@ -135,7 +138,8 @@ TEST_CASE("attention: scores far apart do not overflow, and the largest wins") {
   const std::vector<float> q(16, 100.0f);
   std::vector<float> o(16);
   AttentionStats stats;
-  make_cpu_attention(1)->attend(o.data(), q.data(), 1, 1, in.kv->view(0), &stats, 1);
+  ThreadPool pool(1);
+  make_cpu_attention(pool)->attend(o.data(), q.data(), 1, 1, in.kv->view(0), &stats, 1);
   CHECK(o == in.v[200]);
   CHECK(stats.probability[200] == 1.0f);
   CHECK(stats.entropy[0] == 0.0f);
@@ -144,7 +148,8 @@ TEST_CASE("attention: scores far apart do not overflow, and the largest wins") {
 TEST_CASE("attention: shapes that do not fit are refused") {
   const Inputs in = make_inputs({1, 4, 2, 1, 16});
   std::vector<float> o(64), q(64);
-  auto attention = make_cpu_attention(1);
+  ThreadPool pool(1);
+  auto attention = make_cpu_attention(pool);
   CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 5, 2, in.kv->view(0)),
                        "attend: rows: expected 1 to kv_len = 4, found 5", Error);
   CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 1, 3, in.kv->view(0)),

@@ -61,9 +61,10 @@ std::vector<float> product(const Tensor& w, const std::vector<float>& x, int n_t
   const std::int64_t n_rows = static_cast<std::int64_t>(x.size()) / w.cols;
   std::vector<float> out(static_cast<std::size_t>(n_rows * w.rows), initial);
   Activations a;
-  a.assign(x.data(), n_rows, w.cols, needs_codes(w.type), n_threads);
+  ThreadPool pool(n_threads);
+  a.assign(x.data(), n_rows, w.cols, needs_codes(w.type), pool);
   const Product p{out.data(), w.rows, &w, initial != 0};
-  matmul({&p, 1}, a, n_threads);
+  matmul({&p, 1}, a, pool);
   return out;
 }
 
@@ -157,10 +158,11 @@ TEST_CASE("matmul: a matrix that does not fit the activations is refused") {
   const Tensor w{"blk.0.w", DType::kF32, 1, 64, bytes.data()};
   Activations a;
   const std::vector<float> x(32);
-  a.assign(x.data(), 1, 32, false, 1);
+  ThreadPool pool(1);
+  a.assign(x.data(), 1, 32, false, pool);
   float out;
   const Product p{&out, 1, &w, false};
-  CHECK_THROWS_WITH_AS(matmul({&p, 1}, a, 1), "blk.0.w: cols: expected 32, found 64", Error);
+  CHECK_THROWS_WITH_AS(matmul({&p, 1}, a, pool), "blk.0.w: cols: expected 32, found 64", Error);
 }
 
 TEST_CASE("ops: each op equals the definition, both RoPE pairings, scaled frequencies") {
@@ -171,7 +173,8 @@ TEST_CASE("ops: each op equals the definition, both RoPE pairings, scaled freque
       const testing::TinyModel tiny = testing::make_tiny_model(options);
       const Config& c = tiny.model.config;
       const LayerWeights& w = tiny.model.weights.layers[1];
-      auto ops = make_cpu_ops(c, 2);
+      ThreadPool pool(2);
+      auto ops = make_cpu_ops(c, pool);
       testing::Random random(9);
       const std::vector<float> x = random.normals(n_rows * c.dim, 2);
       std::vector<std::int32_t> positions;
@@ -214,7 +217,8 @@ TEST_CASE("ops: each op equals the definition, both RoPE pairings, scaled freque
 
 TEST_CASE("ops: a token outside the vocabulary is refused") {
   const testing::TinyModel tiny = testing::make_tiny_model();
-  auto ops = make_cpu_ops(tiny.model.config, 1);
+  ThreadPool pool(1);
+  auto ops = make_cpu_ops(tiny.model.config, pool);
   std::vector<float> x(tiny.model.config.dim);
   for (std::int32_t token : {-1, 288}) {
     CHECK_THROWS_AS(ops->embed(x.data(), {&token, 1}, tiny.model.weights), Error);

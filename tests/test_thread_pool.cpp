@@ -1,0 +1,61 @@
+#include <doctest/doctest.h>
+
+#include <memory>
+#include <set>
+#include <thread>
+#include <vector>
+
+#include "device/thread_pool.h"
+#include "tests/error_of.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+
+TEST_CASE("thread pool: every task runs once, before run returns, on a thread of the pool") {
+  for (int n_threads : {1, 2, 3, 9}) {
+    ThreadPool pool(n_threads);
+    CHECK(pool.size() == n_threads);
+    testing::Random random(31);
+    for (int loop = 0; loop < 3000; ++loop) {
+      const int n_tasks = random.below(40);
+      std::vector<int> runs(40),
+          threads(40);  // plain: a task that ran twice, or late, is a data race
+      pool.run(n_tasks,
+               [&](std::int64_t task, int thread) { ++runs[task], threads[task] = thread; });
+      for (int task = 0; task < 40; ++task) {
+        if (runs[task] != (task < n_tasks))
+          FAIL("task " << task << " ran " << runs[task] << " times");
+        if (threads[task] < 0 || threads[task] >= n_threads) FAIL("thread " << threads[task]);
+      }
+    }
+  }
+}
+
+TEST_CASE("thread pool: threads share a loop, and two at a time never have the same number") {
+  constexpr int kThreads = 4;
+  ThreadPool pool(kThreads);
+  std::atomic<int> busy[kThreads] = {}, arrived = 0;
+  std::atomic<bool> shared_number = false;
+  pool.run(kThreads, [&](std::int64_t, int thread) {
+    if (busy[thread]++ > 0) shared_number = true;
+    for (++arrived; arrived < kThreads;) std::this_thread::yield();  // ends only if all run at once
+    --busy[thread];
+  });
+  CHECK(!shared_number);
+}
+
+TEST_CASE("thread pool: workers that went to sleep are woken") {
+  ThreadPool pool(2);
+  for (int loop = 0; loop < 3; ++loop) {
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    std::atomic<int> arrived = 0;
+    pool.run(2, [&](std::int64_t, int) {
+      for (++arrived; arrived < 2;) std::this_thread::yield();
+    });
+    CHECK(arrived == 2);
+  }
+}
+
+TEST_CASE("thread pool: no threads is an error") {
+  CHECK(testing::error_of([] { ThreadPool pool(0); }) == "threads: expected at least 1, found 0");
+}
