@@ -179,7 +179,10 @@ void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int6
 template <int kRows>
 void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile& tile,
                     std::int64_t first_col, std::int64_t n) {
-  for (std::int64_t b = 0; b < n / kBlock; ++b) {
+  const std::int16_t* codes = x.codes(t) + first_col;
+  const float* scales = x.scales(t) + first_col / kBlock * 2;
+  const std::int64_t code_stride = x.cols(), scale_stride = x.cols() / kBlock * 2;
+  for (std::int64_t b = 0; b < n / kBlock; ++b, codes += kBlock, scales += 2) {
     i32x8 sum[kRows][2] = {};
     const std::int16_t* pairs = tile.pairs + b * kBlock * kTileCols;
     for (int i = 0; i < kBlock; i += 2) {
@@ -189,18 +192,19 @@ void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile
       keep(left), keep(right);
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const i16x16 pair = broadcast_pair(x.codes(t + r) + first_col + b * kBlock + i);
+        const i16x16 pair = broadcast_pair(codes + r * code_stride + i);
         sum[r][0] += multiply_pairs(pair, left);
         sum[r][1] += multiply_pairs(pair, right);
       }
     }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; ++half) {
+      const f32x8 d = load8(tile.d[b] + 8 * half), offset = load8(tile.offset[b] + 8 * half);
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const float* scales = x.scales(t + r) + (first_col / kBlock + b) * 2;
-      for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < kRows; ++r) {
         float* to = out + r * kTileCols + 8 * half;
-        const f32x8 d = load8(tile.d[b] + 8 * half), offset = load8(tile.offset[b] + 8 * half);
-        store8(to, load8(to) + to_float(sum[r][half]) * (d * scales[0]) + offset * scales[1]);
+        const float* scale = scales + r * scale_stride;
+        store8(to, load8(to) + to_float(sum[r][half]) * (d * scale[0]) + offset * scale[1]);
       }
     }
   }
