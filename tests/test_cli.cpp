@@ -2,6 +2,8 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <optional>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -156,6 +158,78 @@ TEST_CASE("cli: values may be attached, empty, or look like flags") {
   CHECK(flags.parse({"--count", "4", "-n", "5", "-p", "-j"}));  // the last one counts
   CHECK(n == 5);
   CHECK(text == "-j");
+}
+
+TEST_CASE("cli: a value is taken as it is typed, whatever it looks like") {
+  for (const std::string value : {"-1.5", "-j", "-prompt", "--prompt", "--prompt=", "--prompt=a=b",
+                                  "-", "--", "", "=", "[a,b]", "[[11]]", "{}", "%%"}) {
+    CAPTURE(value);
+    for (const std::vector<std::string>& args : {std::vector<std::string>{"-p", value},
+                                                 {"--prompt", value},
+                                                 {"--prompt=" + value},
+                                                 {"-p", "x", "--prompt=" + value}}) {
+      std::optional<std::string> text;
+      std::vector<std::string> stops;
+      bool json = false;
+      Flags flags("x", "", "");
+      flags.toggle(json, "-j, --json", "");
+      flags.text(text, "-p, --prompt", "TEXT", "");
+      flags.texts(stops, "--stop", "TEXT", "");
+      std::vector<std::string> line = args;
+      line.insert(line.end(), {"--stop", value, "-j", "--stop=" + value});
+      CHECK(flags.parse(line));
+      CHECK(text == value);
+      CHECK(stops == std::vector<std::string>{value, value});
+      CHECK(json);
+    }
+  }
+}
+
+TEST_CASE("cli: of any kind of flag, the one given last counts") {
+  std::string choice = "a";
+  float real = 1;
+  std::optional<std::uint64_t> seed;
+  Flags flags("x", "", "");
+  flags.choice(choice, "--kind", {"a", "b", "c"}, "");
+  flags.real(real, "--temp", "", "a number", [](double) { return true; });
+  flags.seed(seed, "--seed", "");
+  CHECK(flags.parse({"--kind", "b", "--temp", "-2.5", "--seed", "7", "--temp=-0.5", "--kind=c",
+                     "--seed", "18446744073709551615"}));
+  CHECK(choice == "c");
+  CHECK(real == -0.5f);
+  CHECK(seed == 18446744073709551615u);
+}
+
+TEST_CASE("cli: help that is asked for first is given, whatever follows") {
+  const RunResult r = run_thaw({"generate", "-h", "--temp", "hot", "--modle"});
+  CHECK(r.exit_code == 0);
+  CHECK(r.out == run_thaw({"generate", "--help"}).out);
+}
+
+TEST_CASE("cli: a help page groups the flags, in columns that fit") {
+  const std::string page = run_thaw({"generate", "--help"}).out;
+  std::size_t at = 0;
+  for (const char* title : {"Model and prompt", "Where it ends", "Sampling, in this order",
+                            "Context", "Machine", "Output", "Examples"}) {
+    CAPTURE(title);
+    at = page.find(std::string("\n\n") + title + ":\n  ", at);
+    REQUIRE(at != std::string::npos);
+  }
+  CHECK(contains(page, "\n  -h, --help                   print this page\n"));
+  CHECK(contains(page, "\n      --frequency-penalty X    subtract X"));
+  CHECK(contains(page, "\n" + std::string(31, ' ') + "follows does"));
+  std::istringstream lines(page.substr(0, at));
+  for (std::string line; std::getline(lines, line);) {
+    CAPTURE(line);
+    CHECK(line.size() <= 98);
+  }
+}
+
+TEST_CASE("cli: hostile text in an argument is shortened and escaped in the message") {
+  const std::string text = "\n\x1b[2J" + std::string(1000, 'x');
+  const std::string shown = "\\x0a\\x1b[2J" + std::string(55, 'x') + "...";
+  check_fails({"generate", text}, 2, "unexpected argument \"" + shown + "\"");
+  check_fails({"generate", "--temp", text}, 2, "a number >= 0, found \"" + shown + "\"");
 }
 
 TEST_CASE("cli: input that is missing or unfit fails with its name") {
