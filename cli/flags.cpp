@@ -66,82 +66,63 @@ std::string closest(std::string_view word, const std::vector<std::string>& candi
   return "";
 }
 
-Flags::Flags(std::string command, std::string usage, std::string summary)
-    : command_(std::move(command)), usage_(std::move(usage)), summary_(std::move(summary)) {}
+Flags::Flags(Text command, Text usage, Text summary)
+    : usage_("thaw " + command + " " + usage), summary_(summary) {}
 
-void Flags::section(std::string title) { section_ = std::move(title); }
+void Flags::section(Text title) { section_ = title; }
 void Flags::dash(bool& value) { dash_ = &value; }
 
-void Flags::examples(std::string text) {
+void Flags::examples(Text text) {
   toggle(help_wanted_, "-h, --help", "print this page");
-  examples_ = std::move(text);
+  examples_ = text;
 }
 
-Flags::Flag& Flags::add(std::string names, std::string placeholder, std::string help) {
-  Flag& flag = flags_.emplace_back();
-  flag.section = section_;
-  const std::size_t comma = names.find(", ");
-  flag.long_name = comma == std::string::npos ? names : names.substr(comma + 2);
-  if (comma != std::string::npos) flag.short_name = names.substr(0, comma);
-  flag.placeholder = std::move(placeholder);
-  flag.help = std::move(help);
-  return flag;
+void Flags::add(Text names, Text placeholder, Text help, Text expected,
+                const std::function<bool(Text)>& set) {
+  const std::size_t at = names.find("--");
+  flags_.push_back({section_, names.substr(0, at > 0 ? 2 : 0), names.substr(at), placeholder, help,
+                    expected, set});
 }
 
-void Flags::toggle(bool& value, std::string names, std::string help) {
-  add(std::move(names), "", std::move(help)).set = [&value](std::string_view) {
-    return value = true;
-  };
+void Flags::toggle(bool& value, Text names, Text help) {
+  add(names, "", help, "", [&value](Text) { return value = true; });
 }
 
-void Flags::text(std::optional<std::string>& value, std::string names, std::string placeholder,
-                 std::string help) {
-  add(std::move(names), std::move(placeholder), std::move(help)).set =
-      [&value](std::string_view s) {
-        value = std::string(s);
-        return true;
-      };
+void Flags::text(std::optional<std::string>& value, Text names, Text placeholder, Text help) {
+  add(names, placeholder, help, "", [&value](Text s) { return (value = s).has_value(); });
 }
 
-void Flags::texts(std::vector<std::string>& value, std::string names, std::string placeholder,
-                  std::string help) {
-  add(std::move(names), std::move(placeholder), std::move(help)).set =
-      [&value](std::string_view s) {
-        value.emplace_back(s);
-        return true;
-      };
+void Flags::texts(std::vector<std::string>& value, Text names, Text placeholder, Text help) {
+  add(names, placeholder, help, "", [&value](Text s) {
+    value.push_back(s);
+    return true;
+  });
 }
 
-void Flags::choice(std::string& value, std::string names, std::vector<std::string> choices,
-                   std::string help) {
+void Flags::choice(std::string& value, Text names, const std::vector<std::string>& choices,
+                   Text help) {
   std::string list;
   for (const std::string& choice : choices) list += join(list.empty() ? "" : "|", choice);
-  Flag& flag = add(std::move(names), list, std::move(help) + " (default " + value + ")");
-  flag.expected = choices.size() == 1 ? list : "one of " + list;
-  flag.set = [&value, choices](std::string_view s) {
-    value = std::string(s);
-    return std::find(choices.begin(), choices.end(), s) != choices.end();
-  };
+  add(names, list, help + " (default " + value + ")", choices.size() == 1 ? list : "one of " + list,
+      [&value, choices](Text s) {
+        value = s;
+        return std::find(choices.begin(), choices.end(), s) != choices.end();
+      });
 }
 
-void Flags::seed(std::optional<std::uint64_t>& value, std::string names, std::string help) {
-  Flag& flag = add(std::move(names), "N", std::move(help));
-  flag.expected = "a whole number from 0 to 18446744073709551615";
-  flag.set = [&value](std::string_view s) {
-    return (value = parse_number<std::uint64_t>(s)).has_value();
-  };
+void Flags::seed(std::optional<std::uint64_t>& value, Text names, Text help) {
+  add(names, "N", help, "a whole number from 0 to 18446744073709551615",
+      [&value](Text s) { return (value = parse_number<std::uint64_t>(s)).has_value(); });
 }
 
-void Flags::real(float& value, std::string names, std::string help, std::string expected,
-                 std::function<bool(double)> accepts) {
-  Flag& flag = add(std::move(names), "X", std::move(help) + join(" (default ", value, ")"));
-  flag.expected = std::move(expected);
-  flag.set = [&value, accepts = std::move(accepts)](std::string_view s) {
+void Flags::real(float& value, Text names, Text help, Text expected,
+                 const std::function<bool(double)>& accepts) {
+  add(names, "X", help + join(" (default ", value, ")"), expected, [&value, accepts](Text s) {
     const auto number = parse_number<float>(s);
     if (!number || !accepts(*number)) return false;
     value = *number;
     return true;
-  };
+  });
 }
 
 const Flags::Flag& Flags::find(const std::string& name, const std::string& arg) const {
@@ -163,8 +144,7 @@ bool Flags::parse(const std::vector<std::string>& args) {
       continue;
     }
     if (arg.size() < 2 || arg[0] != '-') {
-      throw UsageError(join("unexpected argument \"", printable(arg), "\"; usage: thaw ", command_,
-                            " ", usage_));
+      throw UsageError(join("unexpected argument \"", printable(arg), "\"; usage: ", usage_));
     }
     // --name, --name=value, -n, -nvalue; and -name, which is a slip for --name.
     const bool is_long = arg[1] == '-';
@@ -198,7 +178,7 @@ bool Flags::parse(const std::vector<std::string>& args) {
 
 std::string Flags::help() const {
   std::string out;
-  wrap(out, "Usage: thaw " + command_ + " " + usage_, 7, 0);
+  wrap(out, "Usage: " + usage_, 7, 0);
   out += '\n';
   wrap(out, summary_, 0, 0);
   std::string section;

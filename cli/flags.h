@@ -32,64 +32,61 @@ std::string closest(std::string_view word, const std::vector<std::string>& candi
 
 class Flags {
  public:
+  using Text = const std::string&;
+
   // usage: what follows "thaw COMMAND" in the first line of the help page.
-  Flags(std::string command, std::string usage, std::string summary);
+  Flags(Text command, Text usage, Text summary);
 
   // Names are one long and at most one short one: "-n, --tokens" or "--temp". A flag given twice
   // counts as given last. Targets must outlive parse(); their values then are the defaults that the
   // help page shows (an empty optional shows none).
-  void section(std::string title);
-  void toggle(bool& value, std::string names, std::string help);
-  void text(std::optional<std::string>& value, std::string names, std::string placeholder,
-            std::string help);
-  void texts(std::vector<std::string>& value, std::string names, std::string placeholder,
-             std::string help);  // may be repeated
-  void choice(std::string& value, std::string names, std::vector<std::string> choices,
-              std::string help);
+  void section(Text title);
+  void toggle(bool& value, Text names, Text help);
+  void text(std::optional<std::string>& value, Text names, Text placeholder, Text help);
+  void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
+  void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
   template <class T>  // T: an integer type, or std::optional of one
-  void integer(T& value, std::string names, std::string help, std::int64_t min, std::int64_t max);
-  void seed(std::optional<std::uint64_t>& value, std::string names, std::string help);
-  void real(float& value, std::string names, std::string help, std::string expected,
-            std::function<bool(double)> accepts);
+  void integer(T& value, Text names, Text help, std::int64_t min, std::int64_t max);
+  void seed(std::optional<std::uint64_t>& value, Text names, Text help);
+  void real(float& value, Text names, Text help, Text expected,
+            const std::function<bool(double)>& accepts);
   // Lets "-" stand among the flags.
   void dash(bool& value);
   // Closes the list of flags with --help, and the help page with these lines.
-  void examples(std::string text);
+  void examples(Text text);
 
   // False when help was asked for; it has been printed. Throws UsageError.
   bool parse(const std::vector<std::string>& args);
-  std::string help() const;
 
  private:
   struct Flag {
-    std::string section, short_name, long_name;
-    std::string placeholder;  // empty: takes no value
-    std::string help;
-    std::string expected;                       // what a value must be; for messages
-    std::function<bool(std::string_view)> set;  // false: not that
+    std::string section, short_name, long_name, placeholder, help, expected;
+    std::function<bool(Text)> set;
   };
-  Flag& add(std::string names, std::string placeholder, std::string help);
+  // Without a placeholder it takes no value. `set` is false for a value that is not `expected`.
+  void add(Text names, Text placeholder, Text help, Text expected,
+           const std::function<bool(Text)>& set);
   const Flag& find(const std::string& name, const std::string& arg) const;
+  std::string help() const;
 
-  std::string command_, usage_, summary_, section_ = "Options", examples_;
+  std::string usage_, summary_, section_ = "Options", examples_;
   std::vector<Flag> flags_;
   bool* dash_ = nullptr;
   bool help_wanted_ = false;
 };
 
 template <class T>
-void Flags::integer(T& value, std::string names, std::string help, std::int64_t min,
-                    std::int64_t max) {
+void Flags::integer(T& value, Text names, Text help, std::int64_t min, std::int64_t max) {
   constexpr bool kOptional = !std::is_integral_v<T>;
-  if constexpr (!kOptional) help += join(" (default ", value, ")");
-  Flag& flag = add(std::move(names), "N", std::move(help));
-  flag.expected = join("a whole number from ", min, " to ", max);
-  flag.set = [&value, min, max](std::string_view text) {
-    const auto number = parse_number<std::int64_t>(text);
-    if (!number || *number < min || *number > max) return false;
-    value = static_cast<int>(*number);
-    return true;
-  };
+  std::string shown = help;
+  if constexpr (!kOptional) shown += join(" (default ", value, ")");
+  add(names, "N", shown, join("a whole number from ", min, " to ", max),
+      [&value, min, max](Text s) {
+        const auto number = parse_number<std::int64_t>(s);
+        if (!number || *number < min || *number > max) return false;
+        value = static_cast<int>(*number);
+        return true;
+      });
 }
 
 }  // namespace thaw
