@@ -64,10 +64,12 @@ std::size_t arena_bytes(const KvShape& s) {
   require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
           "KV store: expected positive sizes, found ", s.n_layers, " layers, ", s.n_kv_heads,
           " heads of ", s.head_dim, ", ", s.capacity, " tokens");
-  std::int64_t total = 0;
-  require(!__builtin_mul_overflow(s.bytes_per_token(), s.capacity, &total),
-          "KV store: ", s.capacity, " tokens of ", s.bytes_per_token(),
-          " bytes do not fit 64 bits");
+  std::int64_t total = 2 * static_cast<std::int64_t>(element_bytes(s.type));
+  bool overflows = false;
+  for (int factor : {s.n_layers, s.n_kv_heads, s.head_dim, s.capacity})
+    overflows |= __builtin_mul_overflow(total, factor, &total);
+  require(!overflows, "KV store: ", s.capacity, " tokens of ", s.n_layers, " layers of ",
+          s.n_kv_heads, " heads of ", s.head_dim, " do not fit 64 bits");
   return static_cast<std::size_t>(total);
 }
 
