@@ -194,10 +194,11 @@ TEST_CASE("pre-tokenizers keep what tells them apart") {
 }
 
 TEST_CASE("an unknown pre-tokenizer is named in the error") {
-  CHECK_THROWS_WITH_AS(named_pretokenizer("tekken", "m.gguf"),
-                       "m.gguf: pre-tokenizer: expected llama-bpe, smollm, qwen2 or gpt-2, found "
-                       "\"tekken\"",
-                       Error);
+  CHECK_THROWS_WITH_AS(
+      named_pretokenizer("tekken", "m.gguf"),
+      "m.gguf: tokenizer.ggml.pre: expected llama-bpe, smollm, qwen2 or gpt-2, found "
+      "\"tekken\"",
+      Error);
 }
 
 TEST_CASE("regexes that PCRE2 would read otherwise are refused") {

@@ -183,7 +183,7 @@ TEST_CASE("GGUF metadata that cannot be a tokenizer is refused") {
     return [=](W& w) { w.set(std::string("tokenizer.ggml.") + key, value); };
   };
   contains(error(set("model", "llama")), "expected gpt2");
-  contains(error(set("pre", "tekken")), "pre-tokenizer");
+  contains(error(set("pre", "tekken")), "tokenizer.ggml.pre");
   contains(error([](W& w) { w.erase("tokenizer.ggml.pre"); }), "tokenizer.ggml.pre");
   contains(error([](W& w) { w.erase("tokenizer.ggml.tokens"); }), "tokenizer.ggml.tokens");
   contains(error([](W& w) { w.erase("tokenizer.ggml.merges"); }), "tokenizer.ggml.merges");

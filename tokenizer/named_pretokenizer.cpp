@@ -38,7 +38,7 @@ NamedPretokenizer named_pretokenizer(std::string_view name, const std::string& s
   if (among(kSmollmNames, name)) return {{kDigit, kGpt2}, false, false};
   if (among(kQwen2Names, name)) return {{kQwen2}, false, false};
   if (among(kGpt2Names, name)) return {{kGpt2}, false, false};
-  fail(source, ": pre-tokenizer: expected llama-bpe, smollm, qwen2 or gpt-2, found \"",
+  fail(source, ": tokenizer.ggml.pre: expected llama-bpe, smollm, qwen2 or gpt-2, found \"",
        printable(name), "\"");
 }
 
