@@ -1,4 +1,4 @@
-// The command table: parse, dispatch, the only catch.
+// The command table: parse, dispatch, print the error that ends the program.
 #include <iostream>
 #include <new>
 #include <string>
@@ -8,6 +8,7 @@
 #include "cli/flags.h"
 #include "cli/terminal.h"
 #include "device/error.h"
+#include "device/mapped_file.h"
 
 namespace thaw {
 namespace {
@@ -82,14 +83,15 @@ int main(int argc, char** argv) {
   const thaw::Args args(argv + (argc > 0), argv + argc);
   try {
     thaw::prepare_standard_streams();
+    thaw::report_lost_files();
     return thaw::run(args);
   } catch (const thaw::UsageError& error) {
-    std::cerr << "thaw: " << error.what() << "; " << thaw::hint(args) << "\n";
+    std::cerr << "thaw: " << thaw::one_line(error.what()) << "; " << thaw::hint(args) << "\n";
     return 2;
   } catch (const std::bad_alloc&) {
     std::cerr << "thaw: out of memory\n";
   } catch (const std::exception& error) {
-    std::cerr << "thaw: " << error.what() << "\n";
+    std::cerr << "thaw: " << thaw::one_line(error.what()) << "\n";
   }
   return 1;
 }

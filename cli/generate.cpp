@@ -132,6 +132,7 @@ std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer
 
 std::vector<TokenId> encode_prompt(const Options& o, const Tokenizer& tokenizer,
                                    const Input& prompt, const Config& config, int context) {
+  require_room(tokenizer, prompt, context);
   std::vector<TokenId> ids =
       o.chat ? encode_message(o, tokenizer, prompt.text)
              : encode_input(tokenizer, prompt, {.add_special = true, .parse_special = o.special});
@@ -235,6 +236,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.fingerprint = o.common.verbose || o.common.json;
   options.interrupted = &interrupted;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
+  options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
   options.on_prefill = [&](int done, int total) {
     if (done < total)
       progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));

@@ -76,6 +76,17 @@ std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input
   return tokenizer.encode(input.text, options);
 }
 
+void require_room(const Tokenizer& tokenizer, const Input& input, int most) {
+  std::size_t longest = 1;
+  for (TokenId id = 0; id < tokenizer.vocab_size(); ++id) {
+    longest = std::max(longest, tokenizer.decode(id, true).size());
+  }
+  const std::size_t spelled = input.text.size() - tokenizer.count_missing(input.text);
+  const std::size_t least = (spelled + longest - 1) / longest;
+  require(least <= static_cast<std::size_t>(most), input.source, ": expected at most ", most,
+          " tokens (the context), found ", least, " or more");
+}
+
 std::vector<std::int32_t> parse_token_ids(const Input& input, int vocab_size) {
   std::vector<std::int32_t> ids;
   const std::string_view text = input.text;

@@ -30,6 +30,10 @@ Input read_file(const std::string& path);  // "-" is standard input
 std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
                                   Tokenizer::EncodeOptions options);
 
+// Throws Error when `input` cannot possibly be `most` tokens or fewer, by its length alone: that
+// spares the time and memory of encoding it.
+void require_room(const Tokenizer& tokenizer, const Input& input, int most);
+
 // Token ids as text: whole numbers between spaces, commas and square brackets.
 std::vector<std::int32_t> parse_token_ids(const Input& input, int vocab_size);
 

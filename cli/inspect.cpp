@@ -72,13 +72,15 @@ std::int64_t kv_bytes_per_token(const Config& c, KvType type) {
 }
 
 struct Sizes {
-  std::int64_t parameters = 0;  // in matrices; norms are negligible and not counted
-  std::int64_t bytes = 0;
-  std::map<std::string_view, std::pair<int, std::int64_t>> formats;  // tensors and bytes of each
+  std::int64_t parameters = 0;
+  std::int64_t bytes = 0;  // in memory, where norms are f32
+  std::map<std::string_view, std::pair<int, std::int64_t>> formats;  // matrices and bytes of each
 };
 
 Sizes sizes_of(const Model& model) {
   Sizes sizes;
+  sizes.parameters = (2 * std::int64_t{model.config.n_layers} + 1) * model.config.dim;  // norms
+  sizes.bytes = sizes.parameters * static_cast<std::int64_t>(sizeof(float));
   for (const Tensor* tensor : matrices(model)) {
     sizes.parameters += tensor->rows * tensor->cols;
     sizes.bytes += tensor->bytes();
@@ -103,16 +105,31 @@ Json token_facts(const Tokenizer& tokenizer, TokenId id) {
   return {{"id", id}, {"text", std::string(tokenizer.decode(id, true))}};
 }
 
-Json facts(const Options& o, const Model& model, const Tokenizer& tokenizer) {
+// What the model's tokenizer knows, or why it cannot be used: a model is worth inspecting without.
+Json tokenizer_facts(const Model& model) {
+  try {
+    const Tokenizer tokenizer = load_tokenizer(model);
+    Json eog = Json::array();
+    for (TokenId id : tokenizer.spec().eog) eog.push_back(token_facts(tokenizer, id));
+    const TokenId bos = tokenizer.bos();
+    return {{"vocab_size", tokenizer.vocab_size()},
+            {"special_tokens", count_special(tokenizer)},
+            {"bos", bos < 0 ? Json() : token_facts(tokenizer, bos)},
+            {"adds_bos", tokenizer.spec().add_bos},
+            {"eog", eog},
+            {"chat_format", chat_format_name(tokenizer)}};
+  } catch (const Error& error) {
+    return {{"error", error.what()}};
+  }
+}
+
+Json facts(const Options& o, const Model& model) {
   const Config& c = model.config;
   const Sizes sizes = sizes_of(model);
   Json formats = Json::object();
   for (const auto& [name, count] : sizes.formats) {
     formats[std::string(name)] = {{"tensors", count.first}, {"bytes", count.second}};
   }
-  Json eog = Json::array();
-  for (TokenId id : tokenizer.spec().eog) eog.push_back(token_facts(tokenizer, id));
-  const TokenId bos = tokenizer.bos();
   const std::int64_t available = available_memory();
   const std::int64_t kv = kv_bytes_per_token(c, KvType::kF16);
   Json document = {
@@ -139,13 +156,7 @@ Json facts(const Options& o, const Model& model, const Tokenizer& tokenizer) {
        {{"f16", kv}, {"bf16", kv}, {"f32", kv_bytes_per_token(c, KvType::kF32)}}},
       {"available_memory_bytes", available},
       {"context_tokens_that_fit_f16", std::max<std::int64_t>(0, available - sizes.bytes) / kv},
-      {"tokenizer",
-       {{"vocab_size", tokenizer.vocab_size()},
-        {"special_tokens", count_special(tokenizer)},
-        {"bos", bos < 0 ? Json() : token_facts(tokenizer, bos)},
-        {"adds_bos", tokenizer.spec().add_bos},
-        {"eog", eog},
-        {"chat_format", chat_format_name(tokenizer)}}}};
+      {"tokenizer", tokenizer_facts(model)}};
   if (o.tensors) {
     document["tensors"] = Json::array();
     for (const Tensor* t : matrices(model)) {
@@ -173,7 +184,7 @@ std::string model_text(const Json& j) {
   }
   const std::int64_t bytes = j["weight_bytes"], parameters = j["parameters"];
   return join(
-      "model       ", shown(j["name"]), "\npath        ", j["path"].get<std::string>(),
+      "model       ", shown(j["name"]), "\npath        ", one_line(j["path"].get<std::string>()),
       "\nlayers      ", j["n_layers"], " of width ", j["dim"], ", feed-forward ", j["ffn_dim"],
       "\nheads       ", j["n_heads"], " query, ", j["n_kv_heads"], " key/value, of ", j["head_dim"],
       "\nrope        theta ", j["rope_theta"].get<double>(), ", ", shown(j["rope_pairing"]),
@@ -195,6 +206,9 @@ std::string memory_text(const Json& j) {
 }
 
 std::string tokenizer_text(const Json& t) {
+  if (t.contains("error")) {
+    return join("tokenizer   unusable: ", one_line(t["error"].get<std::string>()), "\n");
+  }
   std::string ends;
   for (const Json& token : t["eog"]) ends += (ends.empty() ? "" : ", ") + shown_token(token);
   return join("tokenizer   ", t["vocab_size"], " tokens, ", t["special_tokens"],
@@ -236,8 +250,7 @@ int run_inspect(const Args& args) {
   Options o;
   if (!parse(args, o)) return 0;
   const Model model = load_model(*o.common.model);
-  const Tokenizer tokenizer = load_tokenizer(model);
-  Json document = facts(o, model, tokenizer);
+  Json document = facts(o, model);
   std::string text =
       model_text(document) + memory_text(document) + tokenizer_text(document["tokenizer"]);
   std::size_t faults = 0;

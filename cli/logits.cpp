@@ -89,7 +89,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw logits -m model.gguf -p \"Once upon a time\" --dump q,attn_out --layer 3 -o out/\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
-  if (!o.output)
+  if (o.output.value_or("").empty())
     throw UsageError("expected where to write: -o FILE.npy, or -o DIRECTORY with --dump");
   if (o.layer && !o.dump) throw UsageError("--layer needs --dump");
   if (o.tokens && (o.input.text || o.input.file || o.input.dash)) {
@@ -109,8 +109,9 @@ std::vector<TokenId> read_tokens(const Options& o, const Model& model, int capac
   } else {
     const Input input = read_input(o.input, "a text");
     source = input.source;
-    ids = encode_input(load_tokenizer(model), input,
-                       {.add_special = true, .parse_special = o.special});
+    const Tokenizer tokenizer = load_tokenizer(model);
+    require_room(tokenizer, input, capacity);
+    ids = encode_input(tokenizer, input, {.add_special = true, .parse_special = o.special});
   }
   require(!ids.empty(), source, ": expected at least 1 token, found 0");
   require(ids.size() <= static_cast<std::size_t>(capacity), source, ": expected at most ", capacity,

@@ -19,6 +19,13 @@ NpyWriter::NpyWriter(std::filesystem::path path, std::int64_t rows, std::int64_t
     : path_(std::move(path)),
       temporary_(join(path_.string(), ".partial-", ::getpid())),
       missing_(rows * cols) {
+  std::error_code none;
+  const auto kind = std::filesystem::status(path_, none).type();
+  require(kind == std::filesystem::file_type::regular ||
+              kind == std::filesystem::file_type::not_found ||
+              kind == std::filesystem::file_type::none,
+          path_.string(), ": expected a regular file or none to write, found ",
+          kind == std::filesystem::file_type::directory ? "a directory" : "another kind");
   fd_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
   if (fd_ < 0) fail(path_.string(), ": cannot write: ", std::strerror(errno));
   // Magic, version, length of the rest of the header, and a Python dict padded to a multiple of 64.

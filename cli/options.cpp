@@ -3,6 +3,7 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <cmath>
 #include <fstream>
 #include <iostream>
 #include <set>
@@ -65,7 +66,8 @@ void add_output_flags(Flags& flags, CommonOptions& o) {
 }
 
 void check_common(const CommonOptions& o) {
-  if (!o.model) throw UsageError("expected a model: -m FILE.gguf or -m DIRECTORY");
+  if (o.model.value_or("").empty())
+    throw UsageError("expected a model: -m FILE.gguf or -m DIRECTORY");
   if (o.backend == "cuda")
     throw UsageError("--backend cuda: this build has no CUDA backend; it has: cpu");
 }
@@ -76,6 +78,13 @@ int context_tokens(const CommonOptions& o, const Config& config) {
               << " tokens that the model was trained for\n";
   }
   return o.context.value_or(config.context_length);
+}
+
+void require_finite(std::span<const float> logits, const Model& model) {
+  for (const float x : logits) {
+    require(std::isfinite(x), model.path.string(), ": logits: expected finite numbers, found ", x,
+            "; thaw inspect --check looks for NaN among the weights");
+  }
 }
 
 std::string describe(const Config& c) {

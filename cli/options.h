@@ -3,11 +3,13 @@
 
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "cli/flags.h"
 #include "kvstore/kvstore.h"
 #include "model/config.h"
+#include "model/model.h"
 
 namespace thaw {
 
@@ -39,6 +41,9 @@ void check_common(const CommonOptions& options);
 int context_tokens(const CommonOptions& options, const Config& config);
 
 // One line about a model, for --verbose.
+// Throws Error that names the model when a value is NaN or infinite.
+void require_finite(std::span<const float> logits, const Model& model);
+
 std::string describe(const Config& config);
 
 std::unique_ptr<KvStore> make_kv_store(const CommonOptions& options, const Config& config,

@@ -198,8 +198,10 @@ int run_perplexity(const Args& args) {
     std::cerr << "interrupted after " << result.nll.size() << " tokens\n";
     return kInterruptedExit;
   }
-  for (double nll : result.nll)
-    require(std::isfinite(nll), "logits: expected finite numbers, found ", nll);
+  for (double nll : result.nll) {
+    const float value = static_cast<float>(nll);
+    require_finite({&value, 1}, model);
+  }
   write_stdout(report(o, result, windows, seconds));
   if (!o.common.quiet) {
     std::cerr << "took     " << fixed(seconds, 1) << " s, "

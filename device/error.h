@@ -1,5 +1,5 @@
 // The one error type. Every failure that a user can cause ends as one line on stderr, so a message
-// names the file, the field, what was expected, and what was found. `main` holds the only catch.
+// names the file, the field, what was expected, and what was found. `main` catches and prints it.
 #pragma once
 
 #include <sstream>
@@ -47,6 +47,16 @@ inline std::string printable(std::string_view text, std::size_t limit = 60) {
     }
   }
   return text.size() > limit ? out + "..." : out;
+}
+
+// Text that the user gave, such as a path, on one line: control characters as \xNN.
+inline std::string one_line(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7f;
+    out += control ? printable({&c, 1}) : std::string(1, c);
+  }
+  return out;
 }
 
 // A shape in a comment is also a check in code: require(x.cols == dim, "x.cols: expected ", dim,

@@ -6,7 +6,9 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <csignal>
 #include <cstring>
+#include <string_view>
 #include <utility>
 
 #include "device/error.h"
@@ -43,6 +45,16 @@ MappedFile::MappedFile(MappedFile&& other) noexcept
     : path_(std::move(other.path_)),
       data_(std::exchange(other.data_, nullptr)),
       size_(std::exchange(other.size_, 0)) {}
+
+void report_lost_files() {
+  std::signal(SIGBUS, [](int) {
+    constexpr std::string_view kMessage =
+        "thaw: a model's file: expected it to stay as it was, found that it became shorter or "
+        "cannot be read\n";
+    if (::write(STDERR_FILENO, kMessage.data(), kMessage.size()) < 0) ::_exit(1);
+    ::_exit(1);
+  });
+}
 
 MappedFile& MappedFile::operator=(MappedFile&& other) noexcept {
   std::swap(path_, other.path_);

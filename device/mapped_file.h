@@ -1,4 +1,7 @@
 // A file mapped read-only into memory; unmapped on destruction. Move-only.
+//
+// A file that another program cuts short, or that sits on a failing disk, cannot be read through
+// its map: the kernel then sends SIGBUS. report_lost_files() makes of it a message and exit code 1.
 #pragma once
 
 #include <cstddef>
@@ -25,5 +28,8 @@ class MappedFile {
   const std::byte* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
+// For a program's start. What is not on disk yet is lost, as after any signal that ends a program.
+void report_lost_files();
 
 }  // namespace thaw

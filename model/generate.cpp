@@ -57,6 +57,7 @@ Finish decode(Transformer& transformer, KvStore& kv, Sampler& sampler,
       fingerprint.add(logits);
       result.fingerprint = fingerprint.value();
     }
+    if (options.on_logits) options.on_logits(logits);
     const std::int32_t token =
         sampler.sample(options.n_vocab > 0 ? logits.first(options.n_vocab) : logits);
     if (result.tokens.empty()) result.first_token_seconds = clock.seconds();

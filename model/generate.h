@@ -34,13 +34,14 @@ enum class Finish {
 };
 
 struct GenerateOptions {
-  int max_tokens = -1;                             // -1: until the KV store is full
-  int n_vocab = 0;                                 // sample only from the first n ids; 0: from all
-  bool fingerprint = false;                        // take it of all logits that are sampled from
-  std::function<bool(std::int32_t)> is_end;        // tokens that end the text; empty: none does
-  std::function<bool(std::int32_t)> on_token;      // every token when it is made; false stops
-  std::function<void(int, int)> on_prefill;        // tokens of the prompt done, of how many
-  const std::atomic<bool>* interrupted = nullptr;  // asked between forward passes
+  int max_tokens = -1;                         // -1: until the KV store is full
+  int n_vocab = 0;                             // sample only from the first n ids; 0: from all
+  bool fingerprint = false;                    // take it of all logits that are sampled from
+  std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
+  std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops
+  std::function<void(std::span<const float>)> on_logits;  // before each token is drawn from them
+  std::function<void(int, int)> on_prefill;               // tokens of the prompt done, of how many
+  const std::atomic<bool>* interrupted = nullptr;         // asked between forward passes
 };
 
 struct Generation {

@@ -1,10 +1,14 @@
 // The command line as a user types it: help, mistakes, streams, Ctrl-C.
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <algorithm>
+#include <filesystem>
+#include <fstream>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "cli/commands.h"
@@ -90,7 +94,10 @@ TEST_CASE("cli: wrong commands and flags get a hint") {
 }
 
 TEST_CASE("cli: flags that are missing or do not go together") {
-  for (const Command& command : kCommands) check_fails({command.name}, 2, "expected a model: -m");
+  for (const Command& command : kCommands) {
+    check_fails({command.name}, 2, "expected a model: -m");
+    check_fails({command.name, "-m", ""}, 2, "expected a model: -m");
+  }
   const std::string m = tiny();
   check_fails({"generate", "-m", m, "-p", "a", "-f", "b"}, 2, "expected one of -p, -f and -");
   check_fails({"generate", "-m", m, "-p", "a", "-"}, 2, "expected one of -p, -f and -");
@@ -100,6 +107,7 @@ TEST_CASE("cli: flags that are missing or do not go together") {
   check_fails({"generate", "-m", m, "-p", "a", "--chat", "--echo"}, 2, "--echo has no meaning");
   check_fails({"tokenize", "-m", m, "-p", "1", "--decode", "--bos"}, 2, "--bos has no meaning");
   check_fails({"logits", "-m", m, "-p", "a"}, 2, "-o FILE.npy");
+  check_fails({"logits", "-m", m, "-p", "a", "-o", ""}, 2, "-o FILE.npy");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--layer", "0"}, 2, "--layer needs --dump");
   check_fails({"logits", "-m", m, "-p", "a", "--tokens", "b", "-o", "x"}, 2, "found several");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", "q,Q"}, 2,
@@ -252,6 +260,44 @@ TEST_CASE("cli: input that is missing or unfit fails with its name") {
   check_fails({"perplexity", "-m", m, "-p", "a"}, 1, "-p: expected at least 2 tokens, found 1");
   check_fails({"logits", "-m", m, "-p", "", "-o", file("x.npy")}, 1,
               "expected at least 1 token, found 0");
+  check_fails({"generate", "-m", "a\nb\x1b.gguf", "-p", "a"}, 1,
+              "thaw: a\\x0ab\\x1b.gguf: cannot open");
+}
+
+TEST_CASE("cli: a text that cannot fit by its length alone is refused before it is encoded") {
+  std::string text;  // 8 tokens with --special
+  for (int i = 0; i < 8; ++i) text += "<|endoftext|>";
+  const std::string longest = "<|unused_287|>";  // of the tiny vocabulary
+  const std::string longer(8 * longest.size() + 1, 'x');
+  testing::write_file(file("long.txt"), longer);
+  const std::string message = "long.txt: expected at most 8 tokens (the context), found ";
+  for (std::vector<std::string> args : {std::vector<std::string>{"generate"},
+                                        {"generate", "--chat"},
+                                        {"logits", "-o", file("x")}}) {
+    args.insert(args.end(), {"-m", tiny(), "-f", file("long.txt"), "-c", "8"});
+    check_fails(args, 1, message + "9 or more");
+  }
+  testing::write_file(file("long.txt"), text);
+  const RunResult fits = run_thaw(
+      {"generate", "-m", tiny(), "-f", file("long.txt"), "-c", "8", "-n", "1", "--special", "-q"});
+  CHECK(fits.exit_code == 0);
+}
+
+TEST_CASE("cli: a model file that is cut short while in use is an error, not a crash") {
+  const std::string model = file("shrinking.gguf"), pipe = file("prompt.pipe");
+  std::filesystem::copy_file(tiny(), model);
+  REQUIRE(::mkfifo(pipe.c_str(), 0600) == 0);
+  std::thread shrink([&] {
+    std::ofstream prompt(pipe);  // opens once thaw has loaded the model and reads its prompt
+    std::filesystem::resize_file(model, 0);
+    prompt << "Once";
+  });
+  const RunResult r = run_thaw({"generate", "-m", model, "-f", pipe, "-n", "1"});
+  shrink.join();
+  CHECK(r.exit_code == 1);
+  CHECK(r.err ==
+        "thaw: a model's file: expected it to stay as it was, found that it became "
+        "shorter or cannot be read\n");
 }
 
 TEST_CASE("cli: standard output that cannot be written is an error") {

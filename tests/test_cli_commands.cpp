@@ -1,5 +1,6 @@
 // What each command prints and writes, against the library on the same tiny model.
 #include <doctest/doctest.h>
+#include <sys/stat.h>
 
 #include <cmath>
 #include <cstring>
@@ -271,6 +272,18 @@ TEST_CASE("logits: a failure leaves no file, not even in part, and an old file a
   CHECK_FALSE(std::filesystem::exists(directory.path().string() + ".partial"));
 }
 
+TEST_CASE("logits: what is no regular file is not replaced by one") {
+  testing::TemporaryDirectory directory;
+  const std::string fifo = (directory.path() / "pipe").string();
+  REQUIRE(::mkfifo(fifo.c_str(), 0600) == 0);
+  const RunResult r = run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-o", fifo});
+  CHECK(r.exit_code == 1);
+  CHECK(r.err ==
+        "thaw: " + fifo + ": expected a regular file or none to write, found another kind\n");
+  CHECK(std::filesystem::is_fifo(fifo));
+  CHECK(std::distance(std::filesystem::directory_iterator(directory.path()), {}) == 1);
+}
+
 TEST_CASE("logits: --dump writes each intermediate over all tokens, one file a layer") {
   Library library;
   const std::string all = file("dump-all"), some = file("dump-some");
@@ -354,7 +367,8 @@ TEST_CASE("inspect: what the model is made of") {
   CHECK(j["n_kv_heads"] == 2);
   CHECK(j["vocab_size"] == 288);
   CHECK(j["formats"]["F32"]["tensors"] == 16);
-  CHECK(j["parameters"] == 288 * 64 * 2 + 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3));
+  const int layer = 64 * 64 * 2 + 64 * 32 * 2 + 64 * 96 * 3 + 2 * 64;  // with two norms
+  CHECK(j["parameters"] == 288 * 64 * 2 + 2 * layer + 64);
   CHECK(j["weight_bytes"] == 4 * j["parameters"].get<int>());
   CHECK(j["kv_bytes_per_token"]["f16"] == 2 * 2 * 32 * 2);
   CHECK(j["context_tokens_that_fit_f16"] > 1000);
@@ -367,6 +381,22 @@ TEST_CASE("inspect: what the model is made of") {
   CHECK(contains(text, "layers      2 of width 64"));
   CHECK(contains(text, "check       every weight is finite\n"));
   CHECK(contains(text, "blk.1.ffn_down.weight"));
+}
+
+TEST_CASE("inspect: a model whose tokenizer cannot be read is inspected all the same") {
+  testing::GgufWriter w = testing::tiny_gguf(testing::make_tiny_model());
+  w.set("tokenizer.ggml.pre", "strange");
+  testing::write_file(file("strange.gguf"), w.bytes());
+  const std::string reason = file("strange.gguf") +
+                             ": tokenizer.ggml.pre: expected llama-bpe, smollm, qwen2 or gpt-2, "
+                             "found \"strange\"";
+  const RunResult text = run_thaw({"inspect", "-m", file("strange.gguf"), "--check"});
+  CHECK(text.exit_code == 0);
+  CHECK(contains(text.out, "\ntokenizer   unusable: " + reason + "\n"));
+  CHECK(contains(text.out, "every weight is finite"));
+  const json j = json::parse(run_thaw({"inspect", "-m", file("strange.gguf"), "--json"}).out);
+  CHECK(j["n_layers"] == 2);
+  CHECK(j["tokenizer"] == json{{"error", reason}});
 }
 
 TEST_CASE("inspect: --check names the tensor with a NaN and fails") {
@@ -382,7 +412,9 @@ TEST_CASE("inspect: --check names the tensor with a NaN and fails") {
   CHECK(run_thaw({"inspect", "-m", file("nan.gguf")}).exit_code == 0);
   const RunResult text = run_thaw({"generate", "-m", file("nan.gguf"), "-p", "Once", "-q"});
   CHECK(text.exit_code == 1);
-  CHECK(contains(text.err, "thaw: logits: token 0: expected a finite number, found"));
+  CHECK(contains(text.err,
+                 "thaw: " + file("nan.gguf") + ": logits: expected finite numbers, found "));
+  CHECK(contains(text.err, "; thaw inspect --check looks for NaN among the weights\n"));
 }
 
 TEST_CASE("cli: a Hugging Face directory gives the text that the GGUF file gives") {
