@@ -1,5 +1,5 @@
-// softmax(q K^T / sqrt(head_dim)) V over a KV store, causal, grouped-query; and what the policy needs
-// to know of it: who was attended, and how spread the attention was.
+// softmax(q K^T / sqrt(head_dim)) V over a KV store, causal, grouped-query; and what the policy
+// needs to know of it: who was attended, and how spread the attention was.
 #pragma once
 
 #include <memory>
@@ -13,7 +13,8 @@ namespace thaw {
 
 // By-products of one attend() call, over the rows that were asked for.
 struct AttentionStats {
-  // Mean over the asked rows and all query heads of the probability of each token: kv_len, sums to 1.
+  // Mean over the asked rows and all query heads of the probability of each token: kv_len, sums
+  // to 1.
   std::vector<float> probability;
   // Mean over heads of H = ln l + m - sum(p s), in nats, one per asked row, oldest first.
   std::vector<float> entropy;
@@ -23,9 +24,9 @@ class Attention {
  public:
   virtual ~Attention() = default;
 
-  // o, q: T x (n_heads * head_dim), f32, o must not alias q. The T rows are the last T tokens of the
-  // layer's view, so row t sees tokens 0 .. kv_len - T + t. When `stats` is not null it is filled
-  // for the last stats_rows rows (1 <= stats_rows <= T).
+  // o, q: T x (n_heads * head_dim), f32, o must not alias q. The T rows are the last T tokens of
+  // the layer's view, so row t sees tokens 0 .. kv_len - T + t. When `stats` is not null it is
+  // filled for the last stats_rows rows (1 <= stats_rows <= T).
   virtual void attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
                       AttentionStats* stats = nullptr, int stats_rows = 1) = 0;
 };

@@ -7,9 +7,9 @@
 
 namespace thaw {
 
-// For scores s_j and values v_j of a set: m = max s_j, l = sum e^(s_j - m), and the two sums that are
-// still to be divided by l: o = sum e^(s_j - m) v_j (kept by the caller), and ps = sum e^(s_j - m) s_j.
-// (Milakov and Gimelshein, 1805.02867; the merge as in FlashAttention, 2205.14135.)
+// For scores s_j and values v_j of a set: m = max s_j, l = sum e^(s_j - m), and the two sums that
+// are still to be divided by l: o = sum e^(s_j - m) v_j (kept by the caller), and ps = sum e^(s_j -
+// m) s_j. (Milakov and Gimelshein, 1805.02867; the merge as in FlashAttention, 2205.14135.)
 struct SoftmaxState {
   float m = -std::numeric_limits<float>::infinity();
   float l = 0;

@@ -20,9 +20,9 @@ class Transformer {
   // do not depend on it. max_rows: most tokens of one forward() call; scratch memory grows with it.
   Transformer(const Model& model, int n_threads, int max_rows = 512);
 
-  // Runs `tokens` (1 .. max_rows) at positions kv.length() ...; appends them to kv. Returns logits of
-  // the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next call. Throws Error
-  // on a token outside the vocabulary, or when the store is full (nothing is changed then).
+  // Runs `tokens` (1 .. max_rows) at positions kv.length() ...; appends them to kv. Returns logits
+  // of the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next call. Throws
+  // Error on a token outside the vocabulary, or when the store is full (nothing is changed then).
   std::span<const float> forward(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits);
 
   // The same for any number of tokens, in calls of at most max_rows; logits of the last token only.

@@ -24,13 +24,14 @@ class Activations {
  public:
   // Refers to x (rows x cols, f32), which must stay until the products are done. cols is a multiple
   // of 32 when with_codes.
-  void assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes, ThreadPool& pool);
+  void assign(const float* x, std::int64_t rows, std::int64_t cols, bool with_codes,
+              ThreadPool& pool);
 
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
   const float* row(std::int64_t t) const { return x_ + t * cols_; }
-  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)]; scales(t)[2 b + 1] is the scale
-  // times the sum of the block's codes: what a format's offset is multiplied with.
+  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)]; scales(t)[2 b + 1] is the
+  // scale times the sum of the block's codes: what a format's offset is multiplied with.
   const std::int16_t* codes(std::int64_t t) const { return codes_.data() + t * cols_; }
   const float* scales(std::int64_t t) const { return scales_.data() + t * (cols_ / 16); }
 

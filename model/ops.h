@@ -42,7 +42,8 @@ class Ops {
   // x (T x w.rows) += h (T x w.cols) W^T.
   virtual void project_add(float* x, const float* h, const Tensor& w, std::int64_t n_rows) = 0;
 
-  // n = RMSNorm(x) * ffn_norm; h (T x ffn_dim) = silu(n Wgate^T) * (n Wup^T).  Observed: ffn_norm, h.
+  // n = RMSNorm(x) * ffn_norm; h (T x ffn_dim) = silu(n Wgate^T) * (n Wup^T).  Observed: ffn_norm,
+  // h.
   virtual void gate_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) = 0;
 
   // logits (T x vocab_size) = RMSNorm(x) * final_norm Woutput^T.  Observed: final_norm, logits.

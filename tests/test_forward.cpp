@@ -1,7 +1,7 @@
 // Whole tiny models against the definition, and what must hold between two ways to run one.
 //
-// Tolerance on logits, NMSE: two layers of f32 ops, each within 1e-12, and angles within 5e-11: 1e-9.
-// Block formats: 15 products of 4.9e-10 each (test_ops.cpp) make 7e-9, and scores of standard
+// Tolerance on logits, NMSE: two layers of f32 ops, each within 1e-12, and angles within 5e-11:
+// 1e-9. Block formats: 15 products of 4.9e-10 each (test_ops.cpp) make 7e-9, and scores of standard
 // deviation 4 amplify what reaches the softmax: 3e-8.
 #include <doctest/doctest.h>
 
