@@ -5,17 +5,14 @@
 #include <filesystem>
 #include <span>
 
+#include "cli/output_file.h"
+
 namespace thaw {
 
-// The file appears under its name only when it is complete: rows go to a temporary file beside it,
-// which finish() renames and the destructor otherwise removes.
+// The file appears under its name only when it is complete.
 class NpyWriter {
  public:
-  // Throws Error when the temporary file cannot be made.
   NpyWriter(std::filesystem::path path, std::int64_t rows, std::int64_t cols);
-  ~NpyWriter();
-  NpyWriter(const NpyWriter&) = delete;
-  NpyWriter& operator=(const NpyWriter&) = delete;
 
   // Whole rows, in order. Throws Error when they are too many or cannot be written.
   void append(std::span<const float> values);
@@ -25,11 +22,8 @@ class NpyWriter {
   std::int64_t missing() const { return missing_; }  // elements still to be appended
 
  private:
-  void write(const void* data, std::size_t size);
-
-  std::filesystem::path path_, temporary_;
+  OutputFile file_;
   std::int64_t missing_;
-  int fd_ = -1;
 };
 
 }  // namespace thaw
