@@ -52,6 +52,10 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
 void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help) {
   flags.section("Context");
   flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
+  add_store_flags(flags, o);
+}
+
+void add_store_flags(Flags& flags, CommonOptions& o) {
   flags.choice(o.kv_type, "--kv-type", {"f16", "bf16", "f32"}, "how keys and values are stored");
   flags.choice(o.policy, "--policy", {"full"},
                "which tokens stay in fast memory: full, the only one in "

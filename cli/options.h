@@ -31,6 +31,7 @@ struct CommonOptions {
 void add_model_flag(Flags& flags, CommonOptions& options, const std::string& help);
 void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
 void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help);
+void add_store_flags(Flags& flags, CommonOptions& options);  // the same without --context
 void add_output_flags(Flags& flags, CommonOptions& options);  // json, quiet, verbose
 
 // Throws UsageError when no model is named or the backend is not in this build.
