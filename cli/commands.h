@@ -14,6 +14,7 @@ int run_logits(const Args& args);
 int run_perplexity(const Args& args);
 int run_inspect(const Args& args);
 int run_bench(const Args& args);
+int run_needle(const Args& args);
 
 constexpr int kInterruptedExit = 130;
 
@@ -28,6 +29,7 @@ inline constexpr Command kCommands[] = {
     {"perplexity", "how well a model predicts a text", run_perplexity},
     {"logits", "logits and intermediates of a text, as .npy files", run_logits},
     {"inspect", "what a model is made of, and what fits in this machine", run_inspect},
+    {"needle", "whether a key hidden in a long text is found again", run_needle},
     {"bench", "how fast prompts are read and tokens written", run_bench},
 };
 

@@ -28,8 +28,12 @@ std::span<const float> prefill(Transformer& transformer, KvStore& kv,
                                std::span<const std::int32_t> prompt,
                                const GenerateOptions& options) {
   std::span<const float> logits;
+  const std::size_t batched = options.prefill < 0 ? SIZE_MAX : options.prefill;
   for (std::size_t done = 0; done < prompt.size() && !interrupted(options);) {
-    const std::size_t n = std::min<std::size_t>(transformer.max_rows(), prompt.size() - done);
+    const std::size_t n =
+        done >= batched ? 1
+                        : std::min<std::size_t>(transformer.max_rows(),
+                                                std::min(batched, prompt.size()) - done);
     const bool last = done + n == prompt.size();
     logits = transformer.forward(prompt.subspan(done, n), kv, last ? 1 : 0);
     done += n;

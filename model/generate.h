@@ -35,6 +35,8 @@ enum class Finish {
 
 struct GenerateOptions {
   int max_tokens = -1;                         // -1: until the KV store is full
+  int prefill = -1;                            // tokens of the prompt run in batches; the rest is
+                                               // run one by one like what is generated; -1: all
   int n_vocab = 0;                             // sample only from the first n ids; 0: from all
   bool fingerprint = false;                    // take it of all logits that are sampled from
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does

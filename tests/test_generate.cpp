@@ -74,6 +74,16 @@ TEST_CASE("generate: a prompt longer than a batch gives the same tokens") {
   CHECK(progress == std::vector<int>{307, 607, 707});
 }
 
+TEST_CASE("generate: a prompt is read in batches as far as wanted, then token by token") {
+  Engine engine(64, 0, 3);
+  std::vector<int> progress;
+  GenerateOptions o = at_most(12);
+  o.prefill = 4;
+  o.on_prefill = [&](int done, int) { progress.push_back(done); };
+  CHECK(engine.run(o).tokens == greedy(12));
+  CHECK(progress == std::vector<int>{3, 4, 5, 6, 7});
+}
+
 TEST_CASE("generate: the text ends at the model's end token, which is not part of it") {
   const Tokens all = greedy(12);
   Engine engine;

@@ -1,0 +1,353 @@
+// thaw needle: finds what was said long ago, a grid of contexts and depths.
+#include <algorithm>
+#include <chrono>
+#include <iostream>
+#include <random>
+
+#include "cli/commands.h"
+#include "cli/format.h"
+#include "cli/input.h"
+#include "cli/needle_report.h"
+#include "cli/needle_text.h"
+#include "cli/options.h"
+#include "cli/output_file.h"
+#include "cli/terminal.h"
+#include "cli/tokenizer_source.h"
+#include "model/generate.h"
+#include "tokenizer/chat_template.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kMaxContext = 1 << 24;
+constexpr int kPreface = 24;  // tokens that an answer may spend before its number
+
+struct Options {
+  CommonOptions common;
+  std::optional<std::string> contexts = "1500";
+  std::optional<std::string> depths = "5";
+  int digits = 7;
+  int needles = 1;
+  int distractors = 0;
+  bool second = false;
+  std::string filler = "sentences";
+  std::optional<std::string> file;
+  bool chat = false;
+  std::optional<std::uint64_t> seed = 1;
+  int prefill = 128;
+  bool prefill_all = false;
+  bool prefill_question = false;
+  std::optional<std::string> html;
+
+  std::vector<int> context_list;
+  std::vector<double> depth_list;  // shares, ascending
+  std::string text;                // of file
+};
+
+void add_question_flags(Flags& flags, Options& o) {
+  flags.section("What is asked");
+  add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
+  flags.text(o.contexts, "--context", "LIST", "tokens before the question (default 1500)");
+  flags.text(o.depths, "--depths", "N|LIST",
+             "where the key stands: N places evenly, or percentages such as 10,50,90 (default 5)");
+  flags.integer(o.digits, "--digits", "digits of a key", 1, 64);
+  flags.integer(o.needles, "--needles",
+                "most keys in one text, each at one of the depths and asked for by its owner's "
+                "name; more are harder, and quicker, as a text is read once for all its keys",
+                1, 8);
+  flags.integer(o.distractors, "--distractors",
+                "numbers of the same kind about other things in each text", 0, 1000);
+  flags.toggle(o.second, "--second",
+               "after each answer ask for the next key of the text, or again for its only one");
+  flags.choice(o.filler, "--filler", {"sentences", "repeat"},
+               "what stands around the keys: sentences made up at random, or five sentences "
+               "repeated");
+  flags.text(o.file, "-f, --file", "FILE", "take the text around the keys from FILE");
+  flags.toggle(o.chat, "--chat", "ask in the model's chat template");
+  flags.seed(o.seed, "--seed", "of texts and keys (default 1)");
+}
+
+void add_reading_flags(Flags& flags, Options& o) {
+  flags.section("How it is read");
+  flags.integer(o.prefill, "--prefill",
+                "tokens of the text that are read exactly, in batches; the rest is decoded one by "
+                "one under the policy, which thus has frozen the key before it is asked for. "
+                "Under full, where it makes no difference, all is read in batches",
+                0, kMaxContext);
+  flags.toggle(o.prefill_all, "--prefill-all", "read the whole text exactly, in batches");
+  flags.toggle(o.prefill_question, "--prefill-question",
+               "read questions exactly, as a chat does, and not under the policy");
+}
+
+// Whole numbers between commas.
+std::vector<int> parse_list(const std::string& flag, const std::string& text, int min, int max) {
+  std::vector<int> values;
+  for (std::size_t at = 0; at <= text.size();) {
+    const std::size_t end = std::min(text.find(',', at), text.size());
+    const auto value = parse_number<int>(std::string_view(text).substr(at, end - at));
+    if (!value || *value < min || *value > max) {
+      throw UsageError(join(flag, ": expected whole numbers from ", min, " to ", max,
+                            " between commas, found \"", printable(text), "\""));
+    }
+    values.push_back(*value);
+    at = end + 1;
+  }
+  std::sort(values.begin(), values.end());
+  values.erase(std::unique(values.begin(), values.end()), values.end());
+  return values;
+}
+
+// N places in the middle of N equal parts, or the percentages named.
+std::vector<double> parse_depths(const std::string& text) {
+  std::vector<double> depths;
+  if (text.find(',') == std::string::npos) {
+    const int n = parse_list("--depths", text, 1, 100)[0];
+    for (int i = 0; i < n; ++i) depths.push_back((i + 0.5) / n);
+  } else {
+    for (int percent : parse_list("--depths", text, 0, 100)) depths.push_back(percent / 100.0);
+  }
+  return depths;
+}
+
+bool parse(const Args& args, Options& o) {
+  Flags flags(
+      "needle", "-m MODEL [flags]",
+      "Hides a key in a long text, asks for it, and prints the percentage of its digits that the "
+      "answer has, for a grid of text lengths and places of the key. A key that was frozen long "
+      "before anybody asks shows whether a policy can find what it put away. Where --policy is "
+      "not full, the same grid under full stands beside it.");
+  add_question_flags(flags, o);
+  add_reading_flags(flags, o);
+  flags.section("Keys and values");
+  add_store_flags(flags, o.common);
+  add_run_flags(flags, o.common);
+  add_output_flags(flags, o.common);
+  flags.text(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
+  flags.examples(
+      "  thaw needle -m model.gguf --context 1500,4096 --depths 5\n"
+      "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
+  if (!flags.parse(args)) return false;
+  check_common(o.common);
+  o.context_list = parse_list("--context", *o.contexts, 1, kMaxContext);
+  o.depth_list = parse_depths(*o.depths);
+  if (o.file) o.text = read_file(*o.file).text;
+  return true;
+}
+
+// The texts of one context. Depths are dealt out in turn, so that a text's keys stand far apart.
+std::vector<NeedleSpec> plan_texts(const Options& o, int context) {
+  const int n_depths = static_cast<int>(o.depth_list.size());
+  const int n_texts = (n_depths + o.needles - 1) / o.needles;
+  std::vector<NeedleSpec> specs;
+  for (int t = 0; t < n_texts; ++t) {
+    NeedleSpec spec;
+    spec.context = context;
+    spec.digits = o.digits;
+    for (int i = t; i < n_depths; i += n_texts) spec.depths.push_back(o.depth_list[i]);
+    spec.distractors = o.distractors;
+    spec.filler = o.file                    ? Filler::kText
+                  : o.filler == "sentences" ? Filler::kSentences
+                                            : Filler::kRepeated;
+    spec.text = o.text;
+    spec.chat = o.chat;
+    spec.seed = *o.seed + static_cast<std::uint64_t>(context) * 1000 + t;
+    specs.push_back(std::move(spec));
+  }
+  return specs;
+}
+
+// Reads texts and answers questions under one policy.
+class Reader {
+ public:
+  Reader(const Options& o, const CommonOptions& common, const Model& model,
+         const Tokenizer& tokenizer, const std::atomic<bool>& interrupted)
+      : o_(o),
+        common_(common),
+        model_(model),
+        tokenizer_(tokenizer),
+        interrupted_(interrupted),
+        transformer_(model, common.threads),
+        progress_(common.quiet) {}
+
+  // Stops early when interrupted.
+  NeedleRun run() {
+    const auto start = std::chrono::steady_clock::now();
+    NeedleRun run{common_.policy, {}, 0};
+    for (int context : o_.context_list) {
+      const std::vector<NeedleSpec> specs = plan_texts(o_, context);
+      for (std::size_t t = 0; t < specs.size() && !interrupted_; ++t) {
+        place_ = join(common_.policy, ", ", context, " tokens, text ", t + 1, " of ", specs.size());
+        examine(specs[t], run.answers);
+      }
+    }
+    run.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    return run;
+  }
+
+ private:
+  void examine(const NeedleSpec& spec, std::vector<NeedleAnswer>& answers) {
+    const NeedleText text = make_needle_text(tokenizer_, spec);
+    std::size_t turn = 0;
+    for (const NeedleKey& key : text.keys)
+      turn = std::max(turn, needle_question(tokenizer_, key, o_.chat, true).size());
+    turn += 1 + kPreface + spec.digits;
+    const auto kv =
+        make_kv_store(common_, model_.config, static_cast<int>(text.tokens.size() + 2 * turn));
+    read(*kv, text.tokens);
+    for (std::size_t i = 0; i < text.keys.size() && !interrupted_; ++i) {
+      kv->rewind(static_cast<int>(text.tokens.size()));
+      const NeedleKey& key = text.keys[i];
+      std::vector<TokenId> prompt = needle_question(tokenizer_, key, o_.chat, false);
+      const std::vector<TokenId> first = answer(*kv, prompt, spec, 1, key, answers);
+      if (!o_.second || first.empty()) continue;
+      const NeedleKey& other = text.keys[(i + 1) % text.keys.size()];
+      prompt = needle_question(tokenizer_, other, o_.chat, true);
+      prompt.insert(prompt.begin(), first.back());  // not in the store yet
+      answer(*kv, prompt, spec, 2, other, answers);
+    }
+  }
+
+  void read(KvStore& kv, const std::vector<TokenId>& tokens) {
+    const int n_tokens = static_cast<int>(tokens.size());
+    const bool exact = common_.policy == "full" || o_.prefill_all;
+    teacher_force(transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens},
+                  [&](int row, std::span<const float>) {
+                    progress_.show(join(place_, ": token ", row, " of ", n_tokens));
+                    return !interrupted_;
+                  });
+  }
+
+  // The tokens written, and what they say.
+  std::vector<TokenId> answer(KvStore& kv, const std::vector<TokenId>& prompt,
+                              const NeedleSpec& spec, int question, const NeedleKey& key,
+                              std::vector<NeedleAnswer>& answers) {
+    NeedleAnswer a{spec.context, question, key, "", "", 0};
+    SamplerOptions greedy;
+    greedy.temperature = 0;
+    Sampler sampler(greedy);
+    GenerateOptions options;
+    options.max_tokens = kPreface + spec.digits;
+    options.prefill = o_.prefill_question ? -1 : 0;
+    options.n_vocab = std::min(tokenizer_.vocab_size(), model_.config.vocab_size);
+    options.is_end = [&](TokenId id) { return tokenizer_.is_eog(id); };
+    options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model_); };
+    options.on_token = [&](TokenId id) {
+      a.text += tokenizer_.decode(id);
+      const std::string number = first_number(a.text);
+      const bool ended = !number.empty() && !a.text.ends_with(number);
+      return !ended && std::ssize(number) <= spec.digits;
+    };
+    options.interrupted = &interrupted_;
+    const Generation g = generate(transformer_, kv, sampler, prompt, options);
+    if (g.finish == Finish::kInterrupted) return {};
+    a.number = first_number(a.text);
+    a.share = static_cast<double>(digits_right(a.number, key.digits)) / spec.digits;
+    answers.push_back(std::move(a));
+    return g.tokens;
+  }
+
+  const Options& o_;
+  const CommonOptions& common_;
+  const Model& model_;
+  const Tokenizer& tokenizer_;
+  const std::atomic<bool>& interrupted_;
+  Transformer transformer_;
+  Progress progress_;
+  std::string place_;
+};
+
+nlohmann::ordered_json to_json(const NeedleRun& run, const NeedleRun& full) {
+  nlohmann::ordered_json answers = nlohmann::ordered_json::array();
+  int right = 0;
+  double share = 0;
+  for (const NeedleAnswer& a : run.answers) {
+    right += a.right();
+    share += a.share / static_cast<double>(run.answers.size());
+    answers.push_back({{"context_tokens", a.context},
+                       {"depth_percent", 100 * a.key.depth},
+                       {"question", a.question},
+                       {"owner", a.key.owner},
+                       {"key", a.key.digits},
+                       {"key_position_tokens", a.key.position},
+                       {"answer", a.number},
+                       {"text", a.text},
+                       {"right", a.right()},
+                       {"digits_right_share", a.share}});
+  }
+  const NeedleAgreement agreed = agreement(run, full);
+  return {{"policy", run.policy},
+          {"asked", run.answers.size()},
+          {"right", right},
+          {"digits_right_share", share},
+          {"right_under_full", agreed.reference},
+          {"right_of_those", agreed.both},
+          {"answers_all_that_full_answers", agreed.both == agreed.reference},
+          {"seconds", run.seconds},
+          {"answers", answers}};
+}
+
+std::string document(const Options& o, const std::vector<NeedleRun>& runs) {
+  nlohmann::ordered_json policies = nlohmann::ordered_json::array();
+  for (const NeedleRun& run : runs) policies.push_back(to_json(run, runs.front()));
+  return json_line({{"digits", o.digits},
+                    {"needles", o.needles},
+                    {"distractors", o.distractors},
+                    {"filler", o.file ? "file" : o.filler},
+                    {"chat", o.chat},
+                    {"prefill_tokens", o.prefill},
+                    {"prefill_all", o.prefill_all},
+                    {"prefill_question", o.prefill_question},
+                    {"seed", *o.seed},
+                    {"kv_type", o.common.kv_type},
+                    {"policies", policies}});
+}
+
+std::string settings(const Options& o, const Model& model) {
+  return join(printable(model.config.name), ", ", count(o.needles, "key"), " of ",
+              count(o.digits, "digit"), " in a text, ", count(o.distractors, "distractor"),
+              o.prefill_all ? ", text read exactly" : ", text decoded under the policy", ", seed ",
+              *o.seed, ", kv ", o.common.kv_type);
+}
+
+}  // namespace
+
+int run_needle(const Args& args) {
+  Options o;
+  if (!parse(args, o)) return 0;
+  const Model model = load_model(*o.common.model);
+  const Tokenizer tokenizer = load_tokenizer(model);
+  if (o.chat && recognise_chat_format(tokenizer) == ChatFormat::kNone) {
+    fail(*o.common.model,
+         ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is "
+         "not for this model");
+  }
+  o.common.context = o.context_list.back();
+  context_tokens(o.common, model.config);
+  std::vector<CommonOptions> variants(1, o.common);
+  variants.front().policy = "full";
+  if (o.common.policy != "full") variants.push_back(o.common);
+
+  const std::atomic<bool>& interrupted = catch_interrupt();
+  std::vector<NeedleRun> runs;
+  for (const CommonOptions& variant : variants) {
+    runs.push_back(Reader(o, variant, model, tokenizer, interrupted).run());
+    if (interrupted) {
+      std::cerr << "interrupted after " << count(std::ssize(runs.back().answers), "answer")
+                << " under " << variant.policy << "\n";
+      return kInterruptedExit;
+    }
+  }
+  if (o.html) {
+    OutputFile page(*o.html);
+    page.write(needle_page(runs, settings(o, model)));
+    page.finish();
+  }
+  write_stdout(o.common.json ? document(o, runs) : needle_text_report(runs, stdout_is_terminal()));
+  if (!o.common.quiet) {
+    for (const NeedleRun& run : runs)
+      std::cerr << "took     " << fixed(run.seconds, 1) << " s under " << run.policy << "\n";
+  }
+  return 0;
+}
+
+}  // namespace thaw

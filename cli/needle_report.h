@@ -1,0 +1,41 @@
+// What a needle grid looks like: text, a page, a document.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cli/needle_text.h"
+
+namespace thaw {
+
+struct NeedleAnswer {
+  int context = 0;   // tokens asked for
+  int question = 1;  // 1, or 2 with --second
+  NeedleKey key;
+  std::string text;    // what the model wrote
+  std::string number;  // the first number in it
+  double share = 0;    // of the key's digits that stand at their place
+  bool right() const { return number == key.digits; }
+};
+
+// The grid under one policy. All runs hold the same questions in the same order.
+struct NeedleRun {
+  std::string policy;
+  std::vector<NeedleAnswer> answers;
+  double seconds = 0;
+};
+
+// Of what `reference` answered right, how many `run` answered right, too.
+struct NeedleAgreement {
+  int both = 0;
+  int reference = 0;
+};
+NeedleAgreement agreement(const NeedleRun& run, const NeedleRun& reference);
+
+// A heat map of each run: rows are contexts, columns depths, cells the percentage of digits right.
+std::string needle_text_report(const std::vector<NeedleRun>& runs, bool colour);
+
+// The same as a page that needs nothing else, with every answer. `settings`: a line about the run.
+std::string needle_page(const std::vector<NeedleRun>& runs, const std::string& settings);
+
+}  // namespace thaw
