@@ -48,17 +48,22 @@ void Sampler::accept(std::int32_t token) {
   if (!has_penalties()) return;
   if (static_cast<std::size_t>(token) >= count_.size()) count_.resize(token + std::size_t{1});
   ++count_[token];
-  if (options_.penalty_window > 0) {
-    const std::size_t capacity = options_.penalty_window;
-    if (accepted_ < capacity) {
-      window_.push_back(token);
-    } else {
-      std::int32_t& oldest = window_[accepted_ % capacity];
-      --count_[oldest];
-      oldest = token;
-    }
+  accepted_.push_back(token);
+  if (const std::int32_t* left = just_outside_window()) --count_[*left];
+}
+
+void Sampler::forget(std::size_t n) {
+  for (n = std::min(n, accepted_.size()); n > 0; --n) {
+    if (const std::int32_t* left = just_outside_window()) ++count_[*left];
+    --count_[accepted_.back()];
+    accepted_.pop_back();
   }
-  ++accepted_;
+}
+
+// The newest accepted token that is not in the penalty window any more, if there is one.
+const std::int32_t* Sampler::just_outside_window() const {
+  const std::size_t window = options_.penalty_window < 0 ? SIZE_MAX : options_.penalty_window;
+  return accepted_.size() > window ? &accepted_[accepted_.size() - 1 - window] : nullptr;
 }
 
 float Sampler::penalized(float logit, std::size_t token) const {

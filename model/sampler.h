@@ -40,6 +40,8 @@ class Sampler {
   std::int32_t sample(std::span<const float> logits);
   // Records a token (of the prompt or the output) as seen by the penalties.
   void accept(std::int32_t token);
+  // Takes back the last n accepted. Draws that were made stay made: the next one is a new one.
+  void forget(std::size_t n);
 
   struct Candidate {
     std::int32_t token;
@@ -54,6 +56,7 @@ class Sampler {
 
  private:
   bool has_penalties() const;
+  const std::int32_t* just_outside_window() const;
   float penalized(float logit, std::size_t token) const;
   void keep_most_probable(std::span<const float> logits, std::size_t k);
   void keep_top_p();
@@ -61,10 +64,9 @@ class Sampler {
 
   SamplerOptions options_;
   std::mt19937_64 rng_;
-  std::vector<std::int32_t> window_;   // ring of the last penalty_window tokens
-  std::size_t accepted_ = 0;           // tokens ever accepted
-  std::vector<std::int32_t> count_;    // of each token, how often it is seen
-  std::vector<Candidate> candidates_;  // reused from call to call
+  std::vector<std::int32_t> accepted_;  // every token, oldest first
+  std::vector<std::int32_t> count_;     // of each token, how often it is seen
+  std::vector<Candidate> candidates_;   // reused from call to call
 };
 
 }  // namespace thaw

@@ -214,6 +214,28 @@ TEST_CASE("sampler: tokens leave the penalty window") {
   CHECK(logit_of_0(-1) == -3);
 }
 
+TEST_CASE("sampler: what is forgotten was never seen, and what had left the window is back") {
+  for (int window : {-1, 1, 3, 8}) {
+    SamplerOptions o = plain();
+    o.presence_penalty = 0.5f, o.frequency_penalty = 0.25f, o.penalty_window = window;
+    const std::vector<std::int32_t> tokens = {1, 2, 1, 3, 1, 0, 2, 2};
+    for (std::size_t kept = 0; kept <= tokens.size(); ++kept) {
+      Sampler rewound(o), fresh(o);
+      for (std::int32_t token : tokens) rewound.accept(token);
+      rewound.forget(tokens.size() - kept);
+      for (std::size_t i = 0; i < kept; ++i) fresh.accept(tokens[i]);
+      const std::vector<float> logits = {1, 1.5f, 2, 2.5f, 3};
+      for (Sampler* s : {&rewound, &fresh}) s->accept(3);
+      const auto a = rewound.distribution(logits), b = fresh.distribution(logits);
+      REQUIRE(a.size() == b.size());
+      for (std::size_t i = 0; i < a.size(); ++i) {
+        CHECK(a[i].token == b[i].token);
+        CHECK(a[i].logit == b[i].logit);
+      }
+    }
+  }
+}
+
 TEST_CASE("sampler: draws follow the stated formula") {
   SamplerOptions o = plain();
   o.seed = 42;
