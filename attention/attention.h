@@ -3,32 +3,27 @@
 #pragma once
 
 #include <memory>
-#include <span>
-#include <vector>
 
 #include "device/thread_pool.h"
 #include "kvstore/kvstore.h"
 
 namespace thaw {
 
-// By-products of one attend() call, over the rows that were asked for.
-struct AttentionStats {
-  // Mean over the asked rows and all query heads of the probability of each token: kv_len, sums
-  // to 1.
-  std::vector<float> probability;
-  // Mean over heads of H = ln l + m - sum(p s), in nats, one per asked row, oldest first.
-  std::vector<float> entropy;
-};
-
 class Attention {
  public:
   virtual ~Attention() = default;
 
   // o, q: T x (n_heads * head_dim), f32, o must not alias q. The T rows are the last T tokens of
-  // the layer's view, so row t sees tokens 0 .. kv_len - T + t. When `stats` is not null it is
-  // filled for the last stats_rows rows (1 <= stats_rows <= T).
+  // the layer's view, so row t sees tokens 0 .. kv_len - T + t.
+  //
+  // A view without lanes: every token is read exactly, and `stats` is filled for the last
+  // stats_rows rows (0 <= stats_rows <= T; 0 leaves it without lanes).
+  // A view with lanes (T = 1): hot tokens are read exactly. Where there are ghosts, all frozen
+  // tokens answer with theirs; those whose estimated probability, mean over the query heads of
+  // their lane, is at least `recall` are read exactly from the cold tier instead. One softmax over
+  // all. `stats` is always filled.
   virtual void attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
-                      AttentionStats* stats = nullptr, int stats_rows = 1) = 0;
+                      AttentionStats& stats, int stats_rows) = 0;
 };
 
 // Keeps a reference to `pool`. Results do not depend on its size.

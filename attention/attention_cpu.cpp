@@ -1,28 +1,25 @@
-// Attention on the CPU, one algorithm for prefill and decode: a tile of query rows walks its tokens
-// in blocks, keeping a SoftmaxState and an unnormalised output a row (FlashAttention, 2205.14135).
-// In decode the tokens are also split into ranges, so that all threads have work, and the partial
-// states are merged in order; ranges depend on the shape alone, so the bits do not depend on
-// threads.
+// Attention over every token on the CPU, one algorithm for prefill and decode: a tile of query rows
+// walks its tokens in blocks, keeping a SoftmaxState and an unnormalised output a row
+// (FlashAttention, 2205.14135). In decode the tokens are also split into ranges, so that all
+// threads have work, and the partial states are merged in order; ranges depend on the shape alone,
+// so the bits do not depend on threads.
+#include "attention/attention.h"
+
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
-#include "attention/attention.h"
-#include "attention/softmax_state.h"
+#include "attention/exact_cpu.h"
+#include "attention/tiered_cpu.h"
 #include "device/error.h"
 #include "device/fast_math.h"
-#include "device/half.h"
-#include "device/tile_cpu.h"
 
 namespace thaw {
 namespace {
 
 constexpr int kQueryTokens = 16;  // tokens of a query tile; its rows are these times the GQA group
-constexpr int kBlock = 128;       // tokens whose keys and values are unpacked at a time
 constexpr int kRange = 256;       // tokens of a split in decode
 constexpr int kSplitBelow = 16;   // rows below which tokens are split between threads
-
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
+constexpr int kStatsRows = 64;    // rows whose scores are kept at a time
 
 // One call of attend().
 struct Problem {
@@ -30,149 +27,51 @@ struct Problem {
   const float* q;
   int n_rows;
   int n_heads;
-  KvView kv;
+  const KvView& kv;
+  int kv_len;     // tokens that the last row sees
   float* scores;  // n_stats_rows x n_heads x kv_len, or null
   int stats_rows;
 
   int group() const { return n_heads / kv.n_kv_heads; }
   int width() const { return n_heads * kv.head_dim; }
-  int visible(int row) const { return kv.kv_len - n_rows + row + 1; }  // tokens that a row sees
+  int visible(int row) const { return kv_len - n_rows + row + 1; }  // tokens that a row sees
 };
 
-// A query tile of one k/v head against a range of tokens: rows are token-major, then head of the
-// group.
+// A query tile of one k/v head against a range of tokens.
 struct Work {
   int kv_head;
   int first_row, n_tokens;
-  int begin, end;  // tokens of the cache
-
-  int rows(int group) const { return n_tokens * group; }
+  int begin, end;
 };
-
-// What a thread needs for one Work; kept between calls.
-struct Scratch {
-  std::vector<float> q, keys, keys_t, values, scores;
-
-  void reserve(int rows, int padded_dim) {
-    q.resize(std::max(q.size(), static_cast<std::size_t>(rows * padded_dim)));
-    keys.resize(kBlock * padded_dim);
-    keys_t.resize(kBlock * padded_dim);
-    values.resize(kBlock * padded_dim);
-    scores.resize(std::max(scores.size(), static_cast<std::size_t>(rows * kBlock)));
-  }
-};
-
-void widen(float* out, const std::byte* in, KvType type, int n) {
-  switch (type) {
-    case KvType::kF16:
-      return widen_f16(out, reinterpret_cast<const std::uint16_t*>(in), n);
-    case KvType::kBF16:
-      return widen_bf16(out, reinterpret_cast<const std::uint16_t*>(in), n);
-    case KvType::kF32:
-      std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
-  }
-}
-
-// keys_t: n_padded / 16 tiles of [dim][16 tokens]; values: [token][dim]. Both padded with zeros.
-void unpack_block(Scratch& s, const KvView& kv, int head, int first, int n, int dim) {
-  const int n_padded = round_up(n, kTileCols);
-  for (int t = 0; t < n_padded; ++t) {
-    float* key = s.keys.data() + t * dim;
-    float* value = s.values.data() + t * dim;
-    const int used = t < n ? kv.head_dim : 0;
-    if (t < n) {
-      widen(key, kv.key(head, first + t), kv.type, kv.head_dim);
-      widen(value, kv.value(head, first + t), kv.type, kv.head_dim);
-    }
-    std::fill(key + used, key + dim, 0.0f);
-    std::fill(value + used, value + dim, 0.0f);
-  }
-  for (int t = 0; t < n_padded; t += 8) {
-    float* tile = s.keys_t.data() + t / kTileCols * kTileCols * dim + t % kTileCols;
-    for (int i = 0; i < dim; i += 8)
-      transpose_8x8(tile + i * kTileCols, kTileCols, s.keys.data() + t * dim + i, dim);
-  }
-}
-
-// Adds n scores to a state: scores become e^(s - m), o (dim) is rescaled to the new maximum.
-void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim) {
-  float m = state.m;
-#pragma omp simd reduction(max : m)
-  for (int j = 0; j < n; ++j) m = scores[j] > m ? scores[j] : m;
-  float l = 0, ps = 0;
-#pragma omp simd reduction(+ : l, ps)
-  for (int j = 0; j < n; ++j) {
-    const float s = scores[j], e = exp_fast(s - m);
-    l += e;
-    ps += e * s;
-    scores[j] = e;
-  }
-  const float scale = exp_fast(state.m - m);
-  state = {m, state.l * scale + l, state.ps * scale + ps};
-  if (scale != 1.0f)
-    for (int i = 0; i < dim; ++i) o[i] *= scale;
-}
-
-// states, o (rows x dim, zeroed): the result of `work`, not yet divided by l.
-void attend_range(SoftmaxState* states, float* o, const Problem& p, const Work& work, Scratch& s,
-                  int dim) {
-  const int group = p.group(), rows = work.rows(group), head_dim = p.kv.head_dim;
-  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-  for (int r = 0; r < rows; ++r) {
-    const float* from = p.q + std::int64_t{work.first_row + r / group} * p.width() +
-                        (work.kv_head * group + r % group) * head_dim;
-    for (int i = 0; i < dim; ++i) s.q[r * dim + i] = i < head_dim ? from[i] * scale : 0.0f;
-  }
-  for (int first = work.begin; first < work.end; first += kBlock) {
-    const int n = std::min(kBlock, work.end - first), n_padded = round_up(n, kTileCols);
-    unpack_block(s, p.kv, work.kv_head, first, n, dim);
-    std::fill_n(s.scores.data(), rows * kBlock, 0.0f);
-    for (int t = 0; t < n_padded; t += kTileCols)
-      tile_multiply(s.scores.data() + t, kBlock, s.q.data(), dim, rows, s.keys_t.data() + t * dim,
-                    kTileCols, dim);
-    for (int r = 0; r < rows; ++r) {
-      float* scores = s.scores.data() + r * kBlock;
-      const int row = work.first_row + r / group, seen = std::clamp(p.visible(row) - first, 0, n);
-      const int stats_row = row - (p.n_rows - p.stats_rows);
-      if (p.scores && stats_row >= 0)
-        std::copy_n(scores, seen,
-                    p.scores +
-                        (std::int64_t{stats_row} * p.n_heads + work.kv_head * group + r % group) *
-                            p.kv.kv_len +
-                        first);
-      if (seen > 0) absorb_scores(states[r], o + r * dim, scores, seen, dim);
-      std::fill(scores + seen, scores + n_padded, 0.0f);
-    }
-    for (int i = 0; i < dim; i += kTileCols)
-      tile_multiply(o + i, dim, s.scores.data(), kBlock, rows, s.values.data() + i, dim, n);
-  }
-}
 
 class CpuAttention final : public Attention {
  public:
-  explicit CpuAttention(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
+  explicit CpuAttention(ThreadPool& pool) : pool_(pool), tiered_(pool), scratch_(pool.size()) {}
 
   void attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
-              AttentionStats* stats, int stats_rows) override;
+              AttentionStats& stats, int stats_rows) override;
 
  private:
+  void attend_rows(const Problem& p);
   void plan(const Problem& p);
+  ExactWork exact_work(const Problem& p, const Work& work) const;
   void finish(const Problem& p, int dim);
-  void fill_stats(AttentionStats& stats, const Problem& p);
+  void add_stats(AttentionStats& stats, const Problem& p, float share) const;
 
   ThreadPool& pool_;
-  std::vector<Scratch> scratch_;      // one a thread
-  std::vector<Work> work_;            // ranges of one query tile are neighbours, in order
-  int max_rows_ = 0;                  // most rows of one Work
-  std::vector<SoftmaxState> states_;  // work x max_rows
-  std::vector<float> outputs_;        // work x max_rows x padded dim
-  std::vector<SoftmaxState> final_;   // n_rows x n_heads
+  TieredDecode tiered_;
+  std::vector<ExactScratch> scratch_;  // one a thread
+  std::vector<Work> work_;             // ranges of one query tile are neighbours, in order
+  int max_rows_ = 0;                   // most rows of one Work
+  std::vector<SoftmaxState> states_;   // work x max_rows
+  std::vector<float> outputs_;         // work x max_rows x padded dim
+  std::vector<SoftmaxState> final_;    // n_rows x n_heads
   std::vector<float> stats_scores_;
 };
 
 void CpuAttention::plan(const Problem& p) {
   work_.clear();
-  const int range = p.n_rows < kSplitBelow ? kRange : p.kv.kv_len;
+  const int range = p.n_rows < kSplitBelow ? kRange : p.kv_len;
   for (int head = 0; head < p.kv.n_kv_heads; ++head) {
     for (int row = 0; row < p.n_rows; row += kQueryTokens) {
       const int n_tokens = std::min(kQueryTokens, p.n_rows - row);
@@ -184,6 +83,30 @@ void CpuAttention::plan(const Problem& p) {
   max_rows_ = std::min(kQueryTokens, p.n_rows) * p.group();
 }
 
+ExactWork CpuAttention::exact_work(const Problem& p, const Work& work) const {
+  ExactWork w;
+  w.q = p.q + std::int64_t{work.first_row} * p.width() +
+        std::int64_t{work.kv_head} * p.group() * p.kv.head_dim;
+  w.q_stride = p.width();
+  w.n_tokens = work.n_tokens;
+  w.group = p.group();
+  w.rows = &p.kv.cold;
+  w.head = work.kv_head;
+  w.begin = work.begin;
+  w.end = work.end;
+  w.first_visible = p.visible(work.first_row);
+  const int first_stats = p.n_rows - p.stats_rows;
+  if (p.scores && work.first_row + work.n_tokens > first_stats) {
+    w.first_scored = std::max(0, first_stats - work.first_row);
+    const int stats_row = work.first_row + w.first_scored - first_stats;
+    w.score_token_stride = std::int64_t{p.n_heads} * p.kv_len;
+    w.score_head_stride = p.kv_len;
+    w.scores = p.scores + stats_row * w.score_token_stride +
+               std::int64_t{work.kv_head} * p.group() * p.kv_len;
+  }
+  return w;
+}
+
 // Merges the ranges of each query tile, divides by l, and writes o.
 void CpuAttention::finish(const Problem& p, int dim) {
   const int group = p.group(), head_dim = p.kv.head_dim;
@@ -192,7 +115,7 @@ void CpuAttention::finish(const Problem& p, int dim) {
     const Work& work = work_[i];
     std::size_t next = i + 1;
     while (next < work_.size() && work_[next].begin > work.begin) ++next;
-    for (int r = 0; r < work.rows(group); ++r) {
+    for (int r = 0; r < work.n_tokens * group; ++r) {
       SoftmaxState& state = states_[i * max_rows_ + r];
       float* sum = outputs_.data() + (i * max_rows_ + r) * dim;
       for (std::size_t other = i + 1; other < next; ++other)
@@ -209,49 +132,83 @@ void CpuAttention::finish(const Problem& p, int dim) {
   }
 }
 
-void CpuAttention::fill_stats(AttentionStats& stats, const Problem& p) {
-  const int kv_len = p.kv.kv_len;
-  stats.probability.assign(kv_len, 0.0f);
-  stats.entropy.assign(p.stats_rows, 0.0f);
-  const float share = 1.0f / static_cast<float>(p.n_heads);
+// Adds the asked rows' part of the means, each row counting `share`.
+void CpuAttention::add_stats(AttentionStats& stats, const Problem& p, float share) const {
+  const int lane_queries = p.kv.lane_heads * p.group();
+  share /= static_cast<float>(lane_queries);
   for (int i = 0; i < p.stats_rows; ++i) {
     const int row = p.n_rows - p.stats_rows + i;
     for (int head = 0; head < p.n_heads; ++head) {
+      AttentionStats::Lane& lane = stats.lanes[static_cast<std::size_t>(head / lane_queries)];
       const SoftmaxState& state = final_[static_cast<std::size_t>(row) * p.n_heads + head];
-      const float* scores = p.scores + (std::int64_t{i} * p.n_heads + head) * kv_len;
-      const float weight = share / static_cast<float>(p.stats_rows) / state.l;
-      float* probability = stats.probability.data();
-      for (int j = 0; j < p.visible(row); ++j)
+      const float* scores = p.scores + (std::int64_t{i} * p.n_heads + head) * p.kv_len;
+      float *probability = lane.probability.data(), *relevance = lane.relevance.data();
+      const float weight = share / state.l;
+#pragma omp simd
+      for (int j = 0; j < p.visible(row); ++j) {
         probability[j] += weight * exp_fast(scores[j] - state.m);
-      stats.entropy[i] += share * state.entropy();
+        relevance[j] += share * std::fabs(scores[j]);
+      }
+      lane.entropy += share * state.entropy();
     }
   }
 }
 
+void CpuAttention::attend_rows(const Problem& p) {
+  plan(p);
+  const int dim = padded_dim(p.kv.head_dim);
+  states_.assign(work_.size() * max_rows_, {});
+  outputs_.assign(work_.size() * max_rows_ * dim, 0.0f);
+  for (ExactScratch& s : scratch_) s.reserve(max_rows_, p.kv.head_dim);
+  pool_.run(static_cast<std::int64_t>(work_.size()), [&](std::int64_t i, int thread) {
+    attend_exactly(&states_[i * max_rows_], &outputs_[i * max_rows_ * dim], exact_work(p, work_[i]),
+                   p.kv.type, p.kv.head_dim, scratch_[thread]);
+  });
+  finish(p, dim);
+}
+
 void CpuAttention::attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
-                          AttentionStats* stats, int stats_rows) {
+                          AttentionStats& stats, int stats_rows) {
   require(n_rows >= 1 && n_rows <= kv.kv_len, "attend: rows: expected 1 to kv_len = ", kv.kv_len,
           ", found ", n_rows);
   require(kv.n_kv_heads > 0 && n_heads % kv.n_kv_heads == 0,
           "attend: n_heads: expected a multiple of ", kv.n_kv_heads, ", found ", n_heads);
-  require(!stats || (stats_rows >= 1 && stats_rows <= n_rows), "attend: stats_rows: expected 1 to ",
-          n_rows, ", found ", stats_rows);
-  Problem p{o, q, n_rows, n_heads, kv, nullptr, stats_rows};
-  if (stats) {
-    stats_scores_.resize(static_cast<std::size_t>(stats_rows) * n_heads * kv.kv_len);
-    p.scores = stats_scores_.data();
+  require(stats_rows >= 0 && stats_rows <= n_rows, "attend: stats_rows: expected 0 to ", n_rows,
+          ", found ", stats_rows);
+  stats.n_rows = stats_rows;
+  stats.lanes.clear();
+  if (!kv.lanes.empty()) {
+    require(n_rows == 1, "attend: expected 1 row under a policy, found ", n_rows);
+    stats.n_rows = 1;
+    return tiered_.attend(o, q, n_heads, kv, stats);
   }
-  plan(p);
-  const int dim = round_up(kv.head_dim, kTileCols);
-  states_.assign(work_.size() * max_rows_, {});
-  outputs_.assign(work_.size() * max_rows_ * dim, 0.0f);
-  for (Scratch& s : scratch_) s.reserve(max_rows_, dim);
-  pool_.run(static_cast<std::int64_t>(work_.size()), [&](std::int64_t i, int thread) {
-    attend_range(&states_[i * max_rows_], &outputs_[i * max_rows_ * dim], p, work_[i],
-                 scratch_[thread], dim);
-  });
-  finish(p, dim);
-  if (stats) fill_stats(*stats, p);
+  if (stats_rows > 0) {
+    stats.lanes.resize(static_cast<std::size_t>(kv.n_kv_heads / kv.lane_heads));
+    for (AttentionStats::Lane& lane : stats.lanes) {
+      lane.probability.assign(static_cast<std::size_t>(kv.kv_len), 0.0f);
+      lane.relevance.assign(static_cast<std::size_t>(kv.kv_len), 0.0f);
+    }
+    stats_scores_.resize(static_cast<std::size_t>(std::min(stats_rows, kStatsRows)) * n_heads *
+                         kv.kv_len);
+  }
+  // Rows without statistics at once, those with them a few at a time: their scores are kept.
+  for (int row = 0; row < n_rows;) {
+    const int plain = n_rows - stats_rows - row;
+    const int n = stats_rows > kStatsRows ? (plain > 0 ? plain : std::min(kStatsRows, n_rows - row))
+                                          : n_rows;
+    Problem p{o + std::int64_t{row} * n_heads * kv.head_dim,
+              q + std::int64_t{row} * n_heads * kv.head_dim,
+              n,
+              n_heads,
+              kv,
+              kv.kv_len - n_rows + row + n,
+              nullptr,
+              std::min(stats_rows, n)};
+    if (stats_rows > 0 && (plain <= 0 || n == n_rows)) p.scores = stats_scores_.data();
+    attend_rows(p);
+    if (p.scores) add_stats(stats, p, 1.0f / static_cast<float>(stats_rows));
+    row += n;
+  }
 }
 
 }  // namespace

@@ -68,7 +68,7 @@ class Bench {
       : o_(o),
         model_(model),
         transformer_(model, o.common.threads),
-        kv_(make_kv_store(o.common, model.config, capacity(o, model.config))) {
+        kv_(make_kv_store(o.common.kv, model.config, capacity(o, model.config))) {
     for (int i = 0; i < kv_->shape().capacity; ++i) {
       tokens_.push_back(
           static_cast<std::int32_t>(std::int64_t{i} * 7919 % model.config.vocab_size));
@@ -86,7 +86,7 @@ class Bench {
     if (o_.decode > 0) {
       results.push_back(time("tg", o_.decode, [&] {
         for (const std::int32_t& token : after_depth(o_.decode))
-          transformer_.forward({&token, 1}, *kv_, 1);
+          transformer_.forward({&token, 1}, *kv_, 1, Phase::kDecode);
       }));
       const double kv_bytes =
           static_cast<double>(kv_->shape().bytes_per_token()) * (o_.depth + o_.decode / 2.0);
@@ -149,7 +149,7 @@ std::string report(const Options& o, const std::vector<Result>& results, double 
                       {"gb_s", bound ? nlohmann::ordered_json(r.gb_s) : nlohmann::ordered_json()},
                       {"pct_peak", bound ? nlohmann::ordered_json(100 * r.gb_s / peak)
                                          : nlohmann::ordered_json()},
-                      {"policy", o.common.policy},
+                      {"policy", o.common.kv.policy},
                       {"threads", o.common.threads},
                       {"backend", "cpu"}});
     }

@@ -115,14 +115,27 @@ void Flags::seed(std::optional<std::uint64_t>& value, Text names, Text help) {
       [&value](Text s) { return (value = parse_number<std::uint64_t>(s)).has_value(); });
 }
 
-void Flags::real(float& value, Text names, Text help, Text expected,
-                 const std::function<bool(double)>& accepts) {
-  add(names, "X", help + join(" (default ", value, ")"), expected, [&value, accepts](Text s) {
-    const auto number = parse_number<float>(s);
-    if (!number || !accepts(*number)) return false;
-    value = *number;
-    return true;
+void Flags::text(std::optional<std::string>& value, Text names, Text placeholder, Text help,
+                 const std::function<bool(Text)>& accepts, Text expected) {
+  add(names, placeholder, help, expected, [&value, accepts](Text s) {
+    value = s;
+    return accepts(s);
   });
+}
+
+void Flags::bytes(std::optional<std::int64_t>& value, Text names, Text help) {
+  add(names, "N", help, "a whole number of bytes above 0, such as 65536, 64K, 16M or 2G",
+      [&value](Text s) {
+        const std::size_t unit = s.empty() ? 0 : std::string("KMG").find(s.back()) + 1;
+        const auto number = parse_number<std::int64_t>(
+            std::string_view(s).substr(0, s.size() - (unit > 0 ? 1 : 0)));
+        std::int64_t total = 0;
+        if (!number || *number <= 0 ||
+            __builtin_mul_overflow(*number, std::int64_t{1} << (10 * unit), &total))
+          return false;
+        value = total;
+        return true;
+      });
 }
 
 const Flags::Flag& Flags::find(const std::string& name, const std::string& arg) const {

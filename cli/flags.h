@@ -43,13 +43,17 @@ class Flags {
   void section(Text title);
   void toggle(bool& value, Text names, Text help);
   void text(std::optional<std::string>& value, Text names, Text placeholder, Text help);
+  void text(std::optional<std::string>& value, Text names, Text placeholder, Text help,
+            const std::function<bool(Text)>& accepts, Text expected);
   void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
   void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
   template <class T>  // T: an integer type, or std::optional of one
   void integer(T& value, Text names, Text help, std::int64_t min, std::int64_t max);
   void seed(std::optional<std::uint64_t>& value, Text names, Text help);
-  void real(float& value, Text names, Text help, Text expected,
+  template <class T>  // T: float, or std::optional of it
+  void real(T& value, Text names, Text help, Text expected,
             const std::function<bool(double)>& accepts);
+  void bytes(std::optional<std::int64_t>& value, Text names, Text help);  // 4096, 64M, 2G
   // Lets "-" stand among the flags.
   void dash(bool& value);
   // Closes the list of flags with --help, and the help page with these lines.
@@ -87,6 +91,19 @@ void Flags::integer(T& value, Text names, Text help, std::int64_t min, std::int6
         value = static_cast<int>(*number);
         return true;
       });
+}
+
+template <class T>
+void Flags::real(T& value, Text names, Text help, Text expected,
+                 const std::function<bool(double)>& accepts) {
+  std::string shown = help;
+  if constexpr (std::is_floating_point_v<T>) shown += join(" (default ", value, ")");
+  add(names, "X", shown, expected, [&value, accepts](Text s) {
+    const auto number = parse_number<float>(s);
+    if (!number || !accepts(*number)) return false;
+    value = *number;
+    return true;
+  });
 }
 
 }  // namespace thaw

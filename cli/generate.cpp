@@ -159,7 +159,20 @@ std::string hex(std::uint64_t value) {
   return std::move(out).str();
 }
 
-void print_statistics(const Options& o, const Generation& g) {
+// Where the keys and values stand, and what was read of those that were frozen.
+std::string describe_kv(const Options& o, const Generation& g, int n_layers) {
+  const KvUsage& u = g.usage;
+  std::string text = join(format_bytes(u.full), " as ", o.common.kv.type_name);
+  if (o.common.kv.policy == "full") return text;
+  text += join("; ", o.common.kv.policy, " holds ", format_bytes(u.resident), ": hot ",
+               format_bytes(u.hot), ", ghosts ", format_bytes(u.ghosts));
+  const double steps = static_cast<double>(g.counters.steps) * n_layers;
+  if (steps > 0)
+    text += join("; ", fixed(g.counters.recalled / steps, 1), " recalls a layer and step");
+  return text;
+}
+
+void print_statistics(const Options& o, const Generation& g, int n_layers) {
   constexpr const char* kFinish[] = {"the model ended the text", "-n reached",
                                      "the context is full", "--stop text", "interrupted"};
   std::cerr << "prompt   " << count(g.prompt_tokens, "token") << " in "
@@ -172,8 +185,8 @@ void print_statistics(const Options& o, const Generation& g) {
             << fixed(g.decode_seconds, 2) << " s, "
             << fixed(rate(g.decode_steps, g.decode_seconds), 1) << " tok/s; "
             << kFinish[static_cast<int>(g.finish)] << "\nkv       "
-            << count(g.context_tokens, "token") << ", " << format_bytes(g.kv_bytes) << " as "
-            << o.common.kv_type << "\nseed     " << o.sampler.seed << "\n";
+            << count(g.context_tokens, "token") << ", " << describe_kv(o, g, n_layers) << "\nseed     "
+            << o.sampler.seed << "\n";
   if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
 }
 
@@ -191,8 +204,17 @@ std::string to_json(const Options& o, const Generation& g, const std::string& te
       {"decode_s", g.decode_seconds},
       {"decode_tok_s", rate(g.decode_steps, g.decode_seconds)},
       {"context_tokens", g.context_tokens},
-      {"kv_bytes", g.kv_bytes},
-      {"kv_type", o.common.kv_type},
+      {"kv_bytes", g.usage.full},
+      {"kv_resident_bytes", g.usage.resident},
+      {"kv_hot_bytes", g.usage.hot},
+      {"kv_ghost_bytes", g.usage.ghosts},
+      {"kv_cold_bytes", g.usage.cold},
+      {"kv_bookkeeping_bytes", g.usage.bookkeeping},
+      {"policy", o.common.kv.policy},
+      {"recalled_tokens", g.counters.recalled},
+      {"thawed_tokens", g.counters.thawed},
+      {"cold_bytes_read", g.counters.cold_bytes_read},
+      {"kv_type", o.common.kv.type_name},
       {"logits_fingerprint", hex(g.fingerprint)},
   });
 }
@@ -225,7 +247,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
                   const std::vector<TokenId>& prompt, int context,
                   const std::atomic<bool>& interrupted, Sink& sink) {
   Transformer transformer(model, o.common.threads);
-  const std::unique_ptr<KvStore> kv = make_kv_store(o.common, model.config, context);
+  const std::unique_ptr<KvStore> kv = make_kv_store(o.common.kv, model.config, context);
   Sampler sampler(o.sampler);
   TextStream text(o.stops, [&](std::string_view piece) { sink.write(piece); });
   Progress progress(o.common.quiet);
@@ -263,14 +285,14 @@ int run_generate(const Args& args) {
   const std::vector<TokenId> prompt = encode_prompt(o, tokenizer, input, model.config, context);
   if (o.common.verbose) {
     std::cerr << "model    " << describe(model.config) << "\nrun      cpu, " << o.common.threads
-              << " threads, context " << context << ", kv " << o.common.kv_type << "\n";
+              << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";
   }
   const std::atomic<bool>& interrupted = catch_interrupt();
   Sink sink(o.common.json);
   if (o.echo) sink.write(input.text);
   const Generation result = stream(o, model, tokenizer, prompt, context, interrupted, sink);
   if (o.common.json) write_stdout(to_json(o, result, sink.text()));
-  if (!o.common.quiet) print_statistics(o, result);
+  if (!o.common.quiet) print_statistics(o, result, model.config.n_layers);
   return result.finish == Finish::kInterrupted ? kInterruptedExit : 0;
 }
 

@@ -119,7 +119,7 @@ bool parse(const Args& args, Options& o) {
   add_question_flags(flags, o);
   add_reading_flags(flags, o);
   flags.section("Keys and values");
-  add_store_flags(flags, o.common);
+  add_kv_flags(flags, o.common.kv);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
   flags.text(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
@@ -172,11 +172,11 @@ class Reader {
   // Stops early when interrupted.
   NeedleRun run() {
     const auto start = std::chrono::steady_clock::now();
-    NeedleRun run{common_.policy, {}, 0};
+    NeedleRun run{common_.kv.policy, {}, 0};
     for (int context : o_.context_list) {
       const std::vector<NeedleSpec> specs = plan_texts(o_, context);
       for (std::size_t t = 0; t < specs.size() && !interrupted_; ++t) {
-        place_ = join(common_.policy, ", ", context, " tokens, text ", t + 1, " of ", specs.size());
+        place_ = join(common_.kv.policy, ", ", context, " tokens, text ", t + 1, " of ", specs.size());
         examine(specs[t], run.answers);
       }
     }
@@ -192,7 +192,7 @@ class Reader {
       turn = std::max(turn, needle_question(tokenizer_, key, o_.chat, true).size());
     turn += 1 + kPreface + spec.digits;
     const auto kv =
-        make_kv_store(common_, model_.config, static_cast<int>(text.tokens.size() + 2 * turn));
+        make_kv_store(common_.kv, model_.config, static_cast<int>(text.tokens.size() + 2 * turn));
     read(*kv, text.tokens);
     for (std::size_t i = 0; i < text.keys.size() && !interrupted_; ++i) {
       kv->rewind(static_cast<int>(text.tokens.size()));
@@ -209,7 +209,7 @@ class Reader {
 
   void read(KvStore& kv, const std::vector<TokenId>& tokens) {
     const int n_tokens = static_cast<int>(tokens.size());
-    const bool exact = common_.policy == "full" || o_.prefill_all;
+    const bool exact = common_.kv.policy == "full" || o_.prefill_all;
     teacher_force(transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens},
                   [&](int row, std::span<const float>) {
                     progress_.show(join(place_, ": token ", row, " of ", n_tokens));
@@ -298,7 +298,7 @@ std::string document(const Options& o, const std::vector<NeedleRun>& runs) {
                     {"prefill_all", o.prefill_all},
                     {"prefill_question", o.prefill_question},
                     {"seed", *o.seed},
-                    {"kv_type", o.common.kv_type},
+                    {"kv_type", o.common.kv.type_name},
                     {"policies", policies}});
 }
 
@@ -306,7 +306,7 @@ std::string settings(const Options& o, const Model& model) {
   return join(printable(model.config.name), ", ", count(o.needles, "key"), " of ",
               count(o.digits, "digit"), " in a text, ", count(o.distractors, "distractor"),
               o.prefill_all ? ", text read exactly" : ", text decoded under the policy", ", seed ",
-              *o.seed, ", kv ", o.common.kv_type);
+              *o.seed, ", kv ", o.common.kv.type_name);
 }
 
 }  // namespace
@@ -324,8 +324,8 @@ int run_needle(const Args& args) {
   o.common.context = o.context_list.back();
   context_tokens(o.common, model.config);
   std::vector<CommonOptions> variants(1, o.common);
-  variants.front().policy = "full";
-  if (o.common.policy != "full") variants.push_back(o.common);
+  variants.front().kv.policy = "full";
+  if (o.common.kv.policy != "full") variants.push_back(o.common);
 
   const std::atomic<bool>& interrupted = catch_interrupt();
   std::vector<NeedleRun> runs;
@@ -333,7 +333,7 @@ int run_needle(const Args& args) {
     runs.push_back(Reader(o, variant, model, tokenizer, interrupted).run());
     if (interrupted) {
       std::cerr << "interrupted after " << count(std::ssize(runs.back().answers), "answer")
-                << " under " << variant.policy << "\n";
+                << " under " << variant.kv.policy << "\n";
       return kInterruptedExit;
     }
   }

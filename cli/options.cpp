@@ -33,10 +33,6 @@ int CommonOptions::default_threads() {
   return std::clamp(static_cast<int>(cores.size()), 1, kMaxThreads);
 }
 
-KvType CommonOptions::kv() const {
-  return kv_type == "f32" ? KvType::kF32 : kv_type == "bf16" ? KvType::kBF16 : KvType::kF16;
-}
-
 void add_model_flag(Flags& flags, CommonOptions& o, const std::string& help) {
   flags.text(o.model, "-m, --model", "PATH", help);
 }
@@ -52,14 +48,7 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
 void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help) {
   flags.section("Context");
   flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
-  add_store_flags(flags, o);
-}
-
-void add_store_flags(Flags& flags, CommonOptions& o) {
-  flags.choice(o.kv_type, "--kv-type", {"f16", "bf16", "f32"}, "how keys and values are stored");
-  flags.choice(o.policy, "--policy", {"full"},
-               "which tokens stay in fast memory: full, the only one in "
-               "this build, keeps all and attends all");
+  add_kv_flags(flags, o.kv);
 }
 
 void add_output_flags(Flags& flags, CommonOptions& o) {
@@ -97,12 +86,13 @@ std::string describe(const Config& c) {
               c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.context_length);
 }
 
-std::unique_ptr<KvStore> make_kv_store(const CommonOptions& o, const Config& c, int capacity) {
-  return make_full_kv_store({.n_layers = c.n_layers,
-                             .n_kv_heads = c.n_kv_heads,
-                             .head_dim = c.head_dim,
-                             .capacity = capacity,
-                             .type = o.kv()});
+std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& c, int capacity) {
+  return make_kv_store({.n_layers = c.n_layers,
+                        .n_kv_heads = c.n_kv_heads,
+                        .head_dim = c.head_dim,
+                        .capacity = capacity,
+                        .type = flags.type()},
+                       flags.options());
 }
 
 }  // namespace thaw

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cli/flags.h"
+#include "cli/kv_flags.h"
 #include "kvstore/kvstore.h"
 #include "model/config.h"
 #include "model/model.h"
@@ -18,20 +19,18 @@ struct CommonOptions {
   int threads = default_threads();
   std::string backend = "auto";
   std::optional<int> context;
-  std::string kv_type = "f16";
-  std::string policy = "full";
+  KvFlags kv;
   bool json = false;
   bool quiet = false;
   bool verbose = false;
 
   static int default_threads();  // physical cores this process may use, within 1 .. 256
-  KvType kv() const;
 };
 
 void add_model_flag(Flags& flags, CommonOptions& options, const std::string& help);
 void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
+// --context and the store's flags; commands without a --context take add_kv_flags(flags, kv).
 void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help);
-void add_store_flags(Flags& flags, CommonOptions& options);  // the same without --context
 void add_output_flags(Flags& flags, CommonOptions& options);  // json, quiet, verbose
 
 // Throws UsageError when no model is named or the backend is not in this build.
@@ -41,13 +40,13 @@ void check_common(const CommonOptions& options);
 // beyond what the model was trained for.
 int context_tokens(const CommonOptions& options, const Config& config);
 
-// One line about a model, for --verbose.
 // Throws Error that names the model when a value is NaN or infinite.
 void require_finite(std::span<const float> logits, const Model& model);
 
+// One line about a model, for --verbose.
 std::string describe(const Config& config);
 
-std::unique_ptr<KvStore> make_kv_store(const CommonOptions& options, const Config& config,
-                                       int capacity);
+// The store that the KV flags ask for, for `capacity` tokens.
+std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& config, int capacity);
 
 }  // namespace thaw

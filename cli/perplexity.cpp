@@ -100,7 +100,7 @@ Windows plan_windows(const Options& o, const Tokenizer& tokenizer, int context) 
 Score score(const Options& o, const Model& model, const Tokenizer& tokenizer,
             const std::vector<TokenId>& ids, const Windows& w) {
   const int n_tokens = static_cast<int>(ids.size());
-  const auto kv = make_kv_store(o.common, model.config, std::min(w.length, n_tokens) + w.bos);
+  const auto kv = make_kv_store(o.common.kv, model.config, std::min(w.length, n_tokens) + w.bos);
   Transformer transformer(model, o.common.threads, kBatch);
   const std::atomic<bool>& interrupted = catch_interrupt();
   Progress progress(o.common.quiet);
@@ -170,8 +170,8 @@ std::string report(const Options& o, const Score& score, const Windows& w, doubl
                     {"windows", score.windows},
                     {"context_tokens", w.length + w.bos},
                     {"stride_tokens", w.stride},
-                    {"kv_type", o.common.kv_type},
-                    {"policy", o.common.policy},
+                    {"kv_type", o.common.kv.type_name},
+                    {"policy", o.common.kv.policy},
                     {"seconds", seconds}});
 }
 

@@ -59,7 +59,7 @@ inline std::uint16_t f32_to_bf16(float x) {
 inline void widen_f16(float* out, const std::uint16_t* in, std::int64_t n) {
   std::int64_t i = 0;
 #ifdef __F16C__
-  for (; i + 8 <= n; i += 8)
+  for (; i < n / 8 * 8; i += 8)
     _mm256_storeu_ps(out + i,
                      _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
 #endif

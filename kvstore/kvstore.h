@@ -1,17 +1,31 @@
-// Where keys and values live. The contract that the full-residency store implements here and tiered
-// stores implement later: tokens are appended in order, viewed by attention, and can be rewound.
+// Where keys and values live. Two tiers: every token's exact key and value stands in the cold tier
+// from the moment it is appended; those that matter now also stand in the hot tier, and every other
+// token is frozen. What is frozen leaves a ghost (kvstore/ghost.h) or is mute, as the policy says.
+//
+// One step of a model, layer by layer:   kv.begin(n, phase);
+//   for each layer:  kv.append(layer, k, v, n);  attend(.., kv.view(layer), &stats);
+//                    kv.settle(layer, stats);
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <memory>
+#include <span>
+#include <string>
 #include <string_view>
+#include <vector>
+
+#include "kvstore/ghost.h"
+#include "kvstore/pages.h"
+#include "kvstore/policy.h"
+#include "kvstore/recorder.h"
 
 namespace thaw {
 
-enum class KvType : std::uint8_t { kF16, kBF16, kF32 };
-std::size_t element_bytes(KvType type);
-std::string_view kv_type_name(KvType type);  // "f16", "bf16", "f32"
+enum class KvType : std::uint8_t { kF16, kBF16, kF32, kQ8_0, kQ4_0 };
+std::string_view kv_type_name(KvType type);  // "f16", "bf16", "f32", "q8_0", "q4_0"
+std::size_t kv_row_bytes(KvType type, int head_dim);  // of one key or value of one head
 
 struct KvShape {
   int n_layers = 0;
@@ -24,44 +38,153 @@ struct KvShape {
   std::int64_t bytes_per_token() const;
 };
 
-// The tokens of one layer that attention reads, oldest first. Keys already carry RoPE.
-// Element (head, token, i) is at (head * head_stride + token * head_dim + i) of `k` and of `v`.
+// How a forward pass attends. Prefill: each row sees every token before it, exactly. Decode: one
+// row, which sees what the policy shows it.
+enum class Phase : std::uint8_t { kPrefill, kDecode };
+
+// Rows of keys and values, in pages. Row i of a head stands in page i / page_rows.
+struct KvRows {
+  std::span<const std::byte* const> pages;
+  std::size_t offset = 0;       // bytes from a page's start to its first key of head 0
+  std::size_t value_offset = 0; // bytes from a key to its value
+  std::size_t head_stride = 0;  // bytes from a head to the next
+  std::size_t row_bytes = 0;    // bytes from a row to the next
+  int page_rows = 1;
+  int n_rows = 0;
+
+  const std::byte* key(int head, int row) const {
+    return pages[static_cast<std::size_t>(row / page_rows)] + offset +
+           static_cast<std::size_t>(head) * head_stride +
+           static_cast<std::size_t>(row % page_rows) * row_bytes;
+  }
+  const std::byte* value(int head, int row) const { return key(head, row) + value_offset; }
+};
+
+// What decode reads of a lane: the heads of a layer that freeze and thaw together, either one head
+// or all of them.
+struct LaneView {
+  KvRows hot;                            // heads counted from the lane's first
+  std::span<const std::int32_t> tokens;  // the token in each hot row
+  std::span<const std::uint32_t> hot_mask;  // bit t % 32 of word t / 32: token t is hot
+};
+
+// The tokens of one layer that attention reads. Keys already carry RoPE.
 struct KvView {
   KvType type = KvType::kF16;
-  const void* k = nullptr;
-  const void* v = nullptr;
   int kv_len = 0;
   int n_kv_heads = 0;
   int head_dim = 0;
-  std::int64_t head_stride = 0;  // elements
+  KvRows cold;  // every token, oldest first
 
-  const std::byte* key(int head, int token) const;
-  const std::byte* value(int head, int token) const;
+  int lane_heads = 0;  // KV heads that share statistics and decisions: 1, or n_kv_heads
+  // Decode under a policy that freezes; empty where all tokens are attended exactly.
+  std::vector<LaneView> lanes;
+  GhostView ghosts;  // of the layer's heads; absent when frozen tokens are mute
+  float recall = 0;  // ghosts of at least this probability, mean over the lane's query heads, are
+                     // replaced by the exact token
+};
+
+// What the policy learns from attend(); filled by attention, read by settle(). "Mean" is over the
+// query heads of a lane and the asked rows.
+struct AttentionStats {
+  struct Recall {
+    std::int32_t token;
+    float probability;
+  };
+  struct Lane {
+    std::vector<float> probability;  // mean, of each row read: every token, or in decode under a
+                                     // policy each hot row
+    std::vector<float> relevance;    // mean |q.k| / sqrt(head_dim), likewise
+    std::vector<Recall> recalled;    // tokens read exactly from the cold tier, ascending
+    float entropy = 0;               // mean of H = ln l + m - sum(p s), in nats
+    float ghost_mass = 0;            // mean probability on frozen tokens, recalled ones included
+  };
+  int n_rows = 0;  // rows asked for
+  std::vector<Lane> lanes;
+};
+
+// Bytes held now.
+struct KvUsage {
+  std::int64_t hot = 0;          // pages of the hot tier; as much as was ever needed at once
+  std::int64_t ghosts = 0;       // blocks of ghosts
+  std::int64_t bookkeeping = 0;  // counters, timers, slot tables
+  std::int64_t cold = 0;         // blocks of the cold tier
+  std::int64_t full = 0;         // what the tokens take with every one resident
+  // What must stand in fast memory: hot + ghosts, or the whole where every token is attended.
+  std::int64_t resident = 0;
+};
+
+// Sums over steps since the store was made or clear() was called; of tokens, a token of one head
+// counting 1 / n_kv_heads, over all layers.
+struct KvCounters {
+  std::int64_t steps = 0;     // decode steps
+  double attended = 0;        // read exactly
+  double visible = 0;         // in the context
+  double recalled = 0;        // read in place from the cold tier
+  double thawed = 0;          // made hot again, recalled ones included
+  double frozen = 0;          // made cold
+  std::int64_t cold_bytes_read = 0;  // by decode: recalls and thaws
+  double cold_bytes_visible = 0;     // what reading the whole context each step would have been
+};
+
+// Everything that can be chosen. At most one hot_* is above 0; none: no bound.
+struct KvOptions {
+  PolicyParams policy;
+  double hot_fraction = 0;     // most tokens of a layer that are hot, as a share of the context
+  int hot_tokens = 0;          // the same in tokens
+  std::int64_t hot_bytes = 0;  // the same in bytes over all layers
+  std::string cold_file;       // the cold tier's file; empty: memory
+  int centre_tokens = kCentreTokens;  // tokens whose mean ghosts are centred on
+  bool check = false;  // keep a hash of what is appended, for check(), which every step then ends with
 };
 
 class KvStore {
  public:
   virtual ~KvStore() = default;
 
-  // Appends T tokens to `layer`: k and v are T x kv_dim f32, rounded to the store's type here.
-  // Every layer must receive the same tokens before the next step. Throws Error, with nothing
-  // changed, when the tokens do not fit the capacity.
+  // Opens a step of n_tokens (1 in decode) and takes the memory it needs. Throws Error, with
+  // nothing changed, when the tokens do not fit the capacity or memory is refused.
+  virtual void begin(int n_tokens, Phase phase) = 0;
+
+  // Appends the step's tokens to `layer`: k and v are T x kv_dim f32, rounded to the store's type
+  // here. Every layer must receive the same tokens before the next step.
   virtual void append(int layer, const float* k, const float* v, int n_tokens) = 0;
 
-  // The tokens of `layer`; valid until the next append, rewind or clear.
+  // The tokens of `layer`; valid until the next append, settle, rewind, reset or clear.
   virtual KvView view(int layer) const = 0;
+
+  // How many of the step's last rows the policy wants statistics of; 0: none at all.
+  virtual int stats_rows(int n_tokens) const = 0;
+
+  // Takes the attention of this step into account: the policy freezes and thaws.
+  virtual void settle(int layer, const AttentionStats& stats) = 0;
 
   // Forgets every token at `position` and after it, in all layers. 0 <= position <= length().
   virtual void rewind(int position) = 0;
-  void clear() { rewind(0); }
+  virtual void clear() = 0;  // rewind(0), and counters to 0
+
+  // A rung of recovery (kvstore/recovery.h): thaws what the rung names. Returns tokens thawed.
+  virtual double reset(Rung rung) = 0;
+
+  // Throws Error naming the first invariant that does not hold (docs/kvstore.md lists them).
+  virtual void check() const = 0;
+
+  virtual void record(KvRecorder* recorder) = 0;  // null (the default): nobody listens
 
   virtual int length() const = 0;  // complete tokens: those that every layer holds
   virtual const KvShape& shape() const = 0;
-  virtual std::int64_t resident_bytes() const = 0;  // bytes of the tokens held now, all layers
+  virtual const KvOptions& options() const = 0;
+  virtual KvUsage usage() const = 0;
+  virtual const KvCounters& counters() const = 0;
+  // Mean over layers and heads of the last step's ghost mass and attention entropy.
+  virtual float ghost_mass() const = 0;
 };
 
-// Every token stays resident and is attended exactly (policy "full"), in host memory reserved for
-// `shape.capacity` tokens and touched only as tokens arrive.
-std::unique_ptr<KvStore> make_full_kv_store(const KvShape& shape);
+// Throws Error when shape and options do not fit each other. The second form takes its memory from
+// the sources given: fast for the hot tier and ghosts, cold for the cold tier.
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options = {});
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options,
+                                       std::unique_ptr<PageSource> fast,
+                                       std::unique_ptr<PageSource> cold);
 
 }  // namespace thaw

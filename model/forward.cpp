@@ -21,7 +21,7 @@ Transformer::Transformer(const Model& model, int n_threads, int max_rows)
 void Transformer::observe(Observer observer) { ops_->observe(std::move(observer)); }
 
 std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens, KvStore& kv,
-                                            int n_logits) {
+                                            int n_logits, Phase phase) {
   const Config& config = model_.config;
   const Weights& weights = model_.weights;
   const int n_rows = static_cast<int>(tokens.size());
@@ -29,18 +29,19 @@ std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens
           ", found ", n_rows);
   require(n_logits >= 0 && n_logits <= n_rows, "forward: n_logits: expected 0 to ", n_rows,
           ", found ", n_logits);
-  require(n_rows <= kv.shape().capacity - kv.length(), "KV store: expected at most ",
-          kv.shape().capacity, " tokens, found ", std::int64_t{kv.length()} + n_rows);
   reserve(n_rows, n_logits);
   std::iota(positions_.begin(), positions_.end(), kv.length());
   float *x = x_.data(), *q = q_.data(), *k = k_.data(), *v = v_.data(), *o = attn_out_.data(),
         *h = h_.data();
 
   ops_->embed(x, tokens, weights);  // x: T x dim
+  kv.begin(n_rows, phase);
   for (const LayerWeights& w : weights.layers) {
     ops_->qkv(q, k, v, x, w, positions_);  // q: T x q_dim, k, v: T x kv_dim
     kv.append(w.index, k, v, n_rows);
-    attention_->attend(o, q, n_rows, config.n_heads, kv.view(w.index));  // o: T x q_dim
+    attention_->attend(o, q, n_rows, config.n_heads, kv.view(w.index), stats_,  // o: T x q_dim
+                       kv.stats_rows(n_rows));
+    kv.settle(w.index, stats_);
     ops_->report("attn_out", w.index, o, n_rows, config.q_dim());
     ops_->project_add(x, o, w.wo, n_rows);  // x += o Wo^T
     ops_->report("attn_residual", w.index, x, n_rows, config.dim);
@@ -57,8 +58,9 @@ std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens
 std::span<const float> Transformer::prefill(std::span<const std::int32_t> tokens, KvStore& kv) {
   require(!tokens.empty(), "prefill: tokens: expected at least 1, found 0");
   const std::size_t step = static_cast<std::size_t>(max_rows_);
-  for (; tokens.size() > step; tokens = tokens.subspan(step)) forward(tokens.first(step), kv, 0);
-  return forward(tokens, kv, 1);
+  for (; tokens.size() > step; tokens = tokens.subspan(step))
+    forward(tokens.first(step), kv, 0, Phase::kPrefill);
+  return forward(tokens, kv, 1, Phase::kPrefill);
 }
 
 void Transformer::reserve(int n_rows, int n_logits) {

@@ -20,12 +20,14 @@ class Transformer {
   // do not depend on it. max_rows: most tokens of one forward() call; scratch memory grows with it.
   Transformer(const Model& model, int n_threads, int max_rows = 512);
 
-  // Runs `tokens` (1 .. max_rows) at positions kv.length() ...; appends them to kv. Returns logits
-  // of the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next call. Throws
-  // Error on a token outside the vocabulary, or when the store is full (nothing is changed then).
-  std::span<const float> forward(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits);
+  // Runs `tokens` (1 .. max_rows; in decode 1) at positions kv.length() ...; appends them to kv.
+  // Returns logits of the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next
+  // call. Throws Error on a token outside the vocabulary, or when the store is full or gets no
+  // memory (nothing is changed then).
+  std::span<const float> forward(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits,
+                                 Phase phase = Phase::kPrefill);
 
-  // The same for any number of tokens, in calls of at most max_rows; logits of the last token only.
+  // Prefill of any number of tokens, in calls of at most max_rows; logits of the last token only.
   std::span<const float> prefill(std::span<const std::int32_t> tokens, KvStore& kv);
 
   // Every named intermediate of every forward() from now on; {} to stop.
@@ -45,6 +47,7 @@ class Transformer {
   std::unique_ptr<Attention> attention_;
   std::vector<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // scratch, max_rows x width
   std::vector<std::int32_t> positions_;
+  AttentionStats stats_;
 };
 
 }  // namespace thaw

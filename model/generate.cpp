@@ -35,7 +35,7 @@ std::span<const float> prefill(Transformer& transformer, KvStore& kv,
                         : std::min<std::size_t>(transformer.max_rows(),
                                                 std::min(batched, prompt.size()) - done);
     const bool last = done + n == prompt.size();
-    logits = transformer.forward(prompt.subspan(done, n), kv, last ? 1 : 0);
+    logits = transformer.forward(prompt.subspan(done, n), kv, last ? 1 : 0, Phase::kPrefill);
     done += n;
     if (options.on_prefill)
       options.on_prefill(static_cast<int>(done), static_cast<int>(prompt.size()));
@@ -54,7 +54,7 @@ Finish decode(Transformer& transformer, KvStore& kv, Sampler& sampler,
     if (result.tokens.size() == limit) return Finish::kLength;
     if (!result.tokens.empty()) {
       if (kv.length() == kv.shape().capacity) return Finish::kContext;
-      logits = transformer.forward(std::span(result.tokens).last(1), kv, 1);
+      logits = transformer.forward(std::span(result.tokens).last(1), kv, 1, Phase::kDecode);
       ++result.decode_steps;
     }
     if (options.fingerprint) {
@@ -95,7 +95,8 @@ Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
   result.finish = decode(transformer, kv, sampler, logits, options, clock, result);
   if (result.decode_steps > 0) result.decode_seconds = clock.seconds() - result.first_token_seconds;
   result.context_tokens = kv.length();
-  result.kv_bytes = kv.resident_bytes();
+  result.usage = kv.usage();
+  result.counters = kv.counters();
   return result;
 }
 
@@ -107,7 +108,9 @@ bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::i
   for (int row = 0, n = 0; row < n_tokens; row += n) {
     n = row < prefill ? std::min(transformer.max_rows(), prefill - row) : 1;
     const int n_logits = std::clamp(row + n - rows.first, 0, n);
-    const std::span<const float> logits = transformer.forward(tokens.subspan(row, n), kv, n_logits);
+    const std::span<const float> logits =
+        transformer.forward(tokens.subspan(row, n), kv, n_logits,
+                            row < prefill ? Phase::kPrefill : Phase::kDecode);
     if (!on_logits(row + n - n_logits, logits)) return false;
   }
   return true;

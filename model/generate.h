@@ -55,7 +55,8 @@ struct Generation {
   int decode_steps = 0;            // forward passes of one token, after the prompt
   double decode_seconds = 0;       // those passes, the sampling after them, and on_token
   int context_tokens = 0;          // in the KV store at the end
-  std::int64_t kv_bytes = 0;       // that they take there
+  KvUsage usage;                   // at the end
+  KvCounters counters;             // of the store, since it was made or cleared
   std::uint64_t fingerprint = 0;
 };
 

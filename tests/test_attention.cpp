@@ -36,7 +36,7 @@ Inputs make_inputs(const Case& c, std::uint64_t seed = 7) {
   testing::Random random(seed);
   const int kv_dim = c.n_kv_heads * c.head_dim, q_dim = c.n_heads() * c.head_dim;
   Inputs in{
-      make_full_kv_store({1, c.n_kv_heads, c.head_dim, c.kv_len + 5, c.type}), {}, {}, {}, {}};
+      make_kv_store({1, c.n_kv_heads, c.head_dim, c.kv_len + 5, c.type}), {}, {}, {}, {}};
   const auto store = [&](reference::Matrix& rows) {
     rows.push_back(random.normals(kv_dim, 1.5f));
     for (float& x : rows.back())
@@ -44,6 +44,7 @@ Inputs make_inputs(const Case& c, std::uint64_t seed = 7) {
           : c.type == KvType::kBF16 ? bf16_to_f32(f32_to_bf16(x))
                                     : x;
   };
+  in.kv->begin(c.kv_len, Phase::kPrefill);
   for (int t = 0; t < c.kv_len; ++t) {
     store(in.k), store(in.v);
     in.kv->append(0, in.k[t].data(), in.v[t].data(), 1);
@@ -67,8 +68,9 @@ void check_case(const Case& c) {
   const int stats_rows = (c.n_rows + 1) / 2;
   ThreadPool pool(2);
   make_cpu_attention(pool)->attend(o.data(), in.flat_q.data(), c.n_rows, c.n_heads(),
-                                   in.kv->view(0), &stats, stats_rows);
+                                   in.kv->view(0), stats, stats_rows);
   std::vector<float> expected, probability(static_cast<std::size_t>(c.kv_len));
+  float entropy = 0;
   for (int t = 0; t < c.n_rows; ++t) {
     const int visible = c.kv_len - c.n_rows + t + 1;
     const auto r =
@@ -78,10 +80,12 @@ void check_case(const Case& c) {
     if (i < 0) continue;
     for (int j = 0; j < visible; ++j)
       probability[j] += r.probability[j] / static_cast<float>(stats_rows);
-    CHECK(stats.entropy[i] == doctest::Approx(r.entropy).epsilon(1e-5).scale(1));
+    entropy += static_cast<float>(r.entropy) / static_cast<float>(stats_rows);
   }
   CHECK(testing::nmse(o, expected) <= kTolerance);
-  CHECK(testing::nmse(stats.probability, probability) <= kTolerance);
+  REQUIRE(stats.lanes.size() == 1);
+  CHECK(testing::nmse(stats.lanes[0].probability, probability) <= kTolerance);
+  CHECK(stats.lanes[0].entropy == doctest::Approx(entropy).epsilon(1e-5).scale(1));
 }
 
 }  // namespace
@@ -113,15 +117,15 @@ TEST_CASE("attention: the same bits for any number of threads, and from one call
     AttentionStats stats, other;
     ThreadPool single(1);
     make_cpu_attention(single)->attend(first.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0),
-                                       &stats, n_rows);
+                                       stats, n_rows);
     for (int n_threads : {2, 3, 5}) {
       ThreadPool pool(n_threads);
       auto attention = make_cpu_attention(pool);
       for (int repeat = 0; repeat < 2; ++repeat) {
-        attention->attend(o.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0), &other, n_rows);
+        attention->attend(o.data(), in.flat_q.data(), n_rows, 9, in.kv->view(0), other, n_rows);
         CHECK(std::memcmp(o.data(), first.data(), o.size() * sizeof(float)) == 0);
-        CHECK(other.probability == stats.probability);
-        CHECK(other.entropy == stats.entropy);
+        CHECK(other.lanes[0].probability == stats.lanes[0].probability);
+        CHECK(other.lanes[0].entropy == stats.lanes[0].entropy);
       }
     }
   }
@@ -131,6 +135,7 @@ TEST_CASE("attention: scores far apart do not overflow, and the largest wins") {
   const Case c{1, 300, 1, 1, 16};
   Inputs in = make_inputs(c);
   in.kv->clear();
+  in.kv->begin(c.kv_len, Phase::kPrefill);
   for (int t = 0; t < c.kv_len; ++t) {
     for (float& x : in.k[t]) x = t == 200 ? 100.0f : -100.0f;
     in.kv->append(0, in.k[t].data(), in.v[t].data(), 1);
@@ -139,10 +144,10 @@ TEST_CASE("attention: scores far apart do not overflow, and the largest wins") {
   std::vector<float> o(16);
   AttentionStats stats;
   ThreadPool pool(1);
-  make_cpu_attention(pool)->attend(o.data(), q.data(), 1, 1, in.kv->view(0), &stats, 1);
+  make_cpu_attention(pool)->attend(o.data(), q.data(), 1, 1, in.kv->view(0), stats, 1);
   CHECK(o == in.v[200]);
-  CHECK(stats.probability[200] == 1.0f);
-  CHECK(stats.entropy[0] == 0.0f);
+  CHECK(stats.lanes[0].probability[200] == 1.0f);
+  CHECK(stats.lanes[0].entropy == 0.0f);
 }
 
 TEST_CASE("attention: shapes that do not fit are refused") {
@@ -150,9 +155,10 @@ TEST_CASE("attention: shapes that do not fit are refused") {
   std::vector<float> o(64), q(64);
   ThreadPool pool(1);
   auto attention = make_cpu_attention(pool);
-  CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 5, 2, in.kv->view(0)),
+  AttentionStats stats;
+  CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 5, 2, in.kv->view(0), stats, 0),
                        "attend: rows: expected 1 to kv_len = 4, found 5", Error);
-  CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 1, 3, in.kv->view(0)),
+  CHECK_THROWS_WITH_AS(attention->attend(o.data(), q.data(), 1, 3, in.kv->view(0), stats, 0),
                        "attend: n_heads: expected a multiple of 2, found 3", Error);
 }
 

@@ -142,9 +142,9 @@ TEST_CASE("cli: every number and choice is checked, and the message names the fl
   rejects("--presence-penalty", {"inf", "x"}, "a number");
   rejects("--frequency-penalty", {"nan"}, "a number");
   rejects("--penalty-window", {"-2"}, "a whole number from -1 to 16777216");
-  rejects("--kv-type", {"q8_0", "F16"}, "one of f16|bf16|f32");
+  rejects("--kv-type", {"q5_0", "F16"}, "one of f16|bf16|f32|q8_0|q4_0");
   rejects("--backend", {"gpu"}, "one of auto|cpu|cuda");
-  rejects("--policy", {"thaw", "window"}, "full");
+  rejects("--policy", {"Thaw", "none"}, "one of full|window|h2o|budget|asr|thaw");
   check_fails({"generate", "-m", "x", "--backend", "cuda"}, 2, "this build has no CUDA backend");
 }
 

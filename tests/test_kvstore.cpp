@@ -36,10 +36,11 @@ float rounded(float x, KvType type) {
 
 TEST_CASE("kv store: what is appended is what the view shows, rounded once to the store's type") {
   for (KvType type : {KvType::kF16, KvType::kBF16, KvType::kF32}) {
-    auto kv = make_full_kv_store(shape(type));
+    auto kv = make_kv_store(shape(type));
     testing::Random random(3);
     const std::vector<float> k = random.normals(10 * kHeads * kDim),
                              v = random.normals(10 * kHeads * kDim);
+    kv->begin(10, Phase::kPrefill);
     for (int layer = 0; layer < 3; ++layer) {  // 7 tokens, then 3; each layer's keys differ
       std::vector<float> scaled = k;
       for (float& x : scaled) x *= static_cast<float>(layer * 4);
@@ -54,18 +55,19 @@ TEST_CASE("kv store: what is appended is what the view shows, rounded once to th
         for (int h = 0; h < kHeads; ++h)
           for (int i = 0; i < kDim; ++i) {
             const int at = (t * kHeads + h) * kDim + i;
-            CHECK(element(view, view.key(h, t), i) ==
+            CHECK(element(view, view.cold.key(h, t), i) ==
                   rounded(static_cast<float>(layer * 4) * k[at], type));
-            CHECK(element(view, view.value(h, t), i) == rounded(v[at], type));
+            CHECK(element(view, view.cold.value(h, t), i) == rounded(v[at], type));
           }
     }
-    CHECK(kv->resident_bytes() == 10 * 3 * 2 * kHeads * kDim * (type == KvType::kF32 ? 4 : 2));
+    CHECK(kv->usage().resident == 10 * 3 * 2 * kHeads * kDim * (type == KvType::kF32 ? 4 : 2));
   }
 }
 
 TEST_CASE("kv store: length counts tokens that every layer holds") {
-  auto kv = make_full_kv_store(shape(KvType::kF32));
+  auto kv = make_kv_store(shape(KvType::kF32));
   const std::vector<float> x(5 * kHeads * kDim, 1.0f);
+  kv->begin(5, Phase::kPrefill);
   kv->append(0, x.data(), x.data(), 5);
   CHECK(kv->length() == 0);
   CHECK(kv->view(0).kv_len == 5);
@@ -75,17 +77,19 @@ TEST_CASE("kv store: length counts tokens that every layer holds") {
 }
 
 TEST_CASE("kv store: rewind forgets later tokens, and what is appended next takes their place") {
-  auto kv = make_full_kv_store(shape(KvType::kF32));
+  auto kv = make_kv_store(shape(KvType::kF32));
   testing::Random random(4);
   const std::vector<float> a = random.normals(6 * kHeads * kDim), b = random.normals(kHeads * kDim);
+  kv->begin(6, Phase::kPrefill);
   for (int layer = 0; layer < 3; ++layer) kv->append(layer, a.data(), a.data(), 6);
   kv->rewind(4);
   CHECK(kv->length() == 4);
+  kv->begin(1, Phase::kDecode);
   for (int layer = 0; layer < 3; ++layer) kv->append(layer, b.data(), b.data(), 1);
   const KvView view = kv->view(2);
   CHECK(view.kv_len == 5);
-  CHECK(element(view, view.key(1, 4), 2) == b[kDim + 2]);
-  CHECK(element(view, view.key(1, 3), 2) == a[(3 * kHeads + 1) * kDim + 2]);
+  CHECK(element(view, view.cold.key(1, 4), 2) == b[kDim + 2]);
+  CHECK(element(view, view.cold.key(1, 3), 2) == a[(3 * kHeads + 1) * kDim + 2]);
   CHECK_THROWS_WITH_AS(kv->rewind(6), "KV store: rewind: expected a position from 0 to 5, found 6",
                        Error);
   CHECK_THROWS_AS(kv->rewind(-1), Error);
@@ -94,20 +98,21 @@ TEST_CASE("kv store: rewind forgets later tokens, and what is appended next take
 }
 
 TEST_CASE("kv store: a full store refuses tokens and keeps what it has") {
-  auto kv = make_full_kv_store(shape(KvType::kF16, 4));
+  auto kv = make_kv_store(shape(KvType::kF16, 4));
   const std::vector<float> x(5 * kHeads * kDim, 1.0f);
+  kv->begin(3, Phase::kPrefill);
   for (int layer = 0; layer < 3; ++layer) kv->append(layer, x.data(), x.data(), 3);
-  CHECK_THROWS_WITH_AS(kv->append(0, x.data(), x.data(), 2),
+  CHECK_THROWS_WITH_AS(kv->begin(2, Phase::kPrefill),
                        "KV store: expected at most 4 tokens, found 5", Error);
   CHECK(kv->length() == 3);
   CHECK(kv->view(0).kv_len == 3);
 }
 
 TEST_CASE("kv store: shapes that are not sane are refused before any allocation") {
-  CHECK_THROWS_AS(make_full_kv_store(shape(KvType::kF16, 0)), Error);
-  CHECK_THROWS_AS(make_full_kv_store({-1, 1, 1, 1, KvType::kF16}), Error);
+  CHECK_THROWS_AS(make_kv_store(shape(KvType::kF16, 0)), Error);
+  CHECK_THROWS_AS(make_kv_store({-1, 1, 1, 1, KvType::kF16}), Error);
   CHECK_THROWS_AS(
-      make_full_kv_store({2000000000, 2000000000, 2000000000, 2000000000, KvType::kF32}), Error);
+      make_kv_store({2000000000, 2000000000, 2000000000, 2000000000, KvType::kF32}), Error);
 }
 
 TEST_CASE("halves: every f16 survives the round trip, and rounding is to nearest, ties to even") {

@@ -1,0 +1,103 @@
+#include "attention/exact_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "device/fast_math.h"
+#include "device/tile_cpu.h"
+#include "kvstore/row.h"
+
+namespace thaw {
+namespace {
+
+int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+// keys_t: n_padded / 16 tiles of [dim][16 rows]; values: [row][dim]. Both padded with zeros.
+void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType type, int head_dim,
+                  int dim) {
+  const int n_padded = round_up(n, kTileCols);
+  for (int t = 0; t < n_padded; ++t) {
+    float* key = s.keys.data() + t * dim;
+    float* value = s.values.data() + t * dim;
+    const int used = t < n ? head_dim : 0;
+    if (t < n) {
+      const int row = w.list ? w.list[first + t] : first + t;
+      load_row(key, w.rows->key(w.head, row), head_dim, type);
+      load_row(value, w.rows->value(w.head, row), head_dim, type);
+    }
+    std::fill(key + used, key + dim, 0.0f);
+    std::fill(value + used, value + dim, 0.0f);
+  }
+  for (int t = 0; t < n_padded; t += 8) {
+    float* tile = s.keys_t.data() + t / kTileCols * kTileCols * dim + t % kTileCols;
+    for (int i = 0; i < dim; i += 8)
+      transpose_8x8(tile + i * kTileCols, kTileCols, s.keys.data() + t * dim + i, dim);
+  }
+}
+
+void unpack_queries(ExactScratch& s, const ExactWork& w, int head_dim, int dim) {
+  const float scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+  for (int r = 0; r < w.n_tokens * w.group; ++r) {
+    const float* from = w.q + r / w.group * w.q_stride + r % w.group * head_dim;
+    for (int i = 0; i < dim; ++i) s.q[r * dim + i] = i < head_dim ? from[i] * scale : 0.0f;
+  }
+}
+
+}  // namespace
+
+int padded_dim(int head_dim) { return round_up(head_dim, kTileCols); }
+
+void ExactScratch::reserve(int n_rows, int head_dim) {
+  const auto grow = [](std::vector<float>& buffer, int n) {
+    buffer.resize(std::max(buffer.size(), static_cast<std::size_t>(n)));
+  };
+  const int dim = padded_dim(head_dim);
+  grow(q, n_rows * dim), grow(scores, n_rows * kExactBlock);
+  for (std::vector<float>* buffer : {&keys, &keys_t, &values}) grow(*buffer, kExactBlock * dim);
+}
+
+void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim) {
+  float m = state.m;
+#pragma omp simd reduction(max : m)
+  for (int j = 0; j < n; ++j) m = scores[j] > m ? scores[j] : m;
+  float l = 0, ps = 0;
+#pragma omp simd reduction(+ : l, ps)
+  for (int j = 0; j < n; ++j) {
+    const float s = scores[j], e = exp_fast(s - m);
+    l += e;
+    ps += e * s;
+    scores[j] = e;
+  }
+  const float scale = exp_fast(state.m - m);
+  state = {m, state.l * scale + l, state.ps * scale + ps};
+  if (scale != 1.0f)
+    for (int i = 0; i < dim; ++i) o[i] *= scale;
+}
+
+void attend_exactly(SoftmaxState* states, float* o, const ExactWork& w, KvType type, int head_dim,
+                    ExactScratch& s) {
+  const int rows = w.n_tokens * w.group, dim = padded_dim(head_dim);
+  unpack_queries(s, w, head_dim, dim);
+  for (int first = w.begin; first < w.end; first += kExactBlock) {
+    const int n = std::min(kExactBlock, w.end - first), n_padded = round_up(n, kTileCols);
+    unpack_block(s, w, first, n, type, head_dim, dim);
+    std::fill_n(s.scores.data(), rows * kExactBlock, 0.0f);
+    for (int t = 0; t < n_padded; t += kTileCols)
+      tile_multiply(s.scores.data() + t, kExactBlock, s.q.data(), dim, rows,
+                    s.keys_t.data() + t * dim, kTileCols, dim);
+    for (int r = 0; r < rows; ++r) {
+      float* scores = s.scores.data() + r * kExactBlock;
+      const int token = r / w.group, seen = std::clamp(w.first_visible + token - first, 0, n);
+      if (w.scores && token >= w.first_scored)
+        std::copy_n(scores, seen,
+                    w.scores + (token - w.first_scored) * w.score_token_stride +
+                        r % w.group * w.score_head_stride + first);
+      if (seen > 0) absorb_scores(states[r], o + r * dim, scores, seen, dim);
+      std::fill(scores + seen, scores + n_padded, 0.0f);
+    }
+    for (int i = 0; i < dim; i += kTileCols)
+      tile_multiply(o + i, dim, s.scores.data(), kExactBlock, rows, s.values.data() + i, dim, n);
+  }
+}
+
+}  // namespace thaw

@@ -1,0 +1,289 @@
+#include "attention/tiered_cpu.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "device/fast_math.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kRangeTokens = 512;  // ghosts of one task
+constexpr float kNegligible = 1e-8f;  // groups whose tokens are all less probable add nothing
+
+void add_state(SoftmaxState& a, const SoftmaxState& b) { merge(a, nullptr, b, nullptr, 0); }
+
+}  // namespace
+
+void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
+  q_ = q;
+  n_heads_ = n_heads;
+  group_ = n_heads / kv.n_kv_heads;
+  dim_ = padded_dim(kv.head_dim);
+  n_ranges_ = kv.ghosts.present() ? (kv.kv_len + kRangeTokens - 1) / kRangeTokens : 0;
+  ghost_stride_ = static_cast<std::size_t>(n_ranges_) * kRangeTokens;
+  hot_stride_ = 0;
+  for (const LaneView& lane : kv.lanes) hot_stride_ = std::max(hot_stride_, lane.tokens.size());
+  const auto heads = static_cast<std::size_t>(n_heads), parts = heads * n_ranges_;
+  queries_.resize(heads);
+  hot_scores_.resize(heads * hot_stride_);
+  hot_.assign(heads, {});
+  hot_o_.assign(heads * dim_, 0.0f);
+  ghost_.resize(heads * ghost_stride_);
+  ghost_state_.assign(parts, {});
+  ghost_o_.assign(parts * dim_, 0.0f);
+  recalled_state_.assign(parts, {});
+  recalled_o_.assign(parts * dim_, 0.0f);
+  ranges_.resize(kv.lanes.size() * n_ranges_);
+  for (ExactScratch& s : scratch_) s.reserve(group_, kv.head_dim);
+  if (n_ranges_ == 0) return;
+  float scaled[GhostQuery::kMaxDim];
+  const float scale = 1.0f / std::sqrt(static_cast<float>(kv.head_dim));
+  for (int head = 0; head < n_heads; ++head) {
+    for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q[head * kv.head_dim + i] * scale;
+    prepare_query(queries_[head], scaled, kv.ghosts.key_mean + head / group_ * kv.head_dim,
+                  kv.ghosts.format);
+  }
+}
+
+void TieredDecode::attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch) {
+  const LaneView& lane = kv.lanes[static_cast<std::size_t>(kv_head / kv.lane_heads)];
+  const int first = kv_head * group_;
+  ExactWork w;
+  w.q = q_ + std::int64_t{first} * kv.head_dim;
+  w.group = group_;
+  w.rows = &lane.hot;
+  w.head = kv_head % kv.lane_heads;
+  w.end = w.first_visible = lane.hot.n_rows;
+  w.scores = hot_scores_.data() + first * hot_stride_;
+  w.score_head_stride = static_cast<std::int64_t>(hot_stride_);
+  attend_exactly(&hot_[first], &hot_o_[static_cast<std::size_t>(first) * dim_], w, kv.type,
+                 kv.head_dim, scratch);
+}
+
+// Hot tokens have ghosts, too, which keep silent.
+void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
+  const LaneView& lane = kv.lanes[static_cast<std::size_t>(kv_head / kv.lane_heads)];
+  const int head = kv_head * group_, begin = range * kRangeTokens;
+  const int end = std::min(begin + kRangeTokens, kv.kv_len);
+  for (int t = begin; t < end; t += kGhostGroup) {
+    score_ghosts(ghost_row(head) + t, ghost_stride_, &queries_[head], group_,
+                 kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format);
+    const auto word = static_cast<std::size_t>(t / kGhostGroup);
+    std::uint32_t silent = word < lane.hot_mask.size() ? lane.hot_mask[word] : 0;
+    if (kv.kv_len - t < kGhostGroup) silent |= ~0u << (kv.kv_len - t);
+    for (; silent != 0; silent &= silent - 1) {
+      for (int h = head; h < head + group_; ++h)
+        ghost_row(h)[t + __builtin_ctz(silent)] = -std::numeric_limits<float>::infinity();
+    }
+  }
+  const int n = (end - begin + kGhostGroup - 1) / kGhostGroup * kGhostGroup;
+  for (int h = head; h < head + group_; ++h) {
+    float* scores = ghost_row(h) + begin;
+    SoftmaxState state;
+    for (int j = 0; j < n; ++j) state.m = std::max(state.m, scores[j]);
+    if (state.m == -std::numeric_limits<float>::infinity()) {
+      std::fill_n(scores, n, 0.0f);
+      continue;
+    }
+    const float m = state.m;
+    float l = 0, ps = 0;
+#pragma omp simd reduction(+ : l, ps)
+    for (int j = 0; j < n; ++j) {
+      const float s = scores[j], e = exp_fast(s - m);
+      l += e;
+      ps += e > 0 ? e * s : 0.0f;
+      scores[j] = e;
+    }
+    ghost_state_[at(h, range)] = {m, l, ps};
+  }
+}
+
+// The normaliser that recalls are decided by: hot tokens and ghosts' estimates.
+void TieredDecode::normalise() {
+  total_ = hot_;
+  ghost_mass_.assign(static_cast<std::size_t>(n_heads_), 0.0f);
+  for (int head = 0; head < n_heads_; ++head)
+    for (int range = 0; range < n_ranges_; ++range)
+      add_state(total_[head], ghost_state_[at(head, range)]);
+}
+
+// Tokens of the range whose estimated probability, mean over the lane's queries, is enough.
+void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
+  const int queries = queries_per_lane(kv), first = lane * queries;
+  const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
+  std::vector<std::int32_t>& recalled = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
+  recalled.clear();
+  float mean[kRangeTokens] = {};
+  for (int h = first; h < first + queries; ++h) {
+    const SoftmaxState& state = ghost_state_[at(h, range)];
+    if (state.l == 0) continue;
+    const float factor =
+        exp_fast(state.m - total_[h].m) / (total_[h].l * static_cast<float>(queries));
+    const float* e = ghost_row(h) + begin;
+#pragma omp simd
+    for (int j = 0; j < kRangeTokens; ++j) mean[j] += factor * e[j];
+  }
+  for (int j = 0; j < end - begin; ++j)
+    if (mean[j] >= kv.recall) recalled.push_back(begin + j);
+}
+
+// Attends the recalled tokens exactly, and silences their ghosts.
+void TieredDecode::recall(const KvView& kv, int lane, int range, ExactScratch& scratch) {
+  Range& r = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range];
+  const int n = static_cast<int>(r.recalled.size()), queries = queries_per_lane(kv);
+  r.scores.resize(static_cast<std::size_t>(queries) * n);
+  if (n == 0) return;
+  for (int kv_head = lane * kv.lane_heads; kv_head < (lane + 1) * kv.lane_heads; ++kv_head) {
+    const int first = kv_head * group_;
+    std::vector<SoftmaxState> states(static_cast<std::size_t>(group_));
+    std::vector<float> o(static_cast<std::size_t>(group_) * dim_);
+    ExactWork w;
+    w.q = q_ + std::int64_t{first} * kv.head_dim;
+    w.group = group_;
+    w.rows = &kv.cold;
+    w.list = r.recalled.data();
+    w.head = kv_head;
+    w.end = w.first_visible = n;
+    w.scores = r.scores.data() + (first - lane * queries) * n;
+    w.score_head_stride = n;
+    attend_exactly(states.data(), o.data(), w, kv.type, kv.head_dim, scratch);
+    for (int g = 0; g < group_; ++g) {
+      const std::size_t part = at(first + g, range);
+      recalled_state_[part] = states[g];
+      std::copy_n(o.data() + g * dim_, dim_, recalled_o_.data() + part * dim_);
+      SoftmaxState& ghost = ghost_state_[part];
+      float* e = ghost_row(first + g);
+      for (const std::int32_t t : r.recalled) {
+        if (e[t] > 0) ghost.ps -= e[t] * (std::log(e[t]) + ghost.m);
+        e[t] = 0;
+      }
+      const int begin = range * kRangeTokens;
+      const int end = std::min(begin + kRangeTokens, (kv.kv_len + kGhostGroup - 1) / kGhostGroup * kGhostGroup);
+      float l = 0;
+#pragma omp simd reduction(+ : l)
+      for (int t = begin; t < end; ++t) l += e[t];
+      ghost.l = l;
+    }
+  }
+}
+
+void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
+  const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
+  for (int kv_head = lane * kv.lane_heads; kv_head < (lane + 1) * kv.lane_heads; ++kv_head) {
+    const int head = kv_head * group_;
+    for (int t = begin; t < end; t += kGhostGroup) {
+      bool matters = false;
+      for (int h = head; h < head + group_; ++h) {
+        const SoftmaxState& state = ghost_state_[at(h, range)];
+        const float* e = ghost_row(h) + t;
+        float largest = 0;
+#pragma omp simd reduction(max : largest)
+        for (int j = 0; j < kGhostGroup; ++j) largest = e[j] > largest ? e[j] : largest;
+        matters |= largest * exp_fast(state.m - total_[h].m) > kNegligible * total_[h].l;
+      }
+      if (matters)
+        sum_ghosts(ghost_o_.data() + at(head, range) * dim_,
+                   static_cast<std::size_t>(n_ranges_) * dim_, ghost_row(head) + t, ghost_stride_,
+                   group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format);
+    }
+  }
+}
+
+void TieredDecode::answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch) {
+  find_recalled(kv, lane, range);
+  recall(kv, lane, range, scratch);
+  sum_values(kv, lane, range);
+}
+
+// o = (exact sums + R^T (rotated sums) + value mean * ghosts' weight) / l.
+void TieredDecode::finish(float* o, const KvView& kv) {
+  const int head_dim = kv.head_dim;
+  float rotated[GhostQuery::kMaxDim];
+  for (int head = 0; head < n_heads_; ++head) {
+    SoftmaxState exact = hot_[head], ghosts;
+    float* sum = &hot_o_[static_cast<std::size_t>(head) * dim_];
+    std::fill_n(rotated, n_ranges_ > 0 ? dim_ : 0, 0.0f);
+    SoftmaxState frozen;
+    for (int range = 0; range < n_ranges_; ++range) {
+      const std::size_t part = at(head, range);
+      merge(exact, sum, recalled_state_[part], recalled_o_.data() + part * dim_, dim_);
+      merge(ghosts, rotated, ghost_state_[part], ghost_o_.data() + part * dim_, dim_);
+      add_state(frozen, recalled_state_[part]);
+    }
+    add_state(frozen, ghosts);
+    if (ghosts.l > 0) {
+      rotate_back(rotated, head_dim);
+      const float* mean = kv.ghosts.value_mean + head / group_ * head_dim;
+      for (int i = 0; i < head_dim; ++i) rotated[i] += ghosts.l * mean[i];
+    }
+    merge(exact, sum, ghosts, rotated, head_dim);
+    total_[head] = exact;
+    ghost_mass_[head] = frozen.l * exp_fast(frozen.m - exact.m) / exact.l;
+    const float inverse = 1.0f / exact.l;
+    for (int i = 0; i < head_dim; ++i) o[head * head_dim + i] = sum[i] * inverse;
+  }
+}
+
+void TieredDecode::fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const {
+  const int queries = queries_per_lane(kv);
+  for (int range = 0; range < n_ranges_; ++range) {
+    const Range& r = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range];
+    for (std::size_t i = 0; i < r.recalled.size(); ++i) {
+      float p = 0;
+      for (int h = 0; h < queries; ++h) {
+        const SoftmaxState& total = total_[lane * queries + h];
+        p += exp_fast(r.scores[h * r.recalled.size() + i] - total.m) / total.l;
+      }
+      out.recalled.push_back({r.recalled[i], p / static_cast<float>(queries)});
+    }
+  }
+}
+
+void TieredDecode::fill_stats(AttentionStats& stats, const KvView& kv) const {
+  stats.lanes.resize(kv.lanes.size());
+  const int queries = queries_per_lane(kv);
+  const float share = 1.0f / static_cast<float>(queries);
+  for (std::size_t i = 0; i < kv.lanes.size(); ++i) {
+    AttentionStats::Lane& lane = stats.lanes[i];
+    const std::size_t n = kv.lanes[i].tokens.size();
+    lane = {};
+    lane.probability.assign(n, 0.0f);
+    lane.relevance.assign(n, 0.0f);
+    for (int h = static_cast<int>(i) * queries; h < static_cast<int>(i + 1) * queries; ++h) {
+      const SoftmaxState& total = total_[h];
+      const float* scores = hot_scores_.data() + h * hot_stride_;
+      float *probability = lane.probability.data(), *relevance = lane.relevance.data();
+      const float weight = share / total.l;
+#pragma omp simd
+      for (std::size_t j = 0; j < n; ++j) {
+        probability[j] += weight * exp_fast(scores[j] - total.m);
+        relevance[j] += share * std::fabs(scores[j]);
+      }
+      lane.entropy += share * total.entropy();
+      lane.ghost_mass += share * ghost_mass_[h];
+    }
+    fill_recalled(lane, kv, static_cast<int>(i));
+  }
+}
+
+void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& kv,
+                          AttentionStats& stats) {
+  prepare(q, kv, n_heads);
+  const int kv_heads = kv.n_kv_heads;
+  pool_.run(kv_heads * (1 + n_ranges_), [&](std::int64_t task, int thread) {
+    const int i = static_cast<int>(task);
+    if (i < kv_heads) return attend_hot(kv, i, scratch_[thread]);
+    score_range(kv, (i - kv_heads) / n_ranges_, (i - kv_heads) % n_ranges_);
+  });
+  normalise();
+  pool_.run(std::ssize(kv.lanes) * n_ranges_, [&](std::int64_t task, int thread) {
+    const int i = static_cast<int>(task);
+    answer_range(kv, i / n_ranges_, i % n_ranges_, scratch_[thread]);
+  });
+  finish(o, kv);
+  fill_stats(stats, kv);
+}
+
+}  // namespace thaw

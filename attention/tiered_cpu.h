@@ -1,0 +1,71 @@
+// One decode step's attention over two tiers on the CPU: hot tokens exactly, frozen ones through
+// their ghosts, and those whose ghosts weigh enough exactly, in place, from the cold tier.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "attention/exact_cpu.h"
+#include "attention/softmax_state.h"
+#include "device/thread_pool.h"
+#include "kvstore/kvstore.h"
+
+namespace thaw {
+
+// Two passes over the layer, each one loop of independent tasks:
+//   1. hot rows are attended; ghosts are scored. All states together are the softmax's normaliser.
+//   2. ghosts of probability >= recall are replaced by exact tokens; the values of the rest are
+//      summed in rotated space.
+// Then the partial states are merged in a fixed order.
+class TieredDecode {
+ public:
+  explicit TieredDecode(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
+
+  // As Attention::attend() for a view with lanes.
+  void attend(float* o, const float* q, int n_heads, const KvView& kv, AttentionStats& stats);
+
+ private:
+  // A range of ghosts of one lane, after pass 2.
+  struct Range {
+    std::vector<std::int32_t> recalled;  // tokens, ascending
+    std::vector<float> scores;           // query head x recalled: exact
+  };
+
+  void prepare(const float* q, const KvView& kv, int n_heads);
+  void attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch);
+  void score_range(const KvView& kv, int kv_head, int range);
+  void normalise();
+  void answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch);
+  void find_recalled(const KvView& kv, int lane, int range);
+  void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
+  void sum_values(const KvView& kv, int lane, int range);
+  void finish(float* o, const KvView& kv);
+  void fill_stats(AttentionStats& stats, const KvView& kv) const;
+  void fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const;
+
+  std::size_t at(int head, int range) const {
+    return static_cast<std::size_t>(head) * n_ranges_ + range;
+  }
+  int queries_per_lane(const KvView& kv) const { return kv.lane_heads * group_; }
+  float* ghost_row(int head) { return ghost_.data() + static_cast<std::size_t>(head) * ghost_stride_; }
+
+  ThreadPool& pool_;
+  std::vector<ExactScratch> scratch_;  // one a thread
+  const float* q_ = nullptr;
+  int n_heads_ = 0, group_ = 0, dim_ = 0, n_ranges_ = 0;
+  std::size_t ghost_stride_ = 0, hot_stride_ = 0;
+  std::vector<GhostQuery> queries_;       // per query head
+  std::vector<float> hot_scores_;         // query head x hot row: raw scores
+  std::vector<SoftmaxState> hot_;         // per query head
+  std::vector<float> hot_o_;              // query head x dim
+  std::vector<float> ghost_;              // query head x token: e^(s - m of its range)
+  std::vector<SoftmaxState> ghost_state_;     // query head x range
+  std::vector<float> ghost_o_;                // query head x range x dim, rotated
+  std::vector<SoftmaxState> recalled_state_;  // query head x range
+  std::vector<float> recalled_o_;             // query head x range x dim
+  std::vector<SoftmaxState> total_;           // per query head: first estimated, then final
+  std::vector<float> ghost_mass_;             // per query head
+  std::vector<Range> ranges_;                 // lane x range
+};
+
+}  // namespace thaw

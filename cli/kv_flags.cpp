@@ -1,0 +1,123 @@
+#include "cli/kv_flags.h"
+
+#include <algorithm>
+#include <iterator>
+
+#include "device/error.h"
+
+namespace thaw {
+namespace {
+
+// "k3v2" -> 3 and 2; "off" -> 0 and 0.
+bool parse_ghost(const std::string& text, int& key_bits, int& value_bits) {
+  key_bits = value_bits = 0;
+  if (text == "off") return true;
+  if (text.size() != 4 || text[0] != 'k' || text[2] != 'v') return false;
+  key_bits = text[1] - '0';
+  value_bits = text[3] - '0';
+  return key_bits >= 1 && key_bits <= 4 && (value_bits == 0 || value_bits == 1 || value_bits == 2 ||
+                                            value_bits == 4);
+}
+
+Policy policy_named(const std::string& name) {
+  const auto* found = std::find(std::begin(kPolicyNames), std::end(kPolicyNames), name);
+  return static_cast<Policy>(found - std::begin(kPolicyNames));
+}
+
+// The economy preset: fewer bits, more recalls.
+void apply_preset(const std::string& preset, PolicyParams& p) {
+  if (preset != "economy") return;
+  p.ghost_key_bits = 2;
+  p.ghost_value_bits = 2;
+  p.epsilon = 1e-3f;
+  p.stay = 0;
+}
+
+}  // namespace
+
+std::string ghost_name(const PolicyParams& p) {
+  return p.ghost_key_bits == 0 ? "off" : join("k", p.ghost_key_bits, "v", p.ghost_value_bits);
+}
+
+KvType KvFlags::type() const {
+  for (KvType t : {KvType::kBF16, KvType::kF32, KvType::kQ8_0, KvType::kQ4_0})
+    if (kv_type_name(t) == type_name) return t;
+  return KvType::kF16;
+}
+
+KvOptions KvFlags::options() const {
+  KvOptions o;
+  PolicyParams& p = o.policy;
+  p.policy = policy_named(policy);
+  if (hot_fraction.has_value() + hot_tokens.has_value() + hot_bytes.has_value() > 1)
+    throw UsageError("expected at most one of --hot-fraction, --hot-tokens and --hot-bytes");
+  if (p.policy == Policy::kFull && (hot_fraction || hot_tokens || hot_bytes))
+    throw UsageError("--policy full keeps every token; --hot-* bounds the other policies");
+  if (p.policy == Policy::kAsr) p.sinks = 0;  // the paper protects the newest tokens only
+  apply_preset(preset, p);
+  o.hot_fraction = hot_fraction.value_or(0);
+  o.hot_tokens = hot_tokens.value_or(0);
+  o.hot_bytes = hot_bytes.value_or(0);
+  if ((p.policy == Policy::kH2o || p.policy == Policy::kBudget) && !hot_tokens && !hot_bytes &&
+      !hot_fraction)
+    o.hot_fraction = 1.0 / 3;
+  p.window = window.value_or(p.window);
+  p.sinks = sinks.value_or(p.sinks);
+  p.epsilon = epsilon.value_or(p.epsilon);
+  p.stay = stay.value_or(p.stay);
+  p.softness = softness.value_or(p.softness);
+  p.quantile = quantile.value_or(p.quantile);
+  p.per_head = select == "head";
+  if (ghost) parse_ghost(*ghost, p.ghost_key_bits, p.ghost_value_bits);
+  o.cold_file = cold_file.value_or("");
+  o.check = check;
+  return o;
+}
+
+void add_kv_flags(Flags& flags, KvFlags& kv) {
+  const auto positive = [](double x) { return x > 0; };
+  flags.choice(kv.type_name, "--kv-type", {"f16", "bf16", "f32", "q8_0", "q4_0"},
+               "how exact keys and values are stored");
+  flags.choice(kv.policy, "--policy", {"full", "window", "h2o", "budget", "asr", "thaw"},
+               "which tokens stay exact in fast memory; the rest is frozen, and with thaw answers "
+               "through ghosts. full: all of them");
+  flags.choice(kv.preset, "--preset", {"default", "economy"},
+               "thaw: economy takes smaller ghosts and reads more from the cold tier");
+  flags.real(kv.hot_fraction, "--hot-fraction",
+             "bound the hot tier: X times the context (h2o, budget: default 1/3)",
+             "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
+  flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 0, 1 << 24);
+  flags.bytes(kv.hot_bytes, "--hot-bytes",
+              "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
+  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 32)", 0,
+                1 << 24);
+  flags.integer(kv.sinks, "--sinks", "oldest tokens that are never frozen (default 4; asr: 0)", 0,
+                1 << 24);
+  flags.text(kv.ghost, "--ghost", "kAvB|off",
+             "thaw: bits of a ghost's key (1 to 4) and value (0, 1, 2, 4) (default k3v2)",
+             [](const std::string& s) {
+               int k, v;
+               return parse_ghost(s, k, v);
+             },
+             "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
+  flags.real(kv.epsilon, "--epsilon",
+             "thaw: attention probability from which a frozen token is recalled (default 0.003)",
+             "a number above 0", positive);
+  flags.real(kv.stay, "--stay",
+             "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 2)",
+             "a number >= 0", [](double x) { return x >= 0 && x <= 1e4; });
+  flags.choice(kv.select, "--select", {"head", "layer"},
+               "thaw: what freezes together: a KV head's tokens, or a layer's");
+  flags.real(kv.softness, "--softness",
+             "asr: a token of low relevance c times sleeps sqrt(c) / X steps (default 2)",
+             "a number above 0", positive);
+  flags.real(kv.quantile, "--tau-quantile",
+             "asr: share of the context's tokens that count as of low relevance (default 0.5)",
+             "a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });
+  flags.text(kv.cold_file, "--cold-file", "PATH",
+             "keep the cold tier in a new file instead of memory; it is gone when the program ends");
+  flags.toggle(kv.check, "--check-kv",
+               "check the store after every step: slow, and an error names what does not hold");
+}
+
+}  // namespace thaw

@@ -1,0 +1,37 @@
+// The flags of the KV store, the same for every command.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "cli/flags.h"
+#include "kvstore/kvstore.h"
+
+namespace thaw {
+
+struct KvFlags {
+  std::string type_name = "f16";
+  std::string policy = "thaw";
+  std::string preset = "default";
+  std::optional<float> hot_fraction;
+  std::optional<int> hot_tokens;
+  std::optional<std::int64_t> hot_bytes;
+  std::optional<int> window, sinks;
+  std::optional<float> epsilon, stay, softness, quantile;
+  std::optional<std::string> ghost;
+  std::string select = "head";
+  std::optional<std::string> cold_file;
+  bool check = false;
+
+  KvType type() const;
+  // What the flags say, a policy's own defaults for those not given. Throws UsageError for what
+  // contradicts itself.
+  KvOptions options() const;
+};
+
+void add_kv_flags(Flags& flags, KvFlags& kv);
+
+// "k3v2", or "off".
+std::string ghost_name(const PolicyParams& params);
+
+}  // namespace thaw

@@ -1,0 +1,211 @@
+// How a token becomes a ghost, and what the ghost then stands for.
+#include "kvstore/ghost.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+
+#include "device/half.h"
+
+namespace thaw {
+namespace {
+
+// +1 or -1 for dimension i: a bit of a hash (the finalizer of SplitMix64).
+float sign(int i) {
+  std::uint64_t h = static_cast<std::uint64_t>(i + 1) * 0x9e3779b97f4a7c15;
+  h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
+  h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
+  return (h >> 63) != 0 ? -1.0f : 1.0f;
+}
+
+// x = H x / sqrt(n) for n a power of two (Sylvester's Hadamard matrix); its own inverse.
+void hadamard(float* x, int n) {
+  for (int width = 1; width < n; width *= 2) {
+    for (int i = 0; i < n; i += 2 * width) {
+      for (int j = i; j < i + width; ++j) {
+        const float a = x[j], b = x[j + width];
+        x[j] = a + b;
+        x[j + width] = a - b;
+      }
+    }
+  }
+  const float scale = 1.0f / std::sqrt(static_cast<float>(n));
+  for (int i = 0; i < n; ++i) x[i] *= scale;
+}
+
+void hadamard_blocks(float* x, int n) {
+  while (n > 0) {
+    const int block = static_cast<int>(std::bit_floor(static_cast<unsigned>(n)));
+    hadamard(x, block);
+    x += block;
+    n -= block;
+  }
+}
+
+// The best uniform step for a Gaussian of variance 1, by bits.
+constexpr float kStep[] = {0, 1.596f, 0.996f, 0.586f, 0.335f};
+
+// Where part of a code stands: bits [shift, shift + width) of `byte` hold bits [low, low + width)
+// of the code. Codes of 3 bits have two parts, of 2 and 1 bits; all others one.
+struct CodePlace {
+  std::size_t byte;
+  int shift, width, low;
+};
+
+// Eight vectors of 32 codes are packed together, 8 / width of them in the bits of each byte: code
+// `lane` of vector i.
+CodePlace code_place(int i, int lane, int bits, int part) {
+  const int width = bits == 3 ? (part == 0 ? 2 : 1) : bits;
+  const int per_byte = 8 / width;
+  const std::size_t start = part == 0 ? 0 : 64;
+  return {start + static_cast<std::size_t>(i / per_byte * 32 + lane), i % per_byte * width, width,
+          part == 0 ? 0 : 2};
+}
+
+// Keys: a packet of eight vectors holds 8 dimensions of 32 tokens; a vector holds two neighbouring
+// dimensions of 16 tokens.
+CodePlace key_place(int token, int dim, int bits, int part) {
+  CodePlace place =
+      code_place(dim % 8 / 2 * 2 + token / 16, token % 16 * 2 + dim % 2, bits, part);
+  place.byte += static_cast<std::size_t>(dim / 8 * 32 * bits);
+  return place;
+}
+
+// Values: a packet holds 16 dimensions of 16 tokens; a vector holds 16 dimensions of two
+// neighbouring tokens.
+CodePlace value_place(int token, int dim, int bits, int part) {
+  CodePlace place = code_place(token / 2 % 8, dim % 16 * 2 + token % 2, bits, part);
+  place.byte += static_cast<std::size_t>((dim / 16 * 2 + token / 16) * 32 * bits);
+  return place;
+}
+
+using Place = CodePlace (*)(int, int, int, int);
+
+void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsigned code) {
+  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+    const CodePlace at = place(token, dim, bits, part);
+    const unsigned mask = ((1u << at.width) - 1) << at.shift;
+    const unsigned value = code >> at.low << at.shift & mask;
+    codes[at.byte] = std::byte((std::to_integer<unsigned>(codes[at.byte]) & ~mask) | value);
+  }
+}
+
+unsigned get_code(const std::byte* codes, Place place, int token, int dim, int bits) {
+  unsigned code = 0;
+  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+    const CodePlace at = place(token, dim, bits, part);
+    code |= (std::to_integer<unsigned>(codes[at.byte]) >> at.shift & ((1u << at.width) - 1))
+            << at.low;
+  }
+  return code;
+}
+
+enum class Gain { kUnbiased, kLeastSquares };
+
+// Rounds x - mean, rotated, to `bits`; writes the codes of one token and returns its scale.
+float round_to_codes(std::byte* codes, Place place, int token, int bits, const float* in,
+                     const float* mean, int head_dim, Gain gain) {
+  float x[GhostQuery::kMaxDim];
+  float squares = 0;
+  for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
+  rotate(x, head_dim);
+  for (int i = 0; i < head_dim; ++i) squares += x[i] * x[i];
+  const float step = kStep[bits] * std::sqrt(squares / static_cast<float>(head_dim));
+  const float inverse = step > 0 ? 1.0f / step : 0.0f;
+  const int half = 1 << (bits - 1);
+  float xc = 0, cc = 0;  // <x, c>, <c, c> with c = y / step
+  for (int i = 0; i < head_dim; ++i) {
+    const float cell = std::clamp(std::floor(x[i] * inverse), -static_cast<float>(half),
+                                  static_cast<float>(half - 1));
+    const float c = cell + 0.5f;
+    put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(cell) + half));
+    xc += x[i] * c;
+    cc += c * c;
+  }
+  const float scale = gain == Gain::kUnbiased ? (xc > 0 ? squares / xc : 0.0f) : xc / cc;
+  return std::isfinite(scale) ? std::min(scale, 65504.0f) : 0.0f;
+}
+
+void put_half(std::byte* at, int i, float value) {
+  const std::uint16_t bits = f32_to_f16(value);
+  std::memcpy(at + 2 * i, &bits, 2);
+}
+
+float get_half(const std::byte* at, int i) {
+  std::uint16_t bits;
+  std::memcpy(&bits, at + 2 * i, 2);
+  return f16_to_f32(bits);
+}
+
+void read_codes(float* out, const std::byte* codes, Place place, int token, int bits, float scale,
+                int head_dim) {
+  const float centre = static_cast<float>(1 << (bits - 1)) - 0.5f;
+  for (int i = 0; i < head_dim; ++i)
+    out[i] = scale * (static_cast<float>(get_code(codes, place, token, i, bits)) - centre);
+}
+
+}  // namespace
+
+void rotate(float* x, int head_dim) {
+  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+  hadamard_blocks(x, head_dim);
+}
+
+void rotate_back(float* x, int head_dim) {
+  hadamard_blocks(x, head_dim);
+  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+}
+
+void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, const float* v,
+                 const float* key_mean, const float* value_mean) {
+  std::byte* values = group + f.key_bytes();
+  std::byte* scales = values + f.value_bytes();
+  put_half(scales, i,
+           round_to_codes(group, key_place, i, f.key_bits, k, key_mean, f.head_dim,
+                          Gain::kUnbiased));
+  if (f.value_bits > 0)
+    put_half(scales + f.scale_bytes(), i,
+             round_to_codes(values, value_place, i, f.value_bits, v, value_mean, f.head_dim,
+                            Gain::kLeastSquares));
+}
+
+void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i) {
+  const float scale = get_half(group + f.key_bytes() + f.value_bytes(), i);
+  read_codes(out, group, key_place, i, f.key_bits, scale, f.head_dim);
+}
+
+void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, int i) {
+  if (f.value_bits == 0) {
+    std::fill_n(out, f.head_dim, 0.0f);
+    return;
+  }
+  const std::byte* values = group + f.key_bytes();
+  const float scale = get_half(values + f.value_bytes() + f.scale_bytes(), i);
+  read_codes(out, values, value_place, i, f.value_bits, scale, f.head_dim);
+}
+
+void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostFormat& f) {
+  float x[GhostQuery::kMaxDim] = {};
+  out.base = 0;
+  for (int i = 0; i < f.head_dim; ++i) {
+    x[i] = q[i];
+    out.base += q[i] * key_mean[i];
+  }
+  rotate(x, f.head_dim);
+  float largest = 0;
+  for (int i = 0; i < f.head_dim; ++i) largest = std::max(largest, std::fabs(x[i]));
+  out.scale = largest / 127.0f;
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  int sum = 0;
+  for (int i = 0; i < f.padded_dim(); i += 2) {
+    const int a = static_cast<int>(std::lrint(x[i] * inverse));
+    const int b = static_cast<int>(std::lrint(x[i + 1] * inverse));
+    const std::uint32_t pair = (static_cast<unsigned>(a) & 0xff) | (static_cast<unsigned>(b) & 0xff) << 8;
+    out.pairs[i / 2] = pair | pair << 16;
+    sum += a + b;
+  }
+  out.offset = -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
+}
+
+}  // namespace thaw

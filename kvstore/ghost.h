@@ -1,0 +1,94 @@
+// Ghosts: low-bit copies of keys and values with which frozen tokens still answer. The format, how
+// a token becomes one, and what attention computes from them.
+//
+// A key k of a KV head becomes x = R (k - mu), with mu the mean of the first keys of its head and R
+// a random rotation, which makes every coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
+// With sigma = rms(x), x is rounded to b bits on a uniform grid of step(b) sigma, the best for a
+// Gaussian (Max, 1960): code u in [0, 2^b), y = step (u - 2^(b-1) + 1/2). One scale a token is
+// kept: for keys step |x|^2 / <x,y>, so that the estimate of q.k is unbiased over rotations
+// (RaBitQ, 2405.12497); for values step <x,y> / |y|^2, least squares. Then
+//   q.k  ~ q.mu + (R q) . k^,   k^ = scale (u - 2^(b-1) + 1/2),
+// and the sum of p v of many tokens is rotated back once.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace thaw {
+
+inline constexpr int kGhostGroup = 32;    // tokens whose codes are interleaved
+inline constexpr int kCentreTokens = 128; // tokens whose mean is mu; all are hot until then
+
+// x = R x for one head, in place: signs that are fixed for all heads, then Hadamard transforms of
+// the powers of two that head_dim is the sum of, largest first. R is orthogonal.
+void rotate(float* x, int head_dim);
+void rotate_back(float* x, int head_dim);  // x = R^T x
+
+// Layout of a group of 32 tokens of one head: key codes, value codes, key scales (32 x f16), value
+// scales (32 x f16). Codes stand as in code_place().
+struct GhostFormat {
+  int key_bits = 0;    // 0 (no ghosts), 1, 2, 3, 4
+  int value_bits = 0;  // 0 (values are taken to be their mean), 1, 2, 4
+  int head_dim = 0;
+
+  bool present() const { return key_bits > 0; }
+  int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  std::size_t key_bytes() const { return std::size_t{4} * padded_dim() * key_bits; }
+  std::size_t value_bytes() const { return std::size_t{4} * padded_dim() * value_bits; }
+  std::size_t scale_bytes() const { return kGhostGroup * sizeof(std::uint16_t); }
+  std::size_t group_bytes() const {
+    return present() ? key_bytes() + value_bytes() + scale_bytes() * (value_bits > 0 ? 2 : 1) : 0;
+  }
+};
+
+// The ghosts of one layer, and what they are centred on.
+struct GhostView {
+  GhostFormat format;
+  std::span<const std::byte* const> pages;  // page_groups groups a head each
+  std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
+  int page_groups = 1;
+  const float* key_mean = nullptr;  // n_kv_heads x head_dim
+  const float* value_mean = nullptr;
+
+  bool present() const { return format.present() && key_mean != nullptr; }
+  const std::byte* group(int head, int index) const {
+    return pages[static_cast<std::size_t>(index / page_groups)] + offset +
+           (static_cast<std::size_t>(head) * page_groups + index % page_groups) *
+               format.group_bytes();
+  }
+};
+
+// Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head.
+void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k,
+                 const float* v, const float* key_mean, const float* value_mean);
+
+// What a ghost stands for, before the mean is added: head_dim floats in rotated space. The
+// definition that the kernels below are tested against.
+void read_ghost_key(float* out, const std::byte* group, const GhostFormat& format, int i);
+void read_ghost_value(float* out, const std::byte* group, const GhostFormat& format, int i);
+
+// A query of one head, ready for ghosts: rotated and rounded to 8 bits, which adds under 1 % to a
+// ghost's own error.
+struct GhostQuery {
+  static constexpr int kMaxDim = 256;
+  std::uint32_t pairs[kMaxDim / 2];  // two int8 in the low half, the same again in the high half
+  float scale = 0;                   // of the codes
+  float offset = 0;                  // -(2^(b-1) - 1/2) * sum of the codes
+  float base = 0;                    // q.mu
+};
+// q: head_dim, already divided by sqrt(head_dim); key_mean: of its KV head.
+void prepare_query(GhostQuery& out, const float* q, const float* key_mean,
+                   const GhostFormat& format);
+
+// scores[h * stride + j] = q_h . k_j for the 32 tokens of a group, h < n_queries.
+void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_queries,
+                  const std::byte* group, const GhostFormat& format);
+
+// out[h * stride + i] += sum over j of weights[h * weight_stride + j] v_j[i], in rotated space,
+// padded_dim() floats a query. Weights are >= 0; those of a group are rounded to 8 bits of the
+// largest.
+void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
+                int n_queries, const std::byte* group, const GhostFormat& format);
+
+}  // namespace thaw

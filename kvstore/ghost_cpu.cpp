@@ -1,0 +1,285 @@
+// What attention computes from ghosts, on the CPU: sums of 8-bit integer products over a group of
+// 32 tokens. Codes are unpacked once for all queries of a KV head; integers are exact, so AVX2 and
+// portable code give the same bits.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
+#include "device/half.h"
+#include "kvstore/ghost.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kQueries = 4;  // queries that share an unpacking
+
+#ifdef __AVX2__
+
+using Codes = __m256i;  // 32 bytes, or 16 sums of 16 bits
+
+Codes load(const std::byte* p) { return _mm256_loadu_si256(reinterpret_cast<const Codes*>(p)); }
+Codes spread(std::uint32_t pair) { return _mm256_set1_epi32(static_cast<int>(pair)); }
+
+// Vector i (0 .. 7) of a packet of eight: unsigned codes.
+template <int kBits>
+Codes unpack(const std::byte* packet, int i) {
+  if constexpr (kBits == 3) {
+    const Codes low = _mm256_srl_epi16(load(packet + i / 4 * 32), _mm_cvtsi32_si128(i % 4 * 2));
+    const Codes top = load(packet + 64);
+    const Codes high = i >= 2 ? _mm256_srl_epi16(top, _mm_cvtsi32_si128(i - 2))
+                              : _mm256_sll_epi16(top, _mm_cvtsi32_si128(2 - i));
+    return _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi8(3)),
+                           _mm256_and_si256(high, _mm256_set1_epi8(4)));
+  } else {
+    constexpr int kPer = 8 / kBits;
+    const Codes in = load(packet + i / kPer * 32);
+    return _mm256_and_si256(_mm256_srl_epi16(in, _mm_cvtsi32_si128(i % kPer * kBits)),
+                            _mm256_set1_epi8((1 << kBits) - 1));
+  }
+}
+
+// Code u becomes the odd number 2u + 1 - 2^b.
+template <int kBits>
+Codes odd(Codes u) {
+  constexpr int k = 1 << kBits;
+  return _mm256_add_epi8(_mm256_add_epi8(u, u), _mm256_set1_epi8(1 - k));
+}
+
+// sum += a.b of neighbouring bytes; a unsigned, b signed.
+Codes add_products(Codes sum, Codes a, Codes b) {
+  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+}
+
+void widen_add(std::int32_t* out, Codes sum) {  // 16 sums
+  auto* to = reinterpret_cast<__m256i*>(out);
+  const auto add = [](__m256i* at, __m256i x) {
+    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), x));
+  };
+  add(to, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(sum)));
+  add(to + 1, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(sum, 1)));
+}
+
+Codes zero() { return _mm256_setzero_si256(); }
+
+#else
+
+struct Codes {
+  union {
+    std::uint8_t bytes[32];
+    std::int16_t sums[16];
+  };
+};
+
+Codes zero() { return {}; }
+
+Codes spread(std::uint32_t pair) {
+  Codes out;
+  for (int i = 0; i < 32; ++i) out.bytes[i] = static_cast<std::uint8_t>(pair >> i % 2 * 8);
+  return out;
+}
+
+template <int kBits>
+Codes unpack(const std::byte* packet, int i) {
+  Codes out;
+  for (int lane = 0; lane < 32; ++lane) {
+    if constexpr (kBits == 3) {
+      const unsigned low = std::to_integer<unsigned>(packet[i / 4 * 32 + lane]) >> i % 4 * 2 & 3;
+      const unsigned top = std::to_integer<unsigned>(packet[64 + lane]) >> i & 1;
+      out.bytes[lane] = static_cast<std::uint8_t>(low | top << 2);
+    } else {
+      constexpr int kPer = 8 / kBits;
+      const unsigned in = std::to_integer<unsigned>(packet[i / kPer * 32 + lane]);
+      out.bytes[lane] = static_cast<std::uint8_t>(in >> i % kPer * kBits & ((1 << kBits) - 1));
+    }
+  }
+  return out;
+}
+
+template <int kBits>
+Codes odd(Codes u) {
+  for (std::uint8_t& byte : u.bytes) byte = static_cast<std::uint8_t>(2 * byte + 1 - (1 << kBits));
+  return u;
+}
+
+Codes add_products(Codes sum, const Codes& a, const Codes& b) {
+  for (int i = 0; i < 16; ++i) {
+    const int products = a.bytes[2 * i] * static_cast<std::int8_t>(b.bytes[2 * i]) +
+                         a.bytes[2 * i + 1] * static_cast<std::int8_t>(b.bytes[2 * i + 1]);
+    sum.sums[i] = static_cast<std::int16_t>(sum.sums[i] + products);
+  }
+  return sum;
+}
+
+void widen_add(std::int32_t* out, const Codes& sum) {
+  for (int i = 0; i < 16; ++i) out[i] += sum.sums[i];
+}
+
+#endif
+
+// dots[h][j] = sum over dimensions of q_h u_j, for 32 tokens. A 16-bit sum of n packets holds at
+// most n * 8 * 127 * (2^b - 1): 4 packets of 3 bits, or 2 of 4 bits, are sure to fit.
+template <int kBits, int kN>
+void key_dots(std::int32_t (*dots)[kGhostGroup], const GhostQuery* q, const std::byte* codes,
+              int n_packets) {
+  constexpr int kPackets = kBits == 4 ? 2 : 4;
+  for (int first = 0; first < n_packets; first += kPackets) {
+    Codes sum[kN][2];
+    for (auto& s : sum) s[0] = s[1] = zero();
+    const int last = std::min(first + kPackets, n_packets);
+    for (int packet = first; packet < last; ++packet) {
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) {
+        const Codes u = unpack<kBits>(codes + packet * 32 * kBits, i);
+#pragma GCC unroll 4
+        for (int h = 0; h < kN; ++h)
+          sum[h][i % 2] = add_products(sum[h][i % 2], u, spread(q[h].pairs[packet * 4 + i / 2]));
+      }
+    }
+    for (int h = 0; h < kN; ++h) widen_add(dots[h], sum[h][0]), widen_add(dots[h] + 16, sum[h][1]);
+  }
+}
+
+// sums[h][i] = sum over 32 tokens of w_h v_i for 16 dimensions, v odd integers, w 8 bits: 16-bit
+// sums hold 8 pairs of tokens at 2 bits (8 * 2 * 255 * 3), 4 at 4 bits.
+template <int kBits, int kN>
+void value_sums(std::int32_t (*sums)[16], const std::uint32_t (*weights)[kGhostGroup / 2],
+                const std::byte* codes) {
+  constexpr int kPairs = kBits == 4 ? 4 : 8;
+  for (int first = 0; first < kGhostGroup / 2; first += kPairs) {
+    Codes sum[kN];
+    for (Codes& s : sum) s = zero();
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; ++i) {
+      const Codes v =
+          odd<kBits>(unpack<kBits>(codes + first / 8 * 32 * kBits, first % 8 + i));
+#pragma GCC unroll 4
+      for (int h = 0; h < kN; ++h)
+        sum[h] = add_products(sum[h], spread(weights[h][first + i]), v);
+    }
+    for (int h = 0; h < kN; ++h) widen_add(sums[h], sum[h]);
+  }
+}
+
+template <int kBits, int kN>
+void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const std::byte* group,
+                   const GhostFormat& f) {
+  std::int32_t dots[kN][kGhostGroup] = {};
+  key_dots<kBits, kN>(dots, q, group, f.padded_dim() / 8);
+  float scales[kGhostGroup];
+  widen_f16(scales, reinterpret_cast<const std::uint16_t*>(group + f.key_bytes() + f.value_bytes()),
+            kGhostGroup);
+  for (int h = 0; h < kN; ++h) {
+    const float scale = q[h].scale, offset = q[h].offset, base = q[h].base;
+    for (int j = 0; j < kGhostGroup; ++j)
+      scores[h * stride + j] =
+          base + scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
+  }
+}
+
+// Rounds a group's weights, times the values' scales, to 8 bits; returns what a unit is worth.
+float round_weights(std::uint32_t* pairs, const float* weights, const float* scales) {
+  float w[kGhostGroup], largest = 0;
+  for (int j = 0; j < kGhostGroup; ++j) {
+    w[j] = weights[j] * scales[j];
+    largest = std::max(largest, w[j]);
+  }
+  const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
+  for (int j = 0; j < kGhostGroup; j += 2) {
+    const auto a = static_cast<std::uint32_t>(w[j] * inverse + 0.5f);
+    const auto b = static_cast<std::uint32_t>(w[j + 1] * inverse + 0.5f);
+    const std::uint32_t pair = a | b << 8;
+    pairs[j / 2] = pair | pair << 16;
+  }
+  return largest / 255.0f;
+}
+
+template <int kBits, int kN>
+void sum_queries(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
+                 const std::byte* group, const GhostFormat& f) {
+  const std::byte* values = group + f.key_bytes();
+  float scales[kGhostGroup], unit[kN];
+  widen_f16(scales,
+            reinterpret_cast<const std::uint16_t*>(values + f.value_bytes() + f.scale_bytes()),
+            kGhostGroup);
+  std::uint32_t rounded[kN][kGhostGroup / 2];
+  float any = 0;
+  for (int h = 0; h < kN; ++h) {  // an odd code is twice what it stands for
+    unit[h] = 0.5f * round_weights(rounded[h], weights + h * weight_stride, scales);
+    any += unit[h];
+  }
+  if (any == 0) return;
+  for (int dim = 0; dim < f.padded_dim(); dim += 16) {
+    std::int32_t sums[kN][16] = {};
+    value_sums<kBits, kN>(sums, rounded, values + dim * 4 * kBits);
+    for (int h = 0; h < kN; ++h)
+      for (int i = 0; i < 16; ++i)
+        out[h * stride + dim + i] += unit[h] * static_cast<float>(sums[h][i]);
+  }
+}
+
+// Calls f.operator()<bits, n>() for 1 to 4 bits and n queries.
+template <int kBits, class F>
+void with_queries(int n, const F& f) {
+  switch (n) {
+    case 1:
+      return f.template operator()<kBits, 1>();
+    case 2:
+      return f.template operator()<kBits, 2>();
+    case 3:
+      return f.template operator()<kBits, 3>();
+    default:
+      return f.template operator()<kBits, kQueries>();
+  }
+}
+
+}  // namespace
+
+void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_queries,
+                  const std::byte* group, const GhostFormat& f) {
+  for (; n_queries > 0; n_queries -= kQueries, q += kQueries, scores += kQueries * stride) {
+    const auto run = [&]<int kBits, int kN>() {
+      score_queries<kBits, kN>(scores, stride, q, group, f);
+    };
+    switch (f.key_bits) {
+      case 1:
+        with_queries<1>(n_queries, run);
+        break;
+      case 2:
+        with_queries<2>(n_queries, run);
+        break;
+      case 3:
+        with_queries<3>(n_queries, run);
+        break;
+      default:
+        with_queries<4>(n_queries, run);
+    }
+  }
+}
+
+void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
+                int n_queries, const std::byte* group, const GhostFormat& f) {
+  for (; n_queries > 0; n_queries -= kQueries, out += kQueries * stride,
+                        weights += kQueries * weight_stride) {
+    const auto run = [&]<int kBits, int kN>() {
+      sum_queries<kBits, kN>(out, stride, weights, weight_stride, group, f);
+    };
+    switch (f.value_bits) {
+      case 0:
+        return;
+      case 1:
+        with_queries<1>(n_queries, run);
+        break;
+      case 2:
+        with_queries<2>(n_queries, run);
+        break;
+      default:
+        with_queries<4>(n_queries, run);
+    }
+  }
+}
+
+}  // namespace thaw

@@ -1,0 +1,88 @@
+// Who stays hot: pure functions of numbers, the same on host and device, each with its formula and
+// its source. The store calls them; they know of no memory.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define THAW_HOST_DEVICE __host__ __device__
+#else
+#define THAW_HOST_DEVICE
+#endif
+
+namespace thaw {
+
+enum class Policy : std::uint8_t { kFull, kWindow, kH2o, kBudget, kAsr, kThaw };
+inline constexpr const char* kPolicyNames[] = {"full", "window", "h2o", "budget", "asr", "thaw"};
+
+// Every parameter of every policy; which one reads what is said at the functions below.
+struct PolicyParams {
+  Policy policy = Policy::kFull;
+  int window = 32;           // newest tokens, always hot
+  int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
+  float epsilon = 3e-3f;     // thaw: a frozen token of at least this probability is recalled
+  float stay = 2.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
+  float softness = 2.0f;     // asr: k
+  float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
+  int ghost_key_bits = 3;    // thaw: 0 (no ghosts: frozen tokens are mute) .. 4
+  int ghost_value_bits = 2;  // thaw: 0 (ghosts speak only through their keys), 1, 2, 4
+  bool per_head = true;      // thaw: each KV head decides for itself, not the layer as a whole
+};
+
+// Rungs of recovery, mildest first (ASR-KF-EGR, 2512.11221, names them and leaves them as future
+// work).
+enum class Rung : std::uint8_t { kNone, kSoft, kWindow, kFull, kRewalk };
+inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "rewalk"};
+
+// A token that policies never freeze: a sink or one of the newest.
+THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv_len) {
+  return token < p.sinks || token >= kv_len - p.window;
+}
+
+// thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).
+THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
+  return static_cast<int>(p.stay * std::sqrt(static_cast<float>(hits)));
+}
+
+// asr: steps that a token sleeps after its c-th low score, floor(sqrt(c) / k) (2512.11221, the
+// sublinear freeze schedule).
+THAW_HOST_DEVICE inline int sleep_steps(const PolicyParams& p, int low_scores) {
+  return static_cast<int>(std::sqrt(static_cast<float>(low_scores)) / p.softness);
+}
+
+// thaw: a hot token after a step in which its mean probability was `probability`. A hit restarts its
+// timer; without one the timer falls. True: it stays hot.
+THAW_HOST_DEVICE inline bool thaw_stays(const PolicyParams& p, float probability, float epsilon,
+                                        bool always, std::uint16_t& hits, std::uint16_t& timer) {
+  if (probability >= epsilon) {
+    if (hits < 0xffff) ++hits;
+    timer = static_cast<std::uint16_t>(stay_steps(p, hits));
+    return always || timer > 0;
+  }
+  if (timer > 0) --timer;
+  return always || timer > 0;
+}
+
+// asr: a token that was attended with relevance s = mean |q.k| (2512.11221): s < tau counts, and
+// sends it to sleep for as many steps as this returns; 0: it stays awake.
+THAW_HOST_DEVICE inline int asr_sleep(const PolicyParams& p, float relevance, float tau,
+                                      bool always, std::uint16_t& low_scores) {
+  if (always || relevance >= tau) return 0;
+  if (low_scores < 0xffff) ++low_scores;
+  return sleep_steps(p, low_scores);
+}
+
+// thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens (e^H,
+// the perplexity of the attention) a token is.
+THAW_HOST_DEVICE inline float entropy_score(float probability, float entropy) {
+  return probability * std::exp(entropy);
+}
+
+// budget: a layer's share of all hot tokens, proportional to its mean head entropy (Entropy-Guided
+// KV Caching, Mathematics 13(15) 2366: more entropy, more budget), with the total kept.
+THAW_HOST_DEVICE inline float layer_share(float entropy, float sum_of_entropies) {
+  return entropy / sum_of_entropies;
+}
+
+}  // namespace thaw

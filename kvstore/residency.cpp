@@ -1,0 +1,324 @@
+#include "kvstore/residency.h"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "device/error.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kRecentSteps = 64;  // how far back wake_recent() can reach
+
+// The q-quantile of values.
+float quantile(std::vector<float> values, float q) {
+  if (values.empty()) return 0;
+  const auto at = values.begin() +
+                  std::min(std::ssize(values) - 1,
+                           static_cast<std::ptrdiff_t>(q * static_cast<float>(values.size())));
+  std::nth_element(values.begin(), at, values.end());
+  return *at;
+}
+
+}  // namespace
+
+Residency::Residency(HotArena& arena, const KvShape& shape, const PolicyParams& params, int layer,
+                     int first_head, int n_heads)
+    : params_(params),
+      layer_(layer),
+      first_head_(first_head),
+      n_heads_(n_heads),
+      lane_(arena, shape, layer, first_head, n_heads) {}
+
+void Residency::grow(int kv_len) {
+  const auto n = static_cast<std::size_t>(kv_len);
+  if (n <= hits_.size()) return;
+  hits_.resize(n);
+  timer_.resize(n);
+  score_.resize(n);
+}
+
+// h2o keeps half of its room for the newest (2306.14048); window all of it.
+int Residency::first_recent(const Moment& now) const {
+  int recent = params_.window;
+  if (params_.policy == Policy::kH2o) recent = std::max(recent, now.bound / 2);
+  if (params_.policy == Policy::kWindow && now.bound < now.kv_len)
+    recent = now.bound - params_.sinks;
+  return now.kv_len - recent;
+}
+
+bool Residency::always(const Moment& now, std::int32_t token) const {
+  return token < params_.sinks || token >= first_recent(now);
+}
+
+void Residency::tell(const Moment& now, KvEvent::Kind kind, std::int32_t token,
+                     float probability) const {
+  if (!now.recorder) return;
+  const auto t = static_cast<std::size_t>(token);
+  const int head = params_.per_head && params_.policy == Policy::kThaw ? first_head_ : -1;
+  now.recorder->event({kind, now.step, static_cast<std::int16_t>(layer_),
+                       static_cast<std::int16_t>(head), token, probability, hits_[t], timer_[t]});
+}
+
+bool Residency::thaw(const Moment& now, std::int32_t token, KvEvent::Kind why, float probability) {
+  if (lane_.n_rows() >= now.bound || !lane_.thaw(now.cold, token)) return false;
+  tally_.promoted += why == KvEvent::kRecall;
+  tally_.thawed += why == KvEvent::kThaw;
+  tell(now, why, token, probability);
+  return true;
+}
+
+void Residency::freeze(const Moment& now, int row, float probability) {
+  const std::int32_t token = lane_.token(row);
+  lane_.freeze(row);
+  ++tally_.frozen;
+  tell(now, KvEvent::kFreeze, token, probability);
+  recent_.push_back({token, 0, now.step});
+}
+
+// rows: ascending; freezing from the last on leaves the rows before it in place.
+void Residency::freeze_rows(const Moment& now, const std::vector<int>& rows,
+                            const std::vector<float>* probability) {
+  for (std::size_t i = rows.size(); i-- > 0;)
+    freeze(now, rows[i], probability ? (*probability)[static_cast<std::size_t>(rows[i])] : 0.0f);
+}
+
+void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len) {
+  entropy_ = stats.entropy;
+  const bool sums = params_.policy == Policy::kH2o || params_.policy == Policy::kBudget;
+  for (std::size_t t = 0; t < stats.probability.size(); ++t) {
+    if (sums) {
+      score_[t] += stats.probability[t] * static_cast<float>(n_rows);
+    } else {
+      score_[t] = entropy_score(stats.probability[t], entropy_);
+    }
+  }
+  if (params_.policy == Policy::kAsr && !stats.relevance.empty())
+    tau_ = quantile({stats.relevance.begin(), stats.relevance.begin() + kv_len}, params_.quantile);
+}
+
+// The tokens that should be hot as decoding begins, ascending, at most now.bound.
+std::vector<std::int32_t> Residency::choose(const Moment& now) const {
+  std::vector<std::int32_t> chosen, others;
+  const bool all = params_.policy == Policy::kAsr || !now.can_freeze;
+  const float least = params_.policy != Policy::kThaw     ? 0.0f
+                      : entropy_score(now.epsilon, entropy_);
+  for (std::int32_t t = 0; t < now.kv_len; ++t) {
+    if (always(now, t)) {
+      chosen.push_back(t);
+    } else if (all || (params_.policy != Policy::kWindow &&
+                       score_[static_cast<std::size_t>(t)] >= least)) {
+      others.push_back(t);
+    }
+  }
+  const std::size_t room = static_cast<std::size_t>(now.bound) - chosen.size();
+  if (others.size() > room) {
+    std::nth_element(others.begin(), others.begin() + static_cast<std::ptrdiff_t>(room),
+                     others.end(), [&](std::int32_t a, std::int32_t b) {
+                       const float x = score_[static_cast<std::size_t>(a)],
+                                   y = score_[static_cast<std::size_t>(b)];
+                       return x != y ? x > y : a > b;
+                     });
+    others.resize(room);
+  }
+  chosen.insert(chosen.end(), others.begin(), others.end());
+  std::sort(chosen.begin(), chosen.end());
+  return chosen;
+}
+
+void Residency::seed(const Moment& now) {
+  const std::vector<std::int32_t> chosen = choose(now);
+  std::vector<int> leaving;
+  for (int row = 0; row < lane_.n_rows(); ++row)
+    if (!std::binary_search(chosen.begin(), chosen.end(), lane_.token(row))) leaving.push_back(row);
+  for (const int row : leaving) timer_[static_cast<std::size_t>(lane_.token(row))] = 0;
+  freeze_rows(now, leaving, nullptr);
+  asleep_.clear();
+  for (const std::int32_t token : chosen) {
+    const auto t = static_cast<std::size_t>(token);
+    if (params_.policy == Policy::kThaw && !always(now, token)) {
+      if (hits_[t] == 0) hits_[t] = 1;
+      timer_[t] = static_cast<std::uint16_t>(stay_steps(params_, hits_[t]));
+    }
+    if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / std::exp(entropy_));
+  }
+}
+
+void Residency::make_room(const Moment& now, int incoming) {
+  const int excess = lane_.n_rows() + incoming - now.bound;
+  if (excess <= 0) return;
+  std::vector<int> rows;
+  for (int row = 0; row < lane_.n_rows(); ++row)
+    if (!always(now, lane_.token(row))) rows.push_back(row);
+  const auto n = std::min(std::ssize(rows), static_cast<std::ptrdiff_t>(excess));
+  std::partial_sort(rows.begin(), rows.begin() + n, rows.end(), [&](int a, int b) {
+    const std::int32_t x = lane_.token(a), y = lane_.token(b);
+    const float p = score_[static_cast<std::size_t>(x)], q = score_[static_cast<std::size_t>(y)];
+    return p != q ? p < q : x < y;
+  });
+  rows.resize(static_cast<std::size_t>(n));
+  std::sort(rows.begin(), rows.end());
+  for (const int row : rows) timer_[static_cast<std::size_t>(lane_.token(row))] = 0;
+  freeze_rows(now, rows, nullptr);
+}
+
+void Residency::append(const Moment& now, std::int32_t token) {
+  thaw(now, token, KvEvent::kAppend, 0);
+}
+
+void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
+  entropy_ = stats.entropy;
+  ghost_mass_ = stats.ghost_mass;
+  std::erase_if(recent_, [&](const Frozen& f) { return f.step < now.step - kRecentSteps; });
+  switch (params_.policy) {
+    case Policy::kThaw:
+      settle_thaw(now, stats);
+      break;
+    case Policy::kAsr:
+      settle_asr(now, stats);
+      break;
+    default:  // h2o, budget: accumulated attention; window: nothing to learn
+      for (int row = 0; row < lane_.n_rows(); ++row)
+        score_[static_cast<std::size_t>(lane_.token(row))] +=
+            stats.probability[static_cast<std::size_t>(row)];
+  }
+  make_room(now, 0);
+}
+
+void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats) {
+  std::vector<int> leaving;
+  for (int row = 0; row < lane_.n_rows(); ++row) {
+    const std::int32_t token = lane_.token(row);
+    const auto t = static_cast<std::size_t>(token);
+    const float p = stats.probability[static_cast<std::size_t>(row)];
+    score_[t] = entropy_score(p, entropy_);
+    if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t]) &&
+        now.can_freeze)
+      leaving.push_back(row);
+  }
+  freeze_rows(now, leaving, &stats.probability);
+  for (const AttentionStats::Recall& recall : stats.recalled) promote(now, recall);
+}
+
+// A recalled token becomes hot if its timer says so; when room is short, in place of the lowest
+// ranked token if that ranks below it.
+void Residency::promote(const Moment& now, const AttentionStats::Recall& recall) {
+  const auto t = static_cast<std::size_t>(recall.token);
+  thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t]);
+  score_[t] = entropy_score(recall.probability, entropy_);
+  if (timer_[t] == 0) return;
+  if (lane_.n_rows() >= now.bound) {
+    int lowest = -1;
+    float score = score_[t];
+    for (int row = 0; row < lane_.n_rows(); ++row) {
+      const std::int32_t token = lane_.token(row);
+      if (always(now, token) || score_[static_cast<std::size_t>(token)] >= score) continue;
+      lowest = row;
+      score = score_[static_cast<std::size_t>(token)];
+    }
+    if (lowest >= 0) {
+      timer_[static_cast<std::size_t>(lane_.token(lowest))] = 0;
+      freeze(now, lowest, 0);
+    }
+  }
+  if (!thaw(now, recall.token, KvEvent::kRecall, recall.probability)) timer_[t] = 0;
+}
+
+// Timers fall first; who is at zero is awake again and judged after its next attention.
+void Residency::settle_asr(const Moment& now, const AttentionStats::Lane& stats) {
+  const std::size_t n_rows = static_cast<std::size_t>(lane_.n_rows());
+  std::vector<std::int32_t> waking;
+  for (Frozen& f : asleep_)
+    if (--f.timer == 0) waking.push_back(f.token);
+  std::erase_if(asleep_, [](const Frozen& f) { return f.timer == 0; });
+  std::vector<int> leaving;
+  for (std::size_t row = 0; row < n_rows; ++row) {
+    const std::int32_t token = lane_.token(static_cast<int>(row));
+    const auto t = static_cast<std::size_t>(token);
+    score_[t] = stats.relevance[row];
+    const int sleep = asr_sleep(params_, stats.relevance[row], tau_, always(now, token), hits_[t]);
+    if (sleep == 0) continue;
+    asleep_.push_back({token, sleep, now.step});
+    leaving.push_back(static_cast<int>(row));
+  }
+  freeze_rows(now, leaving, &stats.probability);
+  for (const std::int32_t token : waking)
+    if (!thaw(now, token, KvEvent::kThaw, 0)) asleep_.push_back({token, 1, now.step});
+}
+
+void Residency::cut(const Moment& now, std::int32_t position) {
+  lane_.cut(position);
+  for (std::size_t t = static_cast<std::size_t>(position); t < hits_.size(); ++t)
+    hits_[t] = timer_[t] = 0, score_[t] = 0;
+  const auto gone = [&](const Frozen& f) { return f.token >= position; };
+  std::erase_if(asleep_, gone);
+  std::erase_if(recent_, gone);
+  // What is among the newest now, or has no ghost, must be hot.
+  for (std::int32_t t = 0; t < position; ++t) {
+    if (lane_.is_hot(t) || !(always(now, t) || !now.can_freeze)) continue;
+    std::erase_if(asleep_, [&](const Frozen& f) { return f.token == t; });
+    make_room(now, 1);
+    thaw(now, t, KvEvent::kThaw, 0);
+  }
+}
+
+void Residency::wake_sleepers(const Moment& now) {
+  std::erase_if(asleep_, [&](const Frozen& f) {
+    return f.timer > 1 && thaw(now, f.token, KvEvent::kThaw, 0);
+  });
+}
+
+void Residency::wake_recent(const Moment& now, int steps) {
+  for (const Frozen& f : recent_) {
+    if (f.step < now.step - steps || lane_.is_hot(f.token)) continue;
+    if (!thaw(now, f.token, KvEvent::kThaw, 0)) break;
+    const auto t = static_cast<std::size_t>(f.token);
+    if (params_.policy == Policy::kThaw)
+      timer_[t] = static_cast<std::uint16_t>(std::max(1, stay_steps(params_, hits_[t])));
+    std::erase_if(asleep_, [&](const Frozen& s) { return s.token == f.token; });
+  }
+}
+
+void Residency::forget_history() {
+  std::fill(hits_.begin(), hits_.end(), std::uint16_t{0});
+  std::fill(timer_.begin(), timer_.end(), std::uint16_t{0});
+  for (Frozen& f : asleep_) f.timer = 1;
+}
+
+Residency::Tally Residency::take_tally() { return std::exchange(tally_, {}); }
+
+std::int64_t Residency::bookkeeping_bytes() const {
+  return lane_.bookkeeping_bytes() +
+         static_cast<std::int64_t>(hits_.capacity() * 2 + timer_.capacity() * 2 +
+                                   score_.capacity() * 4 +
+                                   (asleep_.capacity() + recent_.capacity()) * sizeof(Frozen));
+}
+
+void Residency::check(const Moment& now) const {
+  lane_.check(now.cold, now.kv_len);
+  require(lane_.n_rows() <= now.bound, "KV check: layer ", layer_, ": ", lane_.n_rows(),
+          " hot tokens, more than the ", now.bound, " allowed");
+  std::vector<bool> asleep(static_cast<std::size_t>(now.kv_len));
+  for (const Frozen& f : asleep_) {
+    require(f.token < now.kv_len && !asleep[static_cast<std::size_t>(f.token)],
+            "KV check: layer ", layer_, ": token ", f.token, " sleeps twice");
+    asleep[static_cast<std::size_t>(f.token)] = true;
+    require(f.timer >= 1 && f.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(f.token)])),
+            "KV check: layer ", layer_, ": token ", f.token, " sleeps ", f.timer, " more steps");
+  }
+  for (std::int32_t t = 0; t < now.kv_len; ++t) {
+    const bool hot = lane_.is_hot(t);
+    const auto at = static_cast<std::size_t>(t);
+    require(hot || (now.can_freeze && !always(now, t)), "KV check: layer ", layer_, ": token ", t,
+            " of ", now.kv_len, " is frozen and must not be");
+    if (params_.policy == Policy::kAsr)
+      require(hot != asleep[at], "KV check: layer ", layer_, ": token ", t, " is ",
+              hot ? "both hot and asleep" : "neither hot nor asleep");
+    if (params_.policy == Policy::kThaw)
+      require(timer_[at] <= (hot ? std::max(1, stay_steps(params_, hits_[at])) : 0),
+              "KV check: layer ", layer_, ": token ", t, " has ", timer_[at], " steps left to stay");
+  }
+}
+
+}  // namespace thaw

@@ -1,0 +1,90 @@
+// Who is hot in one lane: a policy applied to what attention reported, token by token.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kvstore/lane.h"
+#include "kvstore/policy.h"
+#include "kvstore/recorder.h"
+
+namespace thaw {
+
+// What a decision needs to know of the moment.
+struct Moment {
+  int kv_len = 0;
+  int step = 0;
+  int bound = 0;        // most hot tokens of the lane; at most kv_len
+  float epsilon = 0;    // thaw: PolicyParams::epsilon, or less during recovery
+  bool can_freeze = true;  // false while frozen tokens would have no ghosts yet
+  KvRows cold;
+  KvRecorder* recorder = nullptr;
+};
+
+class Residency {
+ public:
+  Residency(HotArena& arena, const KvShape& shape, const PolicyParams& params, int layer,
+            int first_head, int n_heads);
+
+  const Lane& lane() const { return lane_; }
+  int n_heads() const { return n_heads_; }
+  float entropy() const { return entropy_; }
+  float ghost_mass() const { return ghost_mass_; }
+  float tau() const { return tau_; }
+
+  void grow(int kv_len);  // room for that many tokens' state
+  // Exact attention over every token, `n_rows` queries: what the next seed() goes by.
+  void learn(const AttentionStats::Lane& stats, int n_rows, int kv_len);
+  // Chooses the hot tokens anew, as decoding begins.
+  void seed(const Moment& now);
+  // Freezes the lowest ranked until `incoming` more tokens fit the bound.
+  void make_room(const Moment& now, int incoming);
+  void append(const Moment& now, std::int32_t token);
+  // One decode step's attention: freezes and thaws.
+  void settle(const Moment& now, const AttentionStats::Lane& stats);
+  void cut(const Moment& now, std::int32_t position);
+  // Recovery: wakes sleepers with more than one step to go; what froze in the last `steps` steps;
+  // all, with counters and timers at zero.
+  void wake_sleepers(const Moment& now);
+  void wake_recent(const Moment& now, int steps);
+  void forget_history();
+
+  struct Tally {
+    int promoted = 0;  // made hot after a recall
+    int thawed = 0;    // made hot by a timer or by recovery
+    int frozen = 0;
+  };
+  Tally take_tally();  // since last asked, in tokens
+  std::int64_t bookkeeping_bytes() const;
+  void check(const Moment& now) const;
+
+ private:
+  struct Frozen {
+    std::int32_t token, timer, step;
+  };
+
+  bool always(const Moment& now, std::int32_t token) const;
+  int first_recent(const Moment& now) const;
+  std::vector<std::int32_t> choose(const Moment& now) const;
+  bool thaw(const Moment& now, std::int32_t token, KvEvent::Kind why, float probability);
+  void freeze(const Moment& now, int row, float probability);
+  void freeze_rows(const Moment& now, const std::vector<int>& rows,
+                   const std::vector<float>* probability);
+  void settle_thaw(const Moment& now, const AttentionStats::Lane& stats);
+  void settle_asr(const Moment& now, const AttentionStats::Lane& stats);
+  void promote(const Moment& now, const AttentionStats::Recall& recall);
+  void tell(const Moment& now, KvEvent::Kind kind, std::int32_t token, float probability) const;
+
+  const PolicyParams& params_;
+  int layer_, first_head_, n_heads_;
+  Lane lane_;
+  std::vector<std::uint16_t> hits_;   // per token: thaw: hits; asr: low scores
+  std::vector<std::uint16_t> timer_;  // per token: thaw: steps left hot
+  std::vector<float> score_;          // per token: rank when room is short
+  std::vector<Frozen> asleep_;        // asr: who sleeps, and for how many steps more
+  std::vector<Frozen> recent_;        // who froze in the last kRecentSteps steps, oldest first
+  float entropy_ = 0, ghost_mass_ = 0, tau_ = 0;
+  Tally tally_;
+};
+
+}  // namespace thaw

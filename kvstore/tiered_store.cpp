@@ -1,0 +1,471 @@
+// The store: tiers, lanes and the policy, step by step.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <optional>
+
+#include "device/error.h"
+#include "kvstore/kvstore.h"
+#include "kvstore/lane.h"
+#include "kvstore/residency.h"
+#include "kvstore/tiers.h"
+
+namespace thaw {
+
+std::int64_t KvShape::bytes_per_token() const {
+  return std::int64_t{2} * n_layers * n_kv_heads *
+         static_cast<std::int64_t>(kv_row_bytes(type, head_dim));
+}
+
+namespace {
+
+constexpr int kAlarmSteps = 16;    // decode steps that a rung's help lasts
+constexpr int kWakeSteps = 64;     // how far back the window rung wakes
+constexpr float kAlarmEpsilon = 0.25f;
+
+void check_shape(const KvShape& s) {
+  require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
+          "KV store: expected positive sizes, found ", s.n_layers, " layers, ", s.n_kv_heads,
+          " heads of ", s.head_dim, ", ", s.capacity, " tokens");
+  std::int64_t total = 8;
+  bool overflows = false;
+  for (int factor : {s.n_layers, s.n_kv_heads, s.head_dim, s.capacity})
+    overflows |= __builtin_mul_overflow(total, factor, &total);
+  require(!overflows, "KV store: ", s.capacity, " tokens of ", s.n_layers, " layers of ",
+          s.n_kv_heads, " heads of ", s.head_dim, " do not fit 64 bits");
+  require((s.type != KvType::kQ8_0 && s.type != KvType::kQ4_0) || s.head_dim % 32 == 0,
+          "KV store: ", kv_type_name(s.type), ": expected a head_dim that 32 divides, found ",
+          s.head_dim);
+}
+
+class TieredKvStore final : public KvStore {
+ public:
+  TieredKvStore(const KvShape& shape, const KvOptions& options, std::unique_ptr<PageSource> fast,
+                std::unique_ptr<PageSource> cold);
+
+  void begin(int n_tokens, Phase phase) override;
+  void append(int layer, const float* k, const float* v, int n_tokens) override;
+  KvView view(int layer) const override;
+  int stats_rows(int n_tokens) const override;
+  void settle(int layer, const AttentionStats& stats) override;
+  void rewind(int position) override;
+  void clear() override;
+  double reset(Rung rung) override;
+  void check() const override;
+  void record(KvRecorder* recorder) override { recorder_ = recorder; }
+
+  int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
+  const KvShape& shape() const override { return shape_; }
+  const KvOptions& options() const override { return options_; }
+  KvUsage usage() const override;
+  const KvCounters& counters() const override { return counters_; }
+  float ghost_mass() const override;
+
+ private:
+  const PolicyParams& params() const { return options_.policy; }
+  bool full() const { return params().policy == Policy::kFull; }
+  bool exact() const { return full() || phase_ == Phase::kPrefill || exact_steps_ > 0; }
+  int lane_heads() const {
+    return params().policy == Policy::kThaw && params().per_head ? 1 : shape_.n_kv_heads;
+  }
+  int lanes_per_layer() const { return shape_.n_kv_heads / lane_heads(); }
+  std::span<Residency> lanes(int layer);
+  std::span<const Residency> lanes(int layer) const;
+  void make_lanes();
+  void check_options() const;
+  std::int64_t rows_in_bytes() const;
+  double promised(int kv_len) const;
+  int bound(int layer, int kv_len) const;
+  Moment moment(int layer, int kv_len) const;
+  void share_budget(int kv_len);
+  void seed(int kv_len);
+  void count(int layer, const AttentionStats& stats);
+  void finish_step();
+
+  KvShape shape_;
+  KvOptions options_;
+  std::unique_ptr<PageSource> fast_, slow_;
+  ColdTier cold_;
+  GhostTier ghosts_;
+  std::optional<HotArena> arena_;
+  std::vector<Residency> lanes_;       // layer x lane; none for full
+  std::vector<float> share_;           // budget: a layer's multiple of the mean bound
+  std::vector<int> appended_;          // tokens held, per layer
+  std::vector<char> unsettled_;        // per layer: appended, and not settled yet
+  Phase phase_ = Phase::kPrefill;
+  bool seeded_ = false;                // residency has been decided since the last exact step
+  int exact_steps_ = 0;                // recovery: decode steps that still attend everything
+  int alarm_steps_ = 0;                // recovery: decode steps with a lower epsilon
+  KvCounters counters_;
+  KvStep line_;                        // of the running decode step
+  KvRecorder* recorder_ = nullptr;
+};
+
+TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
+                             std::unique_ptr<PageSource> fast, std::unique_ptr<PageSource> cold)
+    : shape_((check_shape(shape), shape)),
+      options_(options),
+      fast_(std::move(fast)),
+      slow_(std::move(cold)),
+      cold_(*slow_, shape, options.check),
+      ghosts_(*fast_, shape,
+              options.policy.policy == Policy::kThaw
+                  ? GhostFormat{options.policy.ghost_key_bits, options.policy.ghost_value_bits,
+                                shape.head_dim}
+                  : GhostFormat{0, 0, shape.head_dim},
+              options.hot_tokens > 0 ? std::min(options.centre_tokens, options.hot_tokens)
+                                     : options.centre_tokens),
+      share_(static_cast<std::size_t>(shape.n_layers), 1.0f),
+      appended_(static_cast<std::size_t>(shape.n_layers)),
+      unsettled_(static_cast<std::size_t>(shape.n_layers)) {
+  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
+  check_options();
+  make_lanes();
+}
+
+void TieredKvStore::make_lanes() {
+  if (full()) return;
+  const std::size_t row = 2 * kv_row_bytes(shape_.type, shape_.head_dim) * lane_heads();
+  const std::int64_t most = options_.hot_bytes > 0
+                                ? options_.hot_bytes / static_cast<std::int64_t>(row * kHotPageRows)
+                                : std::numeric_limits<std::int64_t>::max() / 2;
+  arena_.emplace(*fast_, row, most);
+  lanes_.reserve(static_cast<std::size_t>(shape_.n_layers) * lanes_per_layer());
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (int lane = 0; lane < lanes_per_layer(); ++lane)
+      lanes_.emplace_back(*arena_, shape_, params(), layer, lane * lane_heads(), lane_heads());
+}
+
+// Rows of every lane that --hot-bytes holds, in whole pages.
+std::int64_t TieredKvStore::rows_in_bytes() const {
+  const std::int64_t page = kHotPageRows * shape_.bytes_per_token();
+  return options_.hot_bytes / page * kHotPageRows;
+}
+
+void TieredKvStore::check_options() const {
+  const int least = params().sinks + params().window + 1;
+  const auto enough = [&](const char* what, double given, std::int64_t tokens) {
+    require(tokens >= least, what, ": expected room for at least ", least, " tokens a layer (",
+            params().sinks, " sinks, a window of ", params().window, ", and the newest), found ",
+            given, what == std::string_view("--hot-bytes") ? join(", room for ", tokens) : "");
+  };
+  if (full()) return;
+  if (options_.hot_tokens > 0) enough("--hot-tokens", options_.hot_tokens, options_.hot_tokens);
+  if (options_.hot_bytes > 0)
+    enough("--hot-bytes", static_cast<double>(options_.hot_bytes), rows_in_bytes());
+  require(shape_.head_dim <= GhostQuery::kMaxDim || params().ghost_key_bits == 0 ||
+              params().policy != Policy::kThaw,
+          "--ghost: expected a head_dim of at most ", GhostQuery::kMaxDim, ", found ",
+          shape_.head_dim);
+}
+
+std::span<Residency> TieredKvStore::lanes(int layer) {
+  if (full()) return {};
+  const auto n = static_cast<std::size_t>(lanes_per_layer());
+  return std::span(lanes_).subspan(static_cast<std::size_t>(layer) * n, n);
+}
+
+std::span<const Residency> TieredKvStore::lanes(int layer) const {
+  if (full()) return {};
+  const auto n = static_cast<std::size_t>(lanes_per_layer());
+  return std::span(lanes_).subspan(static_cast<std::size_t>(layer) * n, n);
+}
+
+// Most hot tokens of a layer, mean over layers, for a context of kv_len.
+double TieredKvStore::promised(int kv_len) const {
+  if (options_.hot_bytes > 0) return static_cast<double>(rows_in_bytes());
+  if (options_.hot_tokens > 0) return options_.hot_tokens;
+  if (options_.hot_fraction > 0) return std::ceil(options_.hot_fraction * kv_len);
+  return params().policy == Policy::kWindow ? params().sinks + params().window : kv_len;
+}
+
+int TieredKvStore::bound(int layer, int kv_len) const {
+  double rows = promised(kv_len) * share_[static_cast<std::size_t>(layer)];
+  rows = std::max(rows, static_cast<double>(params().sinks + params().window + 1));
+  if (ghosts_.view(layer).format.present() && options_.hot_fraction > 0)
+    rows = std::max(rows, static_cast<double>(ghosts_.centre_tokens()));
+  return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
+}
+
+Moment TieredKvStore::moment(int layer, int kv_len) const {
+  Moment now;
+  now.kv_len = kv_len;
+  now.step = static_cast<int>(counters_.steps);
+  now.bound = bound(layer, kv_len);
+  now.epsilon = params().epsilon * (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
+  const GhostView ghosts = ghosts_.view(layer);
+  now.can_freeze = !ghosts.format.present() || kv_len >= ghosts_.centre_tokens();
+  now.cold = cold_.rows(layer, kv_len);
+  now.recorder = recorder_;
+  return now;
+}
+
+// budget: each layer's part of the total is proportional to its entropy; what a layer cannot use,
+// because it would be more than the context, goes to the others.
+void TieredKvStore::share_budget(int kv_len) {
+  const double mean = promised(kv_len);
+  std::vector<double> entropy;
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    entropy.push_back(std::max(1e-6f, lanes(layer)[0].entropy()));
+  const double most = mean > 0 ? kv_len / mean : 1;
+  std::vector<char> capped(entropy.size());
+  for (bool changed = true; changed;) {
+    double left = static_cast<double>(entropy.size()), sum = 0;
+    for (std::size_t l = 0; l < entropy.size(); ++l) {
+      if (capped[l]) left -= most;
+      else sum += entropy[l];
+    }
+    changed = false;
+    for (std::size_t l = 0; l < entropy.size(); ++l) {
+      if (capped[l]) continue;
+      share_[l] = static_cast<float>(left) *
+                  layer_share(static_cast<float>(entropy[l]), static_cast<float>(sum));
+      if (share_[l] <= most) continue;
+      share_[l] = static_cast<float>(most);
+      capped[l] = 1;
+      changed = true;
+    }
+  }
+}
+
+void TieredKvStore::seed(int kv_len) {
+  if (kv_len > 0 && params().policy == Policy::kBudget) share_budget(kv_len);
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.seed(moment(layer, kv_len));
+  seeded_ = true;
+}
+
+void TieredKvStore::begin(int n_tokens, Phase phase) {
+  const int first = length();
+  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
+          n_tokens);
+  require(n_tokens <= shape_.capacity - first, "KV store: expected at most ", shape_.capacity,
+          " tokens, found ", std::int64_t{first} + n_tokens);
+  for (const int n : appended_)
+    require(n == first, "KV store: the last step reached only some layers; rewind first");
+  const int kv_len = first + n_tokens;
+  cold_.reserve(kv_len);
+  ghosts_.reserve(kv_len);
+  for (Residency& lane : lanes_) lane.grow(kv_len);
+  phase_ = phase;
+  if (phase == Phase::kPrefill || full()) return;
+  if (exact_steps_ == 0 && !seeded_) seed(first);
+  arena_->reserve(std::ssize(lanes_));
+  for (int layer = 0; exact_steps_ == 0 && layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
+  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
+  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
+}
+
+void TieredKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
+  int& n = appended_.at(static_cast<std::size_t>(layer));
+  require(n + n_tokens <= cold_.room(), "KV store: append without begin");
+  const int width = shape_.n_kv_heads * shape_.head_dim;
+  for (int t = 0; t < n_tokens; ++t)
+    cold_.write(layer, n + t, k + std::int64_t{t} * width, v + std::int64_t{t} * width);
+  n += n_tokens;
+  ghosts_.write(layer, cold_.rows(layer, n), n - n_tokens, n_tokens);
+  if (!exact())
+    for (Residency& lane : lanes(layer)) lane.append(moment(layer, n), n - 1);
+  unsettled_[static_cast<std::size_t>(layer)] = 1;
+}
+
+KvView TieredKvStore::view(int layer) const {
+  KvView view;
+  view.type = shape_.type;
+  view.kv_len = appended_.at(static_cast<std::size_t>(layer));
+  view.n_kv_heads = shape_.n_kv_heads;
+  view.head_dim = shape_.head_dim;
+  view.cold = cold_.rows(layer, view.kv_len);
+  view.lane_heads = lane_heads();
+  if (exact()) return view;
+  for (const Residency& lane : lanes(layer)) view.lanes.push_back(lane.lane().view());
+  view.ghosts = ghosts_.view(layer);
+  view.recall = moment(layer, view.kv_len).epsilon;
+  return view;
+}
+
+int TieredKvStore::stats_rows(int n_tokens) const {
+  switch (params().policy) {
+    case Policy::kFull:
+      return 0;
+    case Policy::kWindow:
+      return exact() ? 0 : 1;
+    case Policy::kH2o:
+    case Policy::kBudget:
+      return n_tokens;
+    default:
+      return std::min(n_tokens, std::max(1, params().window));
+  }
+}
+
+void TieredKvStore::count(int layer, const AttentionStats& stats) {
+  const double heads = shape_.n_kv_heads, share = lane_heads() / heads;
+  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  const std::int64_t row = 2 * static_cast<std::int64_t>(kv_row_bytes(shape_.type, shape_.head_dim));
+  const std::int64_t lane_row = row * lane_heads();
+  KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
+  std::int64_t bytes = 0;
+  counters_.visible += kv_len;
+  counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
+  std::size_t i = 0;
+  for (Residency& lane : lanes(layer)) {
+    const Residency::Tally tally = lane.take_tally();
+    std::size_t read = 0;  // tokens, from the cold tier: what is recalled is made hot without
+                           // another read
+    if (exact_steps_ > 0) {
+      counters_.attended += share * kv_len;
+      read = static_cast<std::size_t>(kv_len - lane.lane().n_rows());
+    } else {
+      const std::size_t recalled = stats.lanes[i].recalled.size();
+      read = recalled + static_cast<std::size_t>(tally.thawed);
+      counters_.attended +=
+          share * static_cast<double>(stats.lanes[i].probability.size() + recalled);
+      counters_.recalled += share * static_cast<double>(recalled);
+      line.recalled += static_cast<float>(share * static_cast<double>(recalled));
+    }
+    bytes += lane_row * static_cast<std::int64_t>(read);
+    const double thawed = share * (tally.promoted + tally.thawed);
+    counters_.thawed += thawed;
+    line.thawed += static_cast<float>(thawed);
+    counters_.frozen += share * tally.frozen;
+    line.frozen += static_cast<float>(share * tally.frozen);
+    line.hot += static_cast<float>(share * lane.lane().n_rows());
+    line.entropy += static_cast<float>(share) * lane.entropy();
+    line.ghost_mass += static_cast<float>(share) * lane.ghost_mass();
+    line.threshold = params().policy == Policy::kAsr ? lane.tau()
+                     : params().policy == Policy::kThaw
+                         ? moment(layer, kv_len).epsilon
+                         : 0.0f;
+    ++i;
+  }
+  line.budget = static_cast<float>(bound(layer, kv_len));
+  line_.cold_bytes_read += bytes;
+  counters_.cold_bytes_read += bytes;
+}
+
+void TieredKvStore::settle(int layer, const AttentionStats& stats) {
+  require(unsettled_.at(static_cast<std::size_t>(layer)) != 0, "KV store: layer ", layer,
+          ": settled without an append");
+  unsettled_[static_cast<std::size_t>(layer)] = 0;
+  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  const bool decode = phase_ == Phase::kDecode;
+  std::size_t i = 0;
+  for (Residency& lane : lanes(layer)) {
+    if (!exact()) {
+      lane.settle(moment(layer, kv_len), stats.lanes[i++]);
+    } else if (!stats.lanes.empty()) {
+      lane.learn(stats.lanes[i++], stats.n_rows, kv_len);
+    }
+  }
+  if (decode) count(layer, stats);
+  if (layer + 1 == shape_.n_layers) finish_step();
+}
+
+void TieredKvStore::finish_step() {
+  if (exact()) seeded_ = false;
+  if (phase_ == Phase::kDecode) {
+    ++counters_.steps;
+    if (recorder_) {
+      const KvUsage used = usage();
+      line_.hot_bytes = used.hot;
+      line_.ghost_bytes = used.ghosts;
+      recorder_->step(line_);
+    }
+    if (exact_steps_ > 0) --exact_steps_;
+    if (alarm_steps_ > 0) --alarm_steps_;
+  }
+  if (options_.check) check();
+}
+
+void TieredKvStore::rewind(int position) {
+  require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
+          length(), ", found ", position);
+  ghosts_.cut(position);
+  for (int& n : appended_) n = position;
+  std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.cut(moment(layer, position), position);
+  if (position == 0) exact_steps_ = alarm_steps_ = 0, seeded_ = false;
+  if (recorder_)
+    recorder_->event({KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1,
+                      position, 0, 0, 0});
+}
+
+void TieredKvStore::clear() {
+  rewind(0);
+  counters_ = {};
+}
+
+double TieredKvStore::reset(Rung rung) {
+  if (rung == Rung::kNone || full()) return 0;
+  const bool timed = params().policy == Policy::kThaw || params().policy == Policy::kAsr;
+  if (rung == Rung::kSoft && params().policy == Policy::kThaw) alarm_steps_ = kAlarmSteps;
+  if (rung >= Rung::kFull) exact_steps_ = kAlarmSteps;
+  else if (!timed) exact_steps_ = rung == Rung::kSoft ? 1 : 4;
+  double thawed = 0;
+  const int kv_len = length();
+  for (int layer = 0; layer < shape_.n_layers; ++layer) {
+    for (Residency& lane : lanes(layer)) {
+      const Moment now = moment(layer, kv_len);
+      const int before = lane.lane().n_rows();
+      if (rung >= Rung::kFull) lane.forget_history();
+      if (rung == Rung::kSoft) lane.wake_sleepers(now);
+      if (rung == Rung::kWindow) lane.wake_recent(now, kWakeSteps);
+      thawed += (lane.lane().n_rows() - before) * lane_heads() /
+                static_cast<double>(shape_.n_kv_heads);
+    }
+  }
+  return thawed;
+}
+
+void TieredKvStore::check() const {
+  const int n = length();
+  cold_.check(n);
+  std::int64_t lent = 0;
+  for (int layer = 0; layer < shape_.n_layers; ++layer) {
+    ghosts_.check(layer, cold_.rows(layer, n), n);
+    for (const Residency& lane : lanes(layer)) {
+      lent += (lane.lane().n_rows() + kHotPageRows - 1) / kHotPageRows;
+      if (seeded_ && phase_ == Phase::kDecode) lane.check(moment(layer, n));
+    }
+  }
+  if (!arena_) return;
+  require(lent + arena_->free_pages() == arena_->pages(), "KV check: ", arena_->pages(),
+          " hot pages, but ", lent, " in use and ", arena_->free_pages(), " free");
+  require(options_.hot_bytes == 0 || arena_->bytes() <= options_.hot_bytes, "KV check: ",
+          arena_->bytes(), " hot bytes, more than the ", options_.hot_bytes, " promised");
+}
+
+KvUsage TieredKvStore::usage() const {
+  KvUsage u;
+  u.cold = cold_.bytes();
+  u.full = length() * shape_.bytes_per_token();
+  u.ghosts = ghosts_.bytes();
+  if (arena_) u.hot = arena_->bytes();
+  for (const Residency& lane : lanes_) u.bookkeeping += lane.bookkeeping_bytes();
+  u.resident = full() ? u.full : u.hot + u.ghosts;
+  return u;
+}
+
+float TieredKvStore::ghost_mass() const {
+  float sum = 0;
+  for (const Residency& lane : lanes_) sum += lane.ghost_mass();
+  return lanes_.empty() ? 0 : sum / static_cast<float>(lanes_.size());
+}
+
+}  // namespace
+
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) {
+  return make_kv_store(
+      shape, options, make_memory_pages(),
+      options.cold_file.empty() ? make_memory_pages() : make_file_pages(options.cold_file));
+}
+
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options,
+                                       std::unique_ptr<PageSource> fast,
+                                       std::unique_ptr<PageSource> cold) {
+  return std::make_unique<TieredKvStore>(shape, options, std::move(fast), std::move(cold));
+}
+
+}  // namespace thaw

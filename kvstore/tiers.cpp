@@ -1,0 +1,180 @@
+#include "kvstore/tiers.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "device/error.h"
+#include "kvstore/row.h"
+
+namespace thaw {
+
+ColdTier::ColdTier(PageSource& source, const KvShape& shape, bool hashed)
+    : source_(source),
+      shape_(shape),
+      kv_row_(kv_row_bytes(shape.type, shape.head_dim)),
+      hashed_(hashed) {}
+
+std::int64_t ColdTier::bytes() const {
+  return std::ssize(pages_) * kTierTokens * shape_.bytes_per_token();
+}
+
+void ColdTier::reserve(int n_tokens) {
+  const auto pages = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  pages_.reserve(pages);
+  if (hashed_)
+    hashes_.resize(pages * kTierTokens * static_cast<std::size_t>(shape_.n_layers) *
+                   shape_.n_kv_heads);
+  while (pages_.size() < pages)
+    pages_.push_back(source_.take(
+        kTierTokens * static_cast<std::size_t>(shape_.bytes_per_token()), "the cold tier"));
+}
+
+// A page: layer, then head, then the keys of its tokens, then their values.
+KvRows ColdTier::rows(int layer, int n_rows) const {
+  KvRows rows;
+  rows.pages = {pages_.data(), pages_.size()};
+  rows.row_bytes = kv_row_;
+  rows.value_offset = kTierTokens * kv_row_;
+  rows.head_stride = 2 * kTierTokens * kv_row_;
+  rows.offset = static_cast<std::size_t>(layer) * shape_.n_kv_heads * rows.head_stride;
+  rows.page_rows = kTierTokens;
+  rows.n_rows = n_rows;
+  return rows;
+}
+
+void ColdTier::write(int layer, int token, const float* k, const float* v) {
+  const KvRows to = rows(layer, token + 1);
+  for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    std::byte* key = const_cast<std::byte*>(to.key(head, token));
+    store_row(key, k + head * shape_.head_dim, shape_.head_dim, shape_.type);
+    store_row(key + to.value_offset, v + head * shape_.head_dim, shape_.head_dim, shape_.type);
+    if (hashed_)
+      hashes_[(static_cast<std::size_t>(token) * shape_.n_layers + layer) * shape_.n_kv_heads +
+              head] = hash(layer, head, token);
+  }
+}
+
+// FNV-1a of the bytes.
+std::uint64_t ColdTier::hash(int layer, int head, int token) const {
+  const KvRows from = rows(layer, token + 1);
+  std::uint64_t h = 0xcbf29ce484222325;
+  for (const std::byte* row : {from.key(head, token), from.value(head, token)})
+    for (std::size_t i = 0; i < kv_row_; ++i)
+      h = (h ^ std::to_integer<std::uint64_t>(row[i])) * 0x100000001b3;
+  return h;
+}
+
+void ColdTier::check(int n_tokens) const {
+  std::size_t at = 0;
+  for (int token = 0; hashed_ && token < n_tokens; ++token)
+    for (int layer = 0; layer < shape_.n_layers; ++layer)
+      for (int head = 0; head < shape_.n_kv_heads; ++head)
+        require(hashes_[at++] == hash(layer, head, token), "KV check: layer ", layer, ", head ",
+                head, ": the cold copy of token ", token, " is not what was appended");
+}
+
+GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format,
+                     int centre_tokens)
+    : source_(source),
+      shape_(shape),
+      format_(format),
+      centre_tokens_(centre_tokens),
+      means_(format.present()
+                 ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
+                 : 0),
+      has_means_(static_cast<std::size_t>(shape.n_layers)) {}
+
+std::size_t GhostTier::page_bytes() const {
+  return static_cast<std::size_t>(shape_.n_layers) * shape_.n_kv_heads *
+         (kTierTokens / kGhostGroup) * format_.group_bytes();
+}
+
+std::int64_t GhostTier::bytes() const {
+  return std::ssize(pages_) * static_cast<std::int64_t>(page_bytes());
+}
+
+void GhostTier::reserve(int n_tokens) {
+  if (!format_.present()) return;
+  const auto pages = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  pages_.reserve(pages);
+  while (pages_.size() < pages) pages_.push_back(source_.take(page_bytes(), "ghosts"));
+}
+
+GhostView GhostTier::view(int layer) const {
+  GhostView view;
+  view.format = format_;
+  if (!format_.present() || !has_means_[static_cast<std::size_t>(layer)]) return view;
+  const std::size_t heads = static_cast<std::size_t>(shape_.n_kv_heads);
+  view.pages = {pages_.data(), pages_.size()};
+  view.page_groups = kTierTokens / kGhostGroup;
+  view.offset = static_cast<std::size_t>(layer) * heads * view.page_groups * format_.group_bytes();
+  view.key_mean = means_.data() + static_cast<std::size_t>(layer) * 2 * heads * shape_.head_dim;
+  view.value_mean = view.key_mean + heads * shape_.head_dim;
+  return view;
+}
+
+void GhostTier::fix_means(int layer, const KvRows& cold) {
+  const int dim = shape_.head_dim;
+  float* key_mean = means_.data() + std::size_t{2} * layer * shape_.n_kv_heads * dim;
+  float* value_mean = key_mean + shape_.n_kv_heads * dim;
+  std::vector<float> row(static_cast<std::size_t>(dim));
+  const auto add = [&](float* mean, const std::byte* from) {
+    load_row(row.data(), from, dim, shape_.type);
+    for (int i = 0; i < dim; ++i)
+      mean[i] += row[static_cast<std::size_t>(i)] / static_cast<float>(centre_tokens_);
+  };
+  std::fill_n(key_mean, 2 * shape_.n_kv_heads * dim, 0.0f);
+  for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    for (int t = 0; t < centre_tokens_; ++t) {
+      add(key_mean + head * dim, cold.key(head, t));
+      add(value_mean + head * dim, cold.value(head, t));
+    }
+  }
+  has_means_[static_cast<std::size_t>(layer)] = 1;
+}
+
+void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& cold,
+                          int token) const {
+  const GhostView ghosts = view(layer);
+  const int dim = shape_.head_dim;
+  float k[GhostQuery::kMaxDim], v[GhostQuery::kMaxDim];
+  load_row(k, cold.key(head, token), dim, shape_.type);
+  load_row(v, cold.value(head, token), dim, shape_.type);
+  write_ghost(group, format_, token % kGhostGroup, k, v, ghosts.key_mean + head * dim,
+              ghosts.value_mean + head * dim);
+}
+
+void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
+  if (!format_.present() || first + n < centre_tokens_) return;
+  if (!has_means_[static_cast<std::size_t>(layer)]) {
+    fix_means(layer, cold);
+    n += first;
+    first = 0;
+  }
+  const GhostView ghosts = view(layer);
+  for (int head = 0; head < shape_.n_kv_heads; ++head)
+    for (int token = first; token < first + n; ++token)
+      write_one(const_cast<std::byte*>(ghosts.group(head, token / kGhostGroup)), layer, head, cold,
+                token);
+}
+
+void GhostTier::cut(int position) {
+  if (position < centre_tokens_) std::fill(has_means_.begin(), has_means_.end(), char{0});
+}
+
+void GhostTier::check(int layer, const KvRows& cold, int n_tokens) const {
+  const GhostView ghosts = view(layer);
+  if (!ghosts.present()) return;
+  std::vector<std::byte> group(format_.group_bytes());
+  for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    for (int token = 0; token < n_tokens; ++token) {
+      const std::byte* is = ghosts.group(head, token / kGhostGroup);
+      std::copy_n(is, group.size(), group.begin());
+      write_one(group.data(), layer, head, cold, token);
+      require(std::equal(group.begin(), group.end(), is), "KV check: layer ", layer, ", head ",
+              head, ": the ghost of token ", token, " is not that of its key and value");
+    }
+  }
+}
+
+}  // namespace thaw

@@ -1,0 +1,70 @@
+// Where exact tokens and ghosts stand: pages of kTierTokens tokens, all layers together, taken as
+// the context grows.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "kvstore/ghost.h"
+#include "kvstore/kvstore.h"
+#include "kvstore/pages.h"
+
+namespace thaw {
+
+inline constexpr int kTierTokens = 128;  // a page; four groups of ghosts
+
+class ColdTier {
+ public:
+  // hashed: keep a hash of each key and value, for check().
+  ColdTier(PageSource& source, const KvShape& shape, bool hashed);
+
+  void reserve(int n_tokens);  // throws Error, with nothing lost, when memory is refused
+  int room() const { return static_cast<int>(pages_.size()) * kTierTokens; }  // tokens
+  // k, v: n_kv_heads x head_dim.
+  void write(int layer, int token, const float* k, const float* v);
+  KvRows rows(int layer, int n_rows) const;
+  std::int64_t bytes() const;
+  void check(int n_tokens) const;  // throws Error when a bit has changed since write()
+
+ private:
+  std::uint64_t hash(int layer, int head, int token) const;
+
+  PageSource& source_;
+  KvShape shape_;
+  std::size_t kv_row_;  // bytes of one key of one head
+  bool hashed_;
+  std::vector<std::byte*> pages_;
+  std::vector<std::uint64_t> hashes_;  // token x layer x head
+};
+
+class GhostTier {
+ public:
+  GhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format, int centre_tokens);
+
+  int centre_tokens() const { return centre_tokens_; }
+  void reserve(int n_tokens);
+  // Tokens [first, first + n) are in `cold` now: writes their ghosts; once the first centre_tokens
+  // are there, fixes the means by them and catches up.
+  void write(int layer, const KvRows& cold, int first, int n);
+  void cut(int position);  // without its first tokens a layer has no means
+  GhostView view(int layer) const;
+  std::int64_t bytes() const;
+  // Throws Error when a ghost is not that of its token.
+  void check(int layer, const KvRows& cold, int n_tokens) const;
+
+ private:
+  void fix_means(int layer, const KvRows& cold);
+  void write_one(std::byte* group, int layer, int head, const KvRows& cold, int token) const;
+  std::size_t page_bytes() const;
+
+  PageSource& source_;
+  KvShape shape_;
+  GhostFormat format_;
+  int centre_tokens_;
+  std::vector<std::byte*> pages_;
+  std::vector<float> means_;     // layer x {key, value} x head x head_dim
+  std::vector<char> has_means_;  // per layer
+};
+
+}  // namespace thaw
