@@ -62,7 +62,7 @@ TEST_CASE("generate: greedy tokens are those of the model run afresh on the whol
   CHECK(g.prompt_tokens == 7);
   CHECK(g.decode_steps == 11);
   CHECK(g.context_tokens == 18);  // the last token has not been through the model
-  CHECK(g.kv_bytes == 18 * engine.kv->shape().bytes_per_token());
+  CHECK(g.usage.full == 18 * engine.kv->shape().bytes_per_token());
 }
 
 TEST_CASE("generate: a prompt longer than a batch gives the same tokens") {

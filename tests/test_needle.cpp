@@ -199,7 +199,7 @@ RunResult run(std::vector<std::string> args) {
 
 TEST_CASE("needle: --json has each depth once and second questions about the next key") {
   const RunResult r = run({"--context", "900,700", "--depths", "3", "--needles", "2", "--second",
-                           "--digits", "3", "--json", "-q"});
+                           "--digits", "3", "--policy", "full", "--json", "-q"});
   CAPTURE(r.err);
   REQUIRE(r.exit_code == 0);
   const json j = json::parse(r.out);
@@ -241,7 +241,7 @@ TEST_CASE("needle: the real model finds its keys, and a page shows them") {
   if (!model) return;
   const std::string page = TinyCli::get().path("needle.html");
   const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "700", "--needles",
-                                "2", "--depths", "30,70", "--html", page});
+                                "2", "--depths", "30,70", "--policy", "full", "--html", page});
   CAPTURE(r.err);
   CHECK(r.exit_code == 0);
   CHECK(r.out ==
