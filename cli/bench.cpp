@@ -1,13 +1,16 @@
 // thaw bench: how fast prompts are read and tokens written, beside what the memory gives.
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <iostream>
 
 #include "cli/commands.h"
 #include "cli/format.h"
+#include "cli/input.h"
 #include "cli/options.h"
+#include "cli/statistics.h"
+#include "cli/table.h"
 #include "cli/terminal.h"
+#include "cli/tokenizer_source.h"
 #include "device/bandwidth.h"
 #include "model/forward.h"
 
@@ -16,154 +19,207 @@ namespace {
 
 struct Options {
   CommonOptions common;
+  std::vector<std::string> policies = {"full"};
+  std::optional<std::string> file;
   int prompt = 512;
   int decode = 128;
-  int depth = 0;
+  std::vector<int> depths = {0};
   int repetitions = 5;
 };
 
 bool parse(const Args& args, Options& o) {
   Flags flags(
       "bench", "-m MODEL [flags]",
-      "Times a prompt and a decode on arbitrary tokens, after one run that is not counted, and "
-      "prints tokens a second: mean and standard deviation of the repetitions. GB/s counts "
-      "the weights and the cache that a decoded token reads; peak is the read bandwidth "
-      "measured just before with the same threads.");
+      "Times a prompt and a decode, after one run that is not counted, and prints tokens a second: "
+      "mean, standard deviation and median of the repetitions. GB/s counts what a decoded token "
+      "reads: the weights, and hot tokens, ghosts and recalls of the cache; peak is the read "
+      "bandwidth measured just before with the same threads. Policies take turns, repetition by "
+      "repetition; what a policy reads depends on the text, so give it one with -f.");
   flags.section("What is timed");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
+  flags.text(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
   flags.integer(o.prompt, "-p, --prompt", "tokens of the prompt; 0 leaves it out", 0, 1 << 24);
   flags.integer(o.decode, "-n, --tokens", "tokens decoded one by one; 0 leaves it out", 0, 1 << 24);
-  flags.integer(o.depth, "-d, --depth", "tokens already in the cache before each", 0, 1 << 24);
+  flags.integers(o.depths, "-d, --depth", "tokens already in the cache before each; a list", 0,
+                 1 << 24);
   flags.integer(o.repetitions, "-r, --repetitions", "times that each is run", 1, 1000);
   flags.section("How it is computed");
-  add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need");
+  add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need",
+               &o.policies);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
   flags.examples(
-      "  thaw bench -m model.gguf\n  thaw bench -m model.gguf -p 0 -n 64 -d 4096 --json\n");
+      "  thaw bench -m model.gguf\n  thaw bench -m model.gguf -p 0 -n 64 -d 4096 --json\n"
+      "  thaw bench -m model.gguf -p 0 -d 1024,4096,7680 --policy full,thaw -f book.txt\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
   return true;
 }
 
 struct Result {
-  std::string test;
-  double tok_s = 0, sd = 0;
-  double gb_s = 0;  // 0: not bound by memory
+  std::string test, policy;
+  std::vector<double> rates;  // tokens a second, a repetition each
+  double bytes = 0;           // that a token reads; 0: not bound by memory
+
+  double gb_s() const { return bytes * mean_of(rates).mean / 1e9; }
 };
 
 // Bytes of every matrix that one token's forward pass reads.
-std::int64_t weight_bytes(const Weights& weights) {
+double weight_bytes(const Weights& weights) {
   std::int64_t total = weights.output.bytes();
   for (const LayerWeights& w : weights.layers) {
     for (const Tensor* t : {&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down})
       total += t->bytes();
   }
-  return total;
+  return static_cast<double>(total);
+}
+
+// Bytes of the cache that decode steps read: exact tokens, and the ghosts of all others (a recalled
+// token's ghost, too: it is what called it).
+double kv_bytes(const KvStore& kv, const KvCounters& before, const KvCounters& after) {
+  const double attended = after.attended - before.attended;
+  const double visible = after.visible - before.visible;
+  const double asked = visible - attended + after.recalled - before.recalled;
+  const auto steps = static_cast<double>(after.steps - before.steps);
+  return attended * static_cast<double>(kv.shape().bytes_per_token()) / kv.shape().n_layers +
+         asked / visible * steps * static_cast<double>(kv.usage().ghosts);
 }
 
 class Bench {
  public:
   Bench(const Options& o, const Model& model)
-      : o_(o),
-        model_(model),
-        transformer_(model, o.common.threads),
-        kv_(make_kv_store(o.common.kv, model.config, capacity(o, model.config))) {
-    for (int i = 0; i < kv_->shape().capacity; ++i) {
-      tokens_.push_back(
-          static_cast<std::int32_t>(std::int64_t{i} * 7919 % model.config.vocab_size));
+      : o_(o), model_(model), transformer_(model, o.common.threads) {
+    const int n_tokens = capacity();
+    for (const std::string& policy : o.policies) {
+      KvFlags flags = o.common.kv;
+      flags.policy = policy;
+      stores_.push_back(make_kv_store(flags, model.config, n_tokens));
     }
+    tokens_ = o.file ? read_tokens(n_tokens) : arbitrary_tokens(n_tokens);
   }
 
   ThreadPool& pool() { return transformer_.pool(); }
 
   std::vector<Result> run() {
     std::vector<Result> results;
-    if (o_.prompt > 0) {
-      results.push_back(
-          time("pp", o_.prompt, [&] { transformer_.prefill(after_depth(o_.prompt), *kv_); }));
-    }
-    if (o_.decode > 0) {
-      results.push_back(time("tg", o_.decode, [&] {
-        for (const std::int32_t& token : after_depth(o_.decode))
-          transformer_.forward({&token, 1}, *kv_, 1, Phase::kDecode);
-      }));
-      const double kv_bytes =
-          static_cast<double>(kv_->shape().bytes_per_token()) * (o_.depth + o_.decode / 2.0);
-      results.back().gb_s = (static_cast<double>(weight_bytes(model_.weights)) + kv_bytes) *
-                            results.back().tok_s / 1e9;
+    for (const int depth : o_.depths) {
+      if (o_.prompt > 0) {
+        time(results, "pp", o_.prompt, depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
+          transformer_.prefill(tokens, kv);
+        });
+      }
+      if (o_.decode > 0) {
+        time(results, "tg", o_.decode, depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
+          for (const TokenId& token : tokens) transformer_.forward({&token, 1}, kv, 1, Phase::kDecode);
+        });
+      }
     }
     return results;
   }
 
  private:
-  static int capacity(const Options& o, const Config& config) {
-    const int needed = o.depth + std::max({o.prompt, o.decode, 1});
-    const int capacity = o.common.context ? context_tokens(o.common, config) : needed;
+  int capacity() const {
+    const int needed = *std::max_element(o_.depths.begin(), o_.depths.end()) +
+                       std::max({o_.prompt, o_.decode, 1});
+    const int capacity = o_.common.context ? context_tokens(o_.common, model_.config) : needed;
     if (needed > capacity)
       throw UsageError(join("--context: expected at least ", needed, ", found ", capacity));
-    return capacity;
+    return needed;
   }
 
-  std::span<const std::int32_t> after_depth(int n) const {
-    return std::span(tokens_).subspan(static_cast<std::size_t>(o_.depth),
-                                      static_cast<std::size_t>(n));
+  std::vector<TokenId> arbitrary_tokens(int n) const {
+    std::vector<TokenId> tokens;
+    for (int i = 0; i < n; ++i)
+      tokens.push_back(static_cast<TokenId>(std::int64_t{i} * 7919 % model_.config.vocab_size));
+    return tokens;
   }
 
+  std::vector<TokenId> read_tokens(int n) const {
+    const Input input = read_file(*o_.file);
+    std::vector<TokenId> tokens = encode_input(load_tokenizer(model_), input, {});
+    require(tokens.size() >= static_cast<std::size_t>(n), input.source, ": expected at least ",
+            count(n, "token"), ", which the tests need, found ", tokens.size());
+    return tokens;
+  }
+
+  // Adds a result for each policy.
   template <class Work>
-  Result time(const std::string& name, int n_tokens, const Work& work) {
-    kv_->clear();
-    if (o_.depth > 0)
-      transformer_.prefill(std::span(tokens_).first(static_cast<std::size_t>(o_.depth)), *kv_);
-    std::vector<double> rates;
-    for (int i = 0; i <= o_.repetitions; ++i) {
-      kv_->rewind(o_.depth);
-      const auto start = std::chrono::steady_clock::now();
-      work();
-      const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
-      if (i > 0) rates.push_back(n_tokens / elapsed.count());
+  void time(std::vector<Result>& results, const std::string& name, int n_tokens, int depth,
+            const Work& work) {
+    const std::span<const TokenId> before = std::span(tokens_).first(static_cast<std::size_t>(depth));
+    const std::span<const TokenId> timed = std::span(tokens_).subspan(
+        static_cast<std::size_t>(depth), static_cast<std::size_t>(n_tokens));
+    std::vector<KvCounters> warm;
+    const std::size_t first = results.size();
+    for (std::size_t p = 0; p < stores_.size(); ++p) {
+      stores_[p]->clear();
+      if (depth > 0) transformer_.prefill(before, *stores_[p]);
+      work(timed, *stores_[p]);
+      warm.push_back(stores_[p]->counters());
+      results.push_back({join(name, n_tokens, depth > 0 ? join("@d", depth) : ""), o_.policies[p],
+                         {}, 0});
     }
-    Result r{join(name, n_tokens, o_.depth > 0 ? join("@d", o_.depth) : ""), 0, 0, 0};
-    const double n = static_cast<double>(rates.size());
-    for (double rate : rates) r.tok_s += rate / n;
-    for (double rate : rates) r.sd += (rate - r.tok_s) * (rate - r.tok_s);
-    r.sd = n > 1 ? std::sqrt(r.sd / (n - 1)) : 0;
-    return r;
+    for (int i = 0; i < o_.repetitions; ++i) {
+      for (std::size_t p = 0; p < stores_.size(); ++p) {
+        stores_[p]->rewind(depth);
+        const auto start = std::chrono::steady_clock::now();
+        work(timed, *stores_[p]);
+        const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
+        results[first + p].rates.push_back(n_tokens / elapsed.count());
+      }
+    }
+    for (std::size_t p = 0; p < stores_.size(); ++p) {
+      const KvCounters& counters = stores_[p]->counters();
+      const auto steps = static_cast<double>(counters.steps - warm[p].steps);
+      if (steps == 0) continue;  // a prompt
+      results[first + p].bytes = weight_bytes(model_.weights) +
+                                 kv_bytes(*stores_[p], warm[p], counters) / steps;
+    }
   }
 
   const Options& o_;
   const Model& model_;
   Transformer transformer_;
-  std::unique_ptr<KvStore> kv_;
-  std::vector<std::int32_t> tokens_;
+  std::vector<std::unique_ptr<KvStore>> stores_;  // one a policy
+  std::vector<TokenId> tokens_;
 };
 
-std::string report(const Options& o, const std::vector<Result>& results, double peak) {
-  if (o.common.json) {
-    nlohmann::ordered_json list = nlohmann::ordered_json::array();
-    for (const Result& r : results) {
-      const bool bound = r.gb_s > 0;
-      list.push_back({{"test", r.test},
-                      {"tok_s", r.tok_s},
-                      {"sd", r.sd},
-                      {"gb_s", bound ? nlohmann::ordered_json(r.gb_s) : nlohmann::ordered_json()},
-                      {"pct_peak", bound ? nlohmann::ordered_json(100 * r.gb_s / peak)
-                                         : nlohmann::ordered_json()},
-                      {"policy", o.common.kv.policy},
-                      {"threads", o.common.threads},
-                      {"backend", "cpu"}});
-    }
-    return json_line({{"model", *o.common.model}, {"read_gb_s", peak}, {"results", list}});
-  }
-  std::string out =
-      join("read bandwidth ", fixed(peak, 1), " GB/s, ", o.common.threads, " threads\n\n",
-           "| test | tok/s | sd | GB/s | % of peak |\n|---|---:|---:|---:|---:|\n");
+std::string to_json(const Options& o, const std::vector<Result>& results, double peak) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
   for (const Result& r : results) {
-    out += join("| ", r.test, " | ", fixed(r.tok_s, 2), " | ", fixed(r.sd, 2), " | ",
-                r.gb_s > 0 ? fixed(r.gb_s, 2) : "-", " | ",
-                r.gb_s > 0 ? fixed(100 * r.gb_s / peak, 1) : "-", " |\n");
+    const Mean rate = mean_of(r.rates);
+    nlohmann::ordered_json row = {{"test", r.test},       {"tok_s", rate.mean}, {"sd", rate.sd},
+                                  {"gb_s", nullptr},      {"pct_peak", nullptr},
+                                  {"policy", r.policy},   {"threads", o.common.threads},
+                                  {"backend", "cpu"}};
+    if (r.bytes > 0) row["gb_s"] = r.gb_s(), row["pct_peak"] = 100 * r.gb_s() / peak;
+    list.push_back(row);
   }
-  return out;
+  return json_line({{"model", *o.common.model}, {"read_gb_s", peak}, {"results", list}});
+}
+
+// Repetition by repetition, in the middle of their ratios.
+double median_ratio(const Result& r, const Result& base) {
+  std::vector<double> ratios;
+  for (std::size_t i = 0; i < r.rates.size(); ++i) ratios.push_back(r.rates[i] / base.rates[i]);
+  return quantile(ratios, 0.5);
+}
+
+std::string to_text(const Options& o, const std::vector<Result>& results, double peak) {
+  const std::size_t n = o.policies.size();
+  TableRow header = {"test", "policy", "tok/s", "sd", "median", "GB/s", "% of peak"};
+  if (n > 1) header.push_back("/ " + o.policies.front());
+  std::vector<TableRow> rows;
+  for (std::size_t i = 0; i < results.size(); ++i) {
+    const Result& r = results[i];
+    const Mean rate = mean_of(r.rates);
+    rows.push_back({r.test, r.policy, fixed(rate.mean, 2), fixed(rate.sd, 2),
+                    fixed(quantile(r.rates, 0.5), 2), r.bytes > 0 ? fixed(r.gb_s(), 2) : "-",
+                    r.bytes > 0 ? fixed(100 * r.gb_s() / peak, 1) : "-"});
+    if (n > 1) rows.back().push_back(fixed(median_ratio(r, results[i / n * n]), 2));
+  }
+  return join("read bandwidth ", fixed(peak, 1), " GB/s, ", o.common.threads, " threads\n\n",
+              markdown_table(header, rows, 2));
 }
 
 }  // namespace
@@ -174,7 +230,8 @@ int run_bench(const Args& args) {
   const Model model = load_model(*o.common.model);
   Bench bench(o, model);
   const double peak = measure_read_bandwidth(bench.pool());
-  write_stdout(report(o, bench.run(), peak));
+  const std::vector<Result> results = bench.run();
+  write_stdout(o.common.json ? to_json(o, results, peak) : to_text(o, results, peak));
   return 0;
 }
 

@@ -30,6 +30,12 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
   return d[a.size()][b.size()];
 }
 
+std::string joined(const std::vector<std::string>& parts, const char* separator) {
+  std::string out;
+  for (const std::string& part : parts) out += join(out.empty() ? "" : separator, part);
+  return out;
+}
+
 // Appends `text` in lines that fit, each but the first indented.
 void wrap(std::string& out, const std::string& text, std::size_t indent, std::size_t column) {
   std::istringstream words(text);
@@ -49,6 +55,18 @@ void wrap(std::string& out, const std::string& text, std::size_t indent, std::si
 }
 
 }  // namespace
+
+std::vector<std::string> split(const std::string& text, char separator) {
+  std::vector<std::string> parts(1);
+  for (const char c : text) {
+    if (c == separator) {
+      parts.emplace_back();
+    } else {
+      parts.back() += c;
+    }
+  }
+  return parts;
+}
 
 std::string closest(std::string_view word, const std::vector<std::string>& candidates) {
   if (word.size() > 40) return "";
@@ -101,12 +119,38 @@ void Flags::texts(std::vector<std::string>& value, Text names, Text placeholder,
 
 void Flags::choice(std::string& value, Text names, const std::vector<std::string>& choices,
                    Text help) {
-  std::string list;
-  for (const std::string& choice : choices) list += join(list.empty() ? "" : "|", choice);
+  const std::string list = joined(choices, "|");
   add(names, list, help + " (default " + value + ")", choices.size() == 1 ? list : "one of " + list,
       [&value, choices](Text s) {
         value = s;
         return std::find(choices.begin(), choices.end(), s) != choices.end();
+      });
+}
+
+void Flags::choices(std::vector<std::string>& values, Text names,
+                    const std::vector<std::string>& choices, Text help) {
+  const std::string list = joined(choices, "|");
+  add(names, "LIST", help + " (default " + joined(values, ",") + ")",
+      "some of " + list + " between commas", [&values, choices](Text s) {
+        values = split(s, ',');
+        return std::all_of(values.begin(), values.end(), [&](const std::string& value) {
+          return std::find(choices.begin(), choices.end(), value) != choices.end();
+        });
+      });
+}
+
+void Flags::integers(std::vector<int>& values, Text names, Text help, int min, int max) {
+  std::vector<std::string> shown;
+  for (const int value : values) shown.push_back(std::to_string(value));
+  add(names, "LIST", help + " (default " + joined(shown, ",") + ")",
+      join("whole numbers from ", min, " to ", max, " between commas"), [&values, min, max](Text s) {
+        values.clear();
+        for (const std::string& part : split(s, ',')) {
+          const auto number = parse_number<int>(part);
+          if (!number || *number < min || *number > max) return false;
+          values.push_back(*number);
+        }
+        return true;
       });
 }
 

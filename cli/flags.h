@@ -27,6 +27,9 @@ std::optional<T> parse_number(std::string_view text) {
   return value;
 }
 
+// The parts between separators; one, empty, of an empty text.
+std::vector<std::string> split(const std::string& text, char separator);
+
 // The one of `candidates` that `word` is most likely a slip for, or "".
 std::string closest(std::string_view word, const std::vector<std::string>& candidates);
 
@@ -47,6 +50,10 @@ class Flags {
             const std::function<bool(Text)>& accepts, Text expected);
   void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
   void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
+  // Values between commas, one or more.
+  void choices(std::vector<std::string>& values, Text names,
+               const std::vector<std::string>& choices, Text help);
+  void integers(std::vector<int>& values, Text names, Text help, int min, int max);
   template <class T>  // T: an integer type, or std::optional of one
   void integer(T& value, Text names, Text help, std::int64_t min, std::int64_t max);
   void seed(std::optional<std::uint64_t>& value, Text names, Text help);

@@ -74,13 +74,19 @@ KvOptions KvFlags::options() const {
   return o;
 }
 
-void add_kv_flags(Flags& flags, KvFlags& kv) {
+void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies) {
   const auto positive = [](double x) { return x > 0; };
   flags.choice(kv.type_name, "--kv-type", {"f16", "bf16", "f32", "q8_0", "q4_0"},
                "how exact keys and values are stored");
-  flags.choice(kv.policy, "--policy", {"full", "window", "h2o", "budget", "asr", "thaw"},
-               "which tokens stay exact in fast memory; the rest is frozen, and with thaw answers "
-               "through ghosts. full: all of them");
+  const std::vector<std::string> names(std::begin(kPolicyNames), std::end(kPolicyNames));
+  const std::string help =
+      "which tokens stay exact in fast memory; the rest is frozen, and with thaw answers through "
+      "ghosts. full: all of them";
+  if (policies) {
+    flags.choices(*policies, "--policy", names, help + "; a list takes turns");
+  } else {
+    flags.choice(kv.policy, "--policy", names, help);
+  }
   flags.choice(kv.preset, "--preset", {"default", "economy"},
                "thaw: economy takes smaller ghosts and reads more from the cold tier");
   flags.real(kv.hot_fraction, "--hot-fraction",

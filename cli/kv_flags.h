@@ -3,6 +3,7 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "cli/flags.h"
 #include "kvstore/kvstore.h"
@@ -29,7 +30,8 @@ struct KvFlags {
   KvOptions options() const;
 };
 
-void add_kv_flags(Flags& flags, KvFlags& kv);
+// policies: for a command that takes several, which go there instead of to `kv`.
+void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies = nullptr);
 
 // "k3v2", or "off".
 std::string ghost_name(const PolicyParams& params);

@@ -45,10 +45,11 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
                "where to compute; this build has: cpu");
 }
 
-void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help) {
+void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help,
+                  std::vector<std::string>* policies) {
   flags.section("Context");
   flags.integer(o.context, "-c, --context", context_help, 1, kMaxContext);
-  add_kv_flags(flags, o.kv);
+  add_kv_flags(flags, o.kv, policies);
 }
 
 void add_output_flags(Flags& flags, CommonOptions& o) {

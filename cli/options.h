@@ -30,7 +30,8 @@ struct CommonOptions {
 void add_model_flag(Flags& flags, CommonOptions& options, const std::string& help);
 void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
 // --context and the store's flags; commands without a --context take add_kv_flags(flags, kv).
-void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help);
+void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help,
+                  std::vector<std::string>* policies = nullptr);  // as in cli/kv_flags.h
 void add_output_flags(Flags& flags, CommonOptions& options);  // json, quiet, verbose
 
 // Throws UsageError when no model is named or the backend is not in this build.

@@ -307,6 +307,7 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
   KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
   std::int64_t bytes = 0;
   counters_.visible += kv_len;
+  if (full()) counters_.attended += kv_len;
   counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
   std::size_t i = 0;
   for (Residency& lane : lanes(layer)) {
