@@ -314,53 +314,6 @@ TEST_CASE("logits: --dump writes each intermediate over all tokens, one file a l
   CHECK(std::distance(std::filesystem::directory_iterator(some), {}) == 2);
 }
 
-double nll(const std::vector<float>& logits, std::size_t row, TokenId target) {
-  double sum = 0;
-  for (int i = 0; i < 288; ++i) sum += std::exp(double{logits[row * 288 + i]});
-  return std::log(sum) - logits[row * 288 + target];
-}
-
-TEST_CASE("perplexity: exp of the mean NLL, with its standard error") {
-  Library library;
-  const std::vector<TokenId> ids = library.tokenizer.encode("Xbqkz-Jvwxy");
-  const std::vector<float> logits = library.logits(ids);
-  double sum = 0, squares = 0;
-  const double n = static_cast<double>(ids.size() - 1);
-  for (std::size_t i = 1; i < ids.size(); ++i) {
-    const double x = nll(logits, i - 1, ids[i]);
-    sum += x, squares += x * x;
-  }
-  const double mean = sum / n, se = std::sqrt((squares - n * mean * mean) / (n - 1) / n);
-  for (const std::string prefill : {"0", "4", "1000"}) {
-    const json j = run_json("perplexity", {"-p", "Xbqkz-Jvwxy", "--prefill", prefill});
-    CHECK(j["nll_nats"].get<double>() == doctest::Approx(mean).epsilon(1e-4));
-    CHECK(j["nll_se_nats"].get<double>() == doctest::Approx(se).epsilon(1e-4));
-    CHECK(j["perplexity"].get<double>() == doctest::Approx(std::exp(mean)).epsilon(1e-4));
-    CHECK(j["tokens"] == ids.size() - 1);
-    CHECK(j["windows"] == 1);
-  }
-  const RunResult r = run("perplexity", {"-p", "Xbqkz-Jvwxy", "-q"});
-  CHECK(r.out.starts_with("perplexity  "));
-  CHECK(contains(r.out, "tokens      10 in 1 window\n"));
-  CHECK(r.err.empty());
-}
-
-TEST_CASE("perplexity: windows count each token once, from the context its window gives") {
-  Library library;
-  const std::vector<TokenId> ids = library.tokenizer.encode("XbqkzJvwxyzQ");
-  REQUIRE(ids.size() == 12);
-  // Windows of 6 every 4: [0, 6) counts 1..5, [4, 10) counts 6..9, [8, 12) counts 10 and 11.
-  double sum = 0;
-  for (const auto& [begin, first, end] : {std::tuple{0, 1, 6}, {4, 6, 10}, {8, 10, 12}}) {
-    const std::vector<float> logits = library.logits({ids.begin() + begin, ids.begin() + end});
-    for (int i = first; i < end; ++i) sum += nll(logits, i - begin - 1, ids[i]);
-  }
-  const json j = run_json("perplexity", {"-p", "XbqkzJvwxyzQ", "-c", "6", "--stride", "4"});
-  CHECK(j["windows"] == 3);
-  CHECK(j["tokens"] == 11);
-  CHECK(j["nll_nats"].get<double>() == doctest::Approx(sum / 11).epsilon(1e-4));
-}
-
 TEST_CASE("inspect: what the model is made of") {
   const json j = run_json("inspect", {"--tensors", "--check"});
   CHECK(j["n_layers"] == 2);

@@ -1,0 +1,132 @@
+#include "cli/compare.h"
+
+#include <algorithm>
+
+#include "model/divergence.h"
+
+namespace thaw {
+namespace {
+
+void add(KvUsage& sum, const KvUsage& usage) {
+  sum.hot += usage.hot;
+  sum.ghosts += usage.ghosts;
+  sum.bookkeeping += usage.bookkeeping;
+  sum.cold += usage.cold;
+  sum.full += usage.full;
+  sum.resident += usage.resident;
+}
+
+void add(KvCounters& sum, const KvCounters& counters) {
+  sum.steps += counters.steps;
+  sum.attended += counters.attended;
+  sum.visible += counters.visible;
+  sum.recalled += counters.recalled;
+  sum.thawed += counters.thawed;
+  sum.frozen += counters.frozen;
+  sum.cold_bytes_read += counters.cold_bytes_read;
+  sum.cold_bytes_visible += counters.cold_bytes_visible;
+}
+
+std::int64_t f16_bytes(const KvStore& store) {
+  KvShape shape = store.shape();
+  shape.type = KvType::kF16;
+  return shape.bytes_per_token() * store.length();
+}
+
+// One Transformer whose passes alternate between the stores.
+class Lockstep {
+ public:
+  Lockstep(Transformer& transformer, const std::vector<std::unique_ptr<KvStore>>& stores,
+           KvStore* full)
+      : transformer_(transformer), stores_(stores), full_(full) {
+    result.policies.resize(stores.size());
+  }
+
+  void prefill(std::span<const TokenId> tokens) {
+    if (full_) prefill(tokens, *full_);
+    for (const auto& store : stores_) prefill(tokens, *store);
+  }
+
+  // Decodes `token`, which `next` follows.
+  void step(TokenId token, TokenId next) {
+    if (full_) {
+      const std::span<const float> logits =
+          transformer_.forward({&token, 1}, *full_, 1, Phase::kDecode);
+      full_logits_.assign(logits.begin(), logits.end());
+      result.nll_full.push_back(negative_log_likelihood(logits, next));
+    }
+    for (std::size_t i = 0; i < stores_.size(); ++i) {
+      PolicyScore& score = result.policies[i];
+      const std::span<const float> logits =
+          transformer_.forward({&token, 1}, *stores_[i], 1, Phase::kDecode);
+      if (full_) {
+        const Divergence d = compare_rows(transformer_.pool(), full_logits_, logits, next);
+        score.nll.push_back(d.nll);
+        score.kl.push_back(d.kl);
+        score.same_top += d.same_top;
+      } else {
+        score.nll.push_back(negative_log_likelihood(logits, next));
+      }
+    }
+  }
+
+  void end_window() {
+    ++result.windows;
+    for (std::size_t i = 0; i < stores_.size(); ++i) {
+      PolicyScore& score = result.policies[i];
+      add(score.usage, stores_[i]->usage());
+      add(score.counters, stores_[i]->counters());
+      score.f16_bytes += f16_bytes(*stores_[i]);
+    }
+  }
+
+  Comparison result;
+
+ private:
+  void prefill(std::span<const TokenId> tokens, KvStore& store) {
+    store.clear();
+    if (!tokens.empty()) transformer_.prefill(tokens, store);
+  }
+
+  Transformer& transformer_;
+  const std::vector<std::unique_ptr<KvStore>>& stores_;
+  KvStore* full_;
+  std::vector<float> full_logits_;
+};
+
+}  // namespace
+
+std::vector<DecodeWindow> decode_windows(const DecodeWindows& w, int n_tokens) {
+  const int n_bos = w.bos >= 0;
+  std::vector<DecodeWindow> plan;
+  for (int begin = 0; static_cast<int>(plan.size()) < w.most; begin += w.stride) {
+    const int end = std::min(begin + w.context - n_bos, n_tokens - 1);  // the last is only predicted
+    if (end - begin + n_bos <= w.prefill) break;
+    plan.push_back({begin, end});
+  }
+  return plan;
+}
+
+Comparison compare_policies(Transformer& transformer,
+                            const std::vector<std::unique_ptr<KvStore>>& stores, KvStore* full,
+                            std::span<const TokenId> ids, const DecodeWindows& windows,
+                            const std::function<bool(int, int)>& progress) {
+  Lockstep run(transformer, stores, full);
+  for (const auto& [begin, end] : decode_windows(windows, static_cast<int>(ids.size()))) {
+    std::vector<TokenId> tokens(ids.begin() + begin, ids.begin() + end);
+    if (windows.bos >= 0) tokens.insert(tokens.begin(), windows.bos);
+    const int n_tokens = static_cast<int>(tokens.size());
+    run.prefill(std::span(tokens).first(static_cast<std::size_t>(windows.prefill)));
+    for (int i = windows.prefill; i < n_tokens; ++i) {
+      if (!progress(run.result.windows, i - windows.prefill)) {
+        run.result.interrupted = true;
+        return run.result;
+      }
+      run.step(tokens[i], ids[end - n_tokens + i + 1]);
+    }
+    run.end_window();
+  }
+  return run.result;
+}
+
+}  // namespace thaw
