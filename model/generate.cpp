@@ -19,58 +19,150 @@ class Clock {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-bool interrupted(const GenerateOptions& options) {
-  return options.interrupted && options.interrupted->load();
+// Asks the alarm after a decode step, and thaws what it demands.
+Rung recover(Recovery& recovery, KvStore& kv, std::span<const float> logits, bool can_rewalk) {
+  const Rung rung =
+      recovery.observe(kv.length(), softmax_entropy(logits), kv.ghost_mass(), can_rewalk);
+  if (rung != Rung::kNone) kv.reset(std::min(rung, Rung::kFull));
+  return rung;
 }
 
-// Logits of the last token of the prompt, or nothing when interrupted.
-std::span<const float> prefill(Transformer& transformer, KvStore& kv,
-                               std::span<const std::int32_t> prompt,
-                               const GenerateOptions& options) {
-  std::span<const float> logits;
-  const std::size_t batched = options.prefill < 0 ? SIZE_MAX : options.prefill;
-  for (std::size_t done = 0; done < prompt.size() && !interrupted(options);) {
-    const std::size_t n =
-        done >= batched ? 1
-                        : std::min<std::size_t>(transformer.max_rows(),
-                                                std::min(batched, prompt.size()) - done);
-    const bool last = done + n == prompt.size();
-    logits = transformer.forward(prompt.subspan(done, n), kv, last ? 1 : 0, Phase::kPrefill);
-    done += n;
-    if (options.on_prefill)
-      options.on_prefill(static_cast<int>(done), static_cast<int>(prompt.size()));
+// One call of generate(). What is known of the text is the prompt and `tokens`; what stands in kv
+// may end before that, at the newest token or, after a rewalk, some tokens earlier.
+class Run {
+ public:
+  Run(Transformer& transformer, KvStore& kv, Sampler& sampler, std::span<const std::int32_t> prompt,
+      const GenerateOptions& options)
+      : transformer_(transformer),
+        kv_(kv),
+        sampler_(sampler),
+        prompt_(prompt),
+        options_(options),
+        start_(kv.length()),
+        limit_(options.max_tokens < 0 ? SIZE_MAX : options.max_tokens),
+        hold_(options.recovery && options.recovery->params().highest == Rung::kRewalk
+                  ? options.recovery->params().rewalk_tokens
+                  : 0) {}
+
+  Generation run() {
+    for (std::int32_t token : prompt_) sampler_.accept(token);
+    read_prompt();
+    result_.prefill_seconds = clock_.seconds();
+    result_.finish = write();
+    if (!pass_on(0)) result_.finish = Finish::kStopped;
+    if (result_.decode_steps > 0)
+      result_.decode_seconds = clock_.seconds() - result_.first_token_seconds;
+    result_.prompt_tokens = static_cast<int>(std::min(in_store(), prompt_.size()));
+    result_.context_tokens = kv_.length();
+    result_.usage = kv_.usage();
+    result_.counters = kv_.counters();
+    return std::move(result_);
   }
-  return logits;
-}
 
-// Tokens into `result`, starting from the logits of the prompt's last token.
-Finish decode(Transformer& transformer, KvStore& kv, Sampler& sampler,
-              std::span<const float> logits, const GenerateOptions& options, const Clock& clock,
-              Generation& result) {
-  const std::size_t limit = options.max_tokens < 0 ? SIZE_MAX : options.max_tokens;
-  Fingerprint fingerprint;
-  for (;;) {
-    if (interrupted(options)) return Finish::kInterrupted;
-    if (result.tokens.size() == limit) return Finish::kLength;
-    if (!result.tokens.empty()) {
-      if (kv.length() == kv.shape().capacity) return Finish::kContext;
-      logits = transformer.forward(std::span(result.tokens).last(1), kv, 1, Phase::kDecode);
-      ++result.decode_steps;
+ private:
+  std::size_t in_store() const { return static_cast<std::size_t>(kv_.length() - start_); }
+  std::size_t known() const { return prompt_.size() + result_.tokens.size(); }
+  bool interrupted() const { return options_.interrupted && options_.interrupted->load(); }
+
+  // All of the prompt, or, where its end is decoded, all but the last token.
+  void read_prompt() {
+    const bool decoded = options_.prefill >= 0 && options_.prefill < std::ssize(prompt_);
+    const int n_tokens = static_cast<int>(prompt_.size()) - decoded;
+    if (interrupted()) return;
+    teacher_force(
+        transformer_, kv_, prompt_.first(n_tokens), {options_.prefill, n_tokens - 1},
+        [&](int, std::span<const float> logits) {
+          logits_ = logits;
+          if (options_.on_prefill) {
+            options_.on_prefill(static_cast<int>(in_store()), static_cast<int>(prompt_.size()));
+          }
+          return !interrupted();
+        },
+        options_.recovery);
+  }
+
+  Finish write() {
+    for (;;) {
+      while (in_store() < known()) {
+        if (interrupted()) return Finish::kInterrupted;
+        if (kv_.length() == kv_.shape().capacity) return Finish::kContext;
+        step();
+      }
+      if (interrupted()) return Finish::kInterrupted;
+      if (limit_ == 0) return Finish::kLength;
+      const std::int32_t token = draw();
+      if (options_.is_end && options_.is_end(token)) return Finish::kEnd;
+      sampler_.accept(token);
+      result_.tokens.push_back(token);
+      if (!pass_on(hold_)) return Finish::kStopped;
+      if (result_.tokens.size() == limit_) return Finish::kLength;
     }
-    if (options.fingerprint) {
-      fingerprint.add(logits);
-      result.fingerprint = fingerprint.value();
-    }
-    if (options.on_logits) options.on_logits(logits);
+  }
+
+  // Runs the next token that is known and not in the store.
+  void step() {
+    const std::size_t at = in_store();
     const std::int32_t token =
-        sampler.sample(options.n_vocab > 0 ? logits.first(options.n_vocab) : logits);
-    if (result.tokens.empty()) result.first_token_seconds = clock.seconds();
-    if (options.is_end && options.is_end(token)) return Finish::kEnd;
-    sampler.accept(token);
-    result.tokens.push_back(token);
-    if (options.on_token && !options.on_token(token)) return Finish::kStopped;
+        at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
+    logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
+    if (!result_.tokens.empty()) ++result_.decode_steps;
+    if (options_.recovery && recover(*options_.recovery, kv_, logits_, true) == Rung::kRewalk)
+      rewalk();
   }
-}
+
+  std::int32_t draw() {
+    if (options_.fingerprint) {
+      fingerprint_.add(logits_);
+      result_.fingerprint = fingerprint_.value();
+    }
+    if (options_.on_logits) options_.on_logits(logits_);
+    const std::int32_t token =
+        sampler_.sample(options_.n_vocab > 0 ? logits_.first(options_.n_vocab) : logits_);
+    if (result_.first_token_seconds == 0) result_.first_token_seconds = clock_.seconds();
+    return token;
+  }
+
+  // Tells on_token of all tokens but the newest `hold`. False when it wants no more; those that it
+  // was not told of were then never made.
+  bool pass_on(std::size_t hold) {
+    while (result_.tokens.size() - passed_ > hold) {
+      const std::int32_t token = result_.tokens[passed_++];
+      if (!options_.on_token || options_.on_token(token)) continue;
+      take_back();
+      if (in_store() >= known()) kv_.rewind(start_ + static_cast<int>(known()) - 1);
+      return false;
+    }
+    return true;
+  }
+
+  // Takes back the tokens that on_token was not told of, and has them and what precedes them run
+  // again, rewalk_tokens in all.
+  void rewalk() {
+    const std::size_t held = result_.tokens.size() - passed_;
+    const std::size_t back = std::min(std::max(hold_, held + 1), in_store());
+    take_back();
+    kv_.rewind(kv_.length() - static_cast<int>(back));
+  }
+
+  void take_back() {
+    sampler_.forget(result_.tokens.size() - passed_);
+    result_.tokens.resize(passed_);
+  }
+
+  Transformer& transformer_;
+  KvStore& kv_;
+  Sampler& sampler_;
+  std::span<const std::int32_t> prompt_;
+  const GenerateOptions& options_;
+  const int start_;
+  const std::size_t limit_;
+  const std::size_t hold_;  // tokens that on_token is not told of yet
+  const Clock clock_;
+  Generation result_;
+  std::size_t passed_ = 0;  // tokens that on_token was told of
+  std::span<const float> logits_;
+  Fingerprint fingerprint_;
+};
 
 }  // namespace
 
@@ -85,33 +177,25 @@ Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
   require(prompt.size() <= static_cast<std::size_t>(room), "prompt: expected at most ", room,
           " tokens, which is what the context has room for, found ", prompt.size());
 
-  Generation result;
-  const int start = kv.length();
-  const Clock clock;
-  for (std::int32_t token : prompt) sampler.accept(token);
-  const std::span<const float> logits = prefill(transformer, kv, prompt, options);
-  result.prefill_seconds = clock.seconds();
-  result.prompt_tokens = kv.length() - start;
-  result.finish = decode(transformer, kv, sampler, logits, options, clock, result);
-  if (result.decode_steps > 0) result.decode_seconds = clock.seconds() - result.first_token_seconds;
-  result.context_tokens = kv.length();
-  result.usage = kv.usage();
-  result.counters = kv.counters();
-  return result;
+  return Run(transformer, kv, sampler, prompt, options).run();
 }
 
 bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::int32_t> tokens,
                    ForcedRows rows,
-                   const std::function<bool(int, std::span<const float>)>& on_logits) {
+                   const std::function<bool(int, std::span<const float>)>& on_logits,
+                   Recovery* recovery) {
   const int n_tokens = static_cast<int>(tokens.size());
   const int prefill = rows.prefill < 0 ? n_tokens : std::min(rows.prefill, n_tokens);
   for (int row = 0, n = 0; row < n_tokens; row += n) {
     n = row < prefill ? std::min(transformer.max_rows(), prefill - row) : 1;
     const int n_logits = std::clamp(row + n - rows.first, 0, n);
+    const bool decode = row >= prefill;
+    const bool watched = decode && recovery;
     const std::span<const float> logits =
-        transformer.forward(tokens.subspan(row, n), kv, n_logits,
-                            row < prefill ? Phase::kPrefill : Phase::kDecode);
-    if (!on_logits(row + n - n_logits, logits)) return false;
+        transformer.forward(tokens.subspan(row, n), kv, watched ? 1 : n_logits,
+                            decode ? Phase::kDecode : Phase::kPrefill);
+    if (watched) recover(*recovery, kv, logits, false);
+    if (!on_logits(row + n - n_logits, n_logits > 0 ? logits : logits.first(0))) return false;
   }
   return true;
 }

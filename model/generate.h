@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "kvstore/kvstore.h"
+#include "kvstore/recovery.h"
 #include "model/forward.h"
 #include "model/sampler.h"
 
@@ -44,6 +45,9 @@ struct GenerateOptions {
   std::function<void(std::span<const float>)> on_logits;  // before each token is drawn from them
   std::function<void(int, int)> on_prefill;               // tokens of the prompt done, of how many
   const std::atomic<bool>* interrupted = nullptr;         // asked between forward passes
+  // Watches every decode step and resets kv when it raises the alarm; null: nobody does. Where it
+  // may rewalk, on_token sees a token only once rewalk_tokens more are made, or at the end.
+  Recovery* recovery = nullptr;
 };
 
 struct Generation {
@@ -73,8 +77,10 @@ struct ForcedRows {
 // Appends `tokens` to kv; on_logits(row, logits) gets the logits of rows `row` ... in order, each
 // the model's prediction after tokens[0 .. row], valid during the call. It returns false to stop,
 // and then so does this.
+// `recovery`, where given, watches the rows after the prefill; its rewalk is a full reset here.
 bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::int32_t> tokens,
                    ForcedRows rows,
-                   const std::function<bool(int, std::span<const float>)>& on_logits);
+                   const std::function<bool(int, std::span<const float>)>& on_logits,
+                   Recovery* recovery = nullptr);
 
 }  // namespace thaw

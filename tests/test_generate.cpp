@@ -81,7 +81,7 @@ TEST_CASE("generate: a prompt is read in batches as far as wanted, then token by
   o.prefill = 4;
   o.on_prefill = [&](int done, int) { progress.push_back(done); };
   CHECK(engine.run(o).tokens == greedy(12));
-  CHECK(progress == std::vector<int>{3, 4, 5, 6, 7});
+  CHECK(progress == std::vector<int>{3, 4, 5, 6});  // the last is a step like those after it
 }
 
 TEST_CASE("generate: the text ends at the model's end token, which is not part of it") {
