@@ -42,7 +42,7 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   const float scale = 1.0f / std::sqrt(static_cast<float>(kv.head_dim));
   for (int head = 0; head < n_heads; ++head) {
     for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q[head * kv.head_dim + i] * scale;
-    prepare_query(queries_[head], scaled, kv.ghosts.key_mean + head / group_ * kv.head_dim,
+    prepare_query(queries_[head], scaled, kv.ghosts.centres[head / group_].key_mean,
                   kv.ghosts.format);
   }
 }
@@ -69,7 +69,8 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
   const int end = std::min(begin + kRangeTokens, kv.kv_len);
   for (int t = begin; t < end; t += kGhostGroup) {
     score_ghosts(ghost_row(head) + t, ghost_stride_, &queries_[head], group_,
-                 kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format);
+                 kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
+                 kv.ghosts.centres[kv_head].key_unit);
     const auto word = static_cast<std::size_t>(t / kGhostGroup);
     std::uint32_t silent = word < lane.hot_mask.size() ? lane.hot_mask[word] : 0;
     if (kv.kv_len - t < kGhostGroup) silent |= ~0u << (kv.kv_len - t);
@@ -186,7 +187,8 @@ void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
       if (matters)
         sum_ghosts(ghost_o_.data() + at(head, range) * dim_,
                    static_cast<std::size_t>(n_ranges_) * dim_, ghost_row(head) + t, ghost_stride_,
-                   group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format);
+                   group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
+                   kv.ghosts.centres[kv_head].value_unit);
     }
   }
 }
@@ -215,7 +217,7 @@ void TieredDecode::finish(float* o, const KvView& kv) {
     add_state(frozen, ghosts);
     if (ghosts.l > 0) {
       rotate_back(rotated, head_dim);
-      const float* mean = kv.ghosts.value_mean + head / group_ * head_dim;
+      const float* mean = kv.ghosts.centres[head / group_].value_mean;
       for (int i = 0; i < head_dim; ++i) rotated[i] += ghosts.l * mean[i];
     }
     merge(exact, sum, ghosts, rotated, head_dim);

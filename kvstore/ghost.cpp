@@ -6,8 +6,6 @@
 #include <cmath>
 #include <cstring>
 
-#include "device/half.h"
-
 namespace thaw {
 namespace {
 
@@ -124,18 +122,23 @@ float round_to_codes(std::byte* codes, Place place, int token, int bits, const f
     cc += c * c;
   }
   const float scale = gain == Gain::kUnbiased ? (xc > 0 ? squares / xc : 0.0f) : xc / cc;
-  return std::isfinite(scale) ? std::min(scale, 65504.0f) : 0.0f;
+  return std::isfinite(scale) ? scale : 0.0f;
 }
 
-void put_half(std::byte* at, int i, float value) {
-  const std::uint16_t bits = f32_to_f16(value);
-  std::memcpy(at + 2 * i, &bits, 2);
+// The byte that stands for `scale`: the nearest in the scale of mantissas, 0 for nothing.
+std::byte scale_byte(float scale, float unit) {
+  const float ratio = unit > 0 ? scale / unit : 0.0f;
+  if (!(ratio > 0)) return std::byte{0};
+  const float bounded = std::clamp(ratio, 0.0625f, 15.75f);
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(bounded) + (1u << 17);
+  const int code = static_cast<int>(bits >> 18) - ((127 - 4) << 5);
+  return static_cast<std::byte>(std::clamp(code, 1, 255));
 }
 
-float get_half(const std::byte* at, int i) {
-  std::uint16_t bits;
-  std::memcpy(&bits, at + 2 * i, 2);
-  return f16_to_f32(bits);
+float read_scale(const std::byte* scales, int i, float unit) {
+  float wide[kGhostGroup];
+  widen_scales(wide, scales);
+  return unit * wide[i];
 }
 
 void read_codes(float* out, const std::byte* codes, Place place, int token, int bits, float scale,
@@ -157,32 +160,46 @@ void rotate_back(float* x, int head_dim) {
   for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
 }
 
+float ghost_step(int bits) { return kStep[bits]; }
+
+void widen_scales(float* out, const std::byte* scales) {
+  for (int i = 0; i < kGhostGroup; ++i) {
+    const auto code = std::to_integer<std::uint32_t>(scales[i]);
+    out[i] = code == 0 ? 0.0f : std::bit_cast<float>((code << 18) + ((127u - 4) << 23));
+  }
+}
+
 void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, const float* v,
-                 const float* key_mean, const float* value_mean) {
+                 const GhostCentre& centre) {
   std::byte* values = group + f.key_bytes();
   std::byte* scales = values + f.value_bytes();
-  put_half(scales, i,
-           round_to_codes(group, key_place, i, f.key_bits, k, key_mean, f.head_dim,
-                          Gain::kUnbiased));
+  scales[i] = scale_byte(round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean,
+                                        f.head_dim, Gain::kUnbiased),
+                         centre.key_unit);
   if (f.value_bits > 0)
-    put_half(scales + f.scale_bytes(), i,
-             round_to_codes(values, value_place, i, f.value_bits, v, value_mean, f.head_dim,
-                            Gain::kLeastSquares));
+    scales[f.scale_bytes() + i] =
+        scale_byte(round_to_codes(values, value_place, i, f.value_bits, v, centre.value_mean,
+                                  f.head_dim, Gain::kLeastSquares),
+                   centre.value_unit);
 }
 
-void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i) {
-  const float scale = get_half(group + f.key_bytes() + f.value_bytes(), i);
-  read_codes(out, group, key_place, i, f.key_bits, scale, f.head_dim);
+void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i,
+                    const GhostCentre& centre) {
+  const std::byte* scales = group + f.key_bytes() + f.value_bytes();
+  read_codes(out, group, key_place, i, f.key_bits, read_scale(scales, i, centre.key_unit),
+             f.head_dim);
 }
 
-void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, int i) {
+void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, int i,
+                      const GhostCentre& centre) {
   if (f.value_bits == 0) {
     std::fill_n(out, f.head_dim, 0.0f);
     return;
   }
   const std::byte* values = group + f.key_bytes();
-  const float scale = get_half(values + f.value_bytes() + f.scale_bytes(), i);
-  read_codes(out, values, value_place, i, f.value_bits, scale, f.head_dim);
+  const std::byte* scales = values + f.value_bytes() + f.scale_bytes();
+  read_codes(out, values, value_place, i, f.value_bits, read_scale(scales, i, centre.value_unit),
+             f.head_dim);
 }
 
 void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostFormat& f) {

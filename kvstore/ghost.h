@@ -5,8 +5,8 @@
 // a random rotation, which makes every coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
 // With sigma = rms(x), x is rounded to b bits on a uniform grid of step(b) sigma, the best for a
 // Gaussian (Max, 1960): code u in [0, 2^b), y = step (u - 2^(b-1) + 1/2). One scale a token is
-// kept: for keys step |x|^2 / <x,y>, so that the estimate of q.k is unbiased over rotations
-// (RaBitQ, 2405.12497); for values step <x,y> / |y|^2, least squares. Then
+// kept, in 8 bits: for keys step |x|^2 / <x,y>, so that the estimate of q.k is unbiased over
+// rotations (RaBitQ, 2405.12497); for values step <x,y> / |y|^2, least squares. Then
 //   q.k  ~ q.mu + (R q) . k^,   k^ = scale (u - 2^(b-1) + 1/2),
 // and the sum of p v of many tokens is rotated back once.
 #pragma once
@@ -25,8 +25,17 @@ inline constexpr int kCentreTokens = 128; // tokens whose mean is mu; all are ho
 void rotate(float* x, int head_dim);
 void rotate_back(float* x, int head_dim);  // x = R^T x
 
-// Layout of a group of 32 tokens of one head: key codes, value codes, key scales (32 x f16), value
-// scales (32 x f16). Codes stand as in code_place().
+// What the ghosts of a head are relative to: the mean of its first keys and values, and the unit of
+// their scales, 2^b-grid step times the root mean square of x over those tokens.
+struct GhostCentre {
+  const float* key_mean = nullptr;  // head_dim
+  const float* value_mean = nullptr;
+  float key_unit = 0, value_unit = 0;
+};
+
+// Layout of a group of 32 tokens of one head: key codes, value codes, 32 key scales, 32 value
+// scales. Codes stand as in code_place(); a scale is a byte, 0 or unit 2^(e - 4) (1 + m / 32) with
+// e in its upper 3 bits and m in its lower 5: within 1.6 %, an eighth of what 3 bits cost.
 struct GhostFormat {
   int key_bits = 0;    // 0 (no ghosts), 1, 2, 3, 4
   int value_bits = 0;  // 0 (values are taken to be their mean), 1, 2, 4
@@ -36,7 +45,7 @@ struct GhostFormat {
   int padded_dim() const { return (head_dim + 15) / 16 * 16; }
   std::size_t key_bytes() const { return std::size_t{4} * padded_dim() * key_bits; }
   std::size_t value_bytes() const { return std::size_t{4} * padded_dim() * value_bits; }
-  std::size_t scale_bytes() const { return kGhostGroup * sizeof(std::uint16_t); }
+  std::size_t scale_bytes() const { return kGhostGroup; }
   std::size_t group_bytes() const {
     return present() ? key_bytes() + value_bytes() + scale_bytes() * (value_bits > 0 ? 2 : 1) : 0;
   }
@@ -48,10 +57,9 @@ struct GhostView {
   std::span<const std::byte* const> pages;  // page_groups groups a head each
   std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
   int page_groups = 1;
-  const float* key_mean = nullptr;  // n_kv_heads x head_dim
-  const float* value_mean = nullptr;
+  std::span<const GhostCentre> centres;     // per KV head; empty while there are none
 
-  bool present() const { return format.present() && key_mean != nullptr; }
+  bool present() const { return format.present() && !centres.empty(); }
   const std::byte* group(int head, int index) const {
     return pages[static_cast<std::size_t>(index / page_groups)] + offset +
            (static_cast<std::size_t>(head) * page_groups + index % page_groups) *
@@ -59,14 +67,19 @@ struct GhostView {
   }
 };
 
+// step(b): the best step of a uniform grid of 2^b values for a Gaussian of variance 1.
+float ghost_step(int bits);
+
 // Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head.
 void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k,
-                 const float* v, const float* key_mean, const float* value_mean);
+                 const float* v, const GhostCentre& centre);
 
 // What a ghost stands for, before the mean is added: head_dim floats in rotated space. The
 // definition that the kernels below are tested against.
-void read_ghost_key(float* out, const std::byte* group, const GhostFormat& format, int i);
-void read_ghost_value(float* out, const std::byte* group, const GhostFormat& format, int i);
+void read_ghost_key(float* out, const std::byte* group, const GhostFormat& format, int i,
+                    const GhostCentre& centre);
+void read_ghost_value(float* out, const std::byte* group, const GhostFormat& format, int i,
+                      const GhostCentre& centre);
 
 // A query of one head, ready for ghosts: rotated and rounded to 8 bits, which adds under 1 % to a
 // ghost's own error.
@@ -83,12 +96,16 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean,
 
 // scores[h * stride + j] = q_h . k_j for the 32 tokens of a group, h < n_queries.
 void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_queries,
-                  const std::byte* group, const GhostFormat& format);
+                  const std::byte* group, const GhostFormat& format, float key_unit);
 
 // out[h * stride + i] += sum over j of weights[h * weight_stride + j] v_j[i], in rotated space,
 // padded_dim() floats a query. Weights are >= 0; those of a group are rounded to 8 bits of the
 // largest.
 void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
-                int n_queries, const std::byte* group, const GhostFormat& format);
+                int n_queries, const std::byte* group, const GhostFormat& format,
+                float value_unit);
+
+// out[i] = what scale byte i stands for, over its unit; 32 of them.
+void widen_scales(float* out, const std::byte* scales);
 
 }  // namespace thaw

@@ -9,7 +9,6 @@
 #include <immintrin.h>
 #endif
 
-#include "device/half.h"
 #include "kvstore/ghost.h"
 
 namespace thaw {
@@ -166,14 +165,13 @@ void value_sums(std::int32_t (*sums)[16], const std::uint32_t (*weights)[kGhostG
 
 template <int kBits, int kN>
 void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const std::byte* group,
-                   const GhostFormat& f) {
+                   const GhostFormat& f, float unit) {
   std::int32_t dots[kN][kGhostGroup] = {};
   key_dots<kBits, kN>(dots, q, group, f.padded_dim() / 8);
   float scales[kGhostGroup];
-  widen_f16(scales, reinterpret_cast<const std::uint16_t*>(group + f.key_bytes() + f.value_bytes()),
-            kGhostGroup);
+  widen_scales(scales, group + f.key_bytes() + f.value_bytes());
   for (int h = 0; h < kN; ++h) {
-    const float scale = q[h].scale, offset = q[h].offset, base = q[h].base;
+    const float scale = q[h].scale * unit, offset = q[h].offset, base = q[h].base;
     for (int j = 0; j < kGhostGroup; ++j)
       scores[h * stride + j] =
           base + scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
@@ -199,16 +197,14 @@ float round_weights(std::uint32_t* pairs, const float* weights, const float* sca
 
 template <int kBits, int kN>
 void sum_queries(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
-                 const std::byte* group, const GhostFormat& f) {
+                 const std::byte* group, const GhostFormat& f, float value_unit) {
   const std::byte* values = group + f.key_bytes();
   float scales[kGhostGroup], unit[kN];
-  widen_f16(scales,
-            reinterpret_cast<const std::uint16_t*>(values + f.value_bytes() + f.scale_bytes()),
-            kGhostGroup);
+  widen_scales(scales, values + f.value_bytes() + f.scale_bytes());
   std::uint32_t rounded[kN][kGhostGroup / 2];
   float any = 0;
   for (int h = 0; h < kN; ++h) {  // an odd code is twice what it stands for
-    unit[h] = 0.5f * round_weights(rounded[h], weights + h * weight_stride, scales);
+    unit[h] = 0.5f * value_unit * round_weights(rounded[h], weights + h * weight_stride, scales);
     any += unit[h];
   }
   if (any == 0) return;
@@ -239,10 +235,10 @@ void with_queries(int n, const F& f) {
 }  // namespace
 
 void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_queries,
-                  const std::byte* group, const GhostFormat& f) {
+                  const std::byte* group, const GhostFormat& f, float key_unit) {
   for (; n_queries > 0; n_queries -= kQueries, q += kQueries, scores += kQueries * stride) {
     const auto run = [&]<int kBits, int kN>() {
-      score_queries<kBits, kN>(scores, stride, q, group, f);
+      score_queries<kBits, kN>(scores, stride, q, group, f, key_unit);
     };
     switch (f.key_bits) {
       case 1:
@@ -261,11 +257,11 @@ void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_
 }
 
 void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
-                int n_queries, const std::byte* group, const GhostFormat& f) {
+                int n_queries, const std::byte* group, const GhostFormat& f, float value_unit) {
   for (; n_queries > 0; n_queries -= kQueries, out += kQueries * stride,
                         weights += kQueries * weight_stride) {
     const auto run = [&]<int kBits, int kN>() {
-      sum_queries<kBits, kN>(out, stride, weights, weight_stride, group, f);
+      sum_queries<kBits, kN>(out, stride, weights, weight_stride, group, f, value_unit);
     };
     switch (f.value_bits) {
       case 0:

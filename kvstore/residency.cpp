@@ -102,13 +102,14 @@ void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len)
 std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   std::vector<std::int32_t> chosen, others;
   const bool all = params_.policy == Policy::kAsr || !now.can_freeze;
-  const float least = params_.policy != Policy::kThaw     ? 0.0f
-                      : entropy_score(now.epsilon, entropy_);
+  const bool ranked = params_.policy == Policy::kThaw ? stay_steps(params_, 1) > 0
+                                                      : params_.policy != Policy::kWindow;
+  const float least =
+      params_.policy == Policy::kThaw ? entropy_score(now.epsilon, entropy_) : 0.0f;
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     if (always(now, t)) {
       chosen.push_back(t);
-    } else if (all || (params_.policy != Policy::kWindow &&
-                       score_[static_cast<std::size_t>(t)] >= least)) {
+    } else if (all || (ranked && score_[static_cast<std::size_t>(t)] >= least)) {
       others.push_back(t);
     }
   }

@@ -1,6 +1,7 @@
 #include "kvstore/tiers.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "device/error.h"
@@ -82,7 +83,8 @@ GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat
       means_(format.present()
                  ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
                  : 0),
-      has_means_(static_cast<std::size_t>(shape.n_layers)) {}
+      centres_(static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads),
+      has_centre_(static_cast<std::size_t>(shape.n_layers)) {}
 
 std::size_t GhostTier::page_bytes() const {
   return static_cast<std::size_t>(shape_.n_layers) * shape_.n_kv_heads *
@@ -103,51 +105,62 @@ void GhostTier::reserve(int n_tokens) {
 GhostView GhostTier::view(int layer) const {
   GhostView view;
   view.format = format_;
-  if (!format_.present() || !has_means_[static_cast<std::size_t>(layer)]) return view;
+  if (!format_.present() || !has_centre_[static_cast<std::size_t>(layer)]) return view;
   const std::size_t heads = static_cast<std::size_t>(shape_.n_kv_heads);
   view.pages = {pages_.data(), pages_.size()};
   view.page_groups = kTierTokens / kGhostGroup;
   view.offset = static_cast<std::size_t>(layer) * heads * view.page_groups * format_.group_bytes();
-  view.key_mean = means_.data() + static_cast<std::size_t>(layer) * 2 * heads * shape_.head_dim;
-  view.value_mean = view.key_mean + heads * shape_.head_dim;
+  view.centres = std::span(centres_).subspan(static_cast<std::size_t>(layer) * heads, heads);
   return view;
 }
 
-void GhostTier::fix_means(int layer, const KvRows& cold) {
+// mean: of the first tokens' keys or values of a head. Returns the root mean square of what is left
+// of them without it.
+float GhostTier::fix_mean(float* mean, const KvRows& cold, int head, bool value) const {
   const int dim = shape_.head_dim;
-  float* key_mean = means_.data() + std::size_t{2} * layer * shape_.n_kv_heads * dim;
-  float* value_mean = key_mean + shape_.n_kv_heads * dim;
   std::vector<float> row(static_cast<std::size_t>(dim));
-  const auto add = [&](float* mean, const std::byte* from) {
-    load_row(row.data(), from, dim, shape_.type);
-    for (int i = 0; i < dim; ++i)
-      mean[i] += row[static_cast<std::size_t>(i)] / static_cast<float>(centre_tokens_);
+  const auto read = [&](int t) {
+    load_row(row.data(), value ? cold.value(head, t) : cold.key(head, t), dim, shape_.type);
   };
-  std::fill_n(key_mean, 2 * shape_.n_kv_heads * dim, 0.0f);
-  for (int head = 0; head < shape_.n_kv_heads; ++head) {
-    for (int t = 0; t < centre_tokens_; ++t) {
-      add(key_mean + head * dim, cold.key(head, t));
-      add(value_mean + head * dim, cold.value(head, t));
-    }
+  std::fill_n(mean, dim, 0.0f);
+  for (int t = 0; t < centre_tokens_; ++t) {
+    read(t);
+    for (int i = 0; i < dim; ++i) mean[i] += row[i] / static_cast<float>(centre_tokens_);
   }
-  has_means_[static_cast<std::size_t>(layer)] = 1;
+  double squares = 0;
+  for (int t = 0; t < centre_tokens_; ++t) {
+    read(t);
+    for (int i = 0; i < dim; ++i) squares += (row[i] - mean[i]) * (row[i] - mean[i]);
+  }
+  return static_cast<float>(std::sqrt(squares / (static_cast<double>(centre_tokens_) * dim)));
+}
+
+void GhostTier::fix_centre(int layer, const KvRows& cold) {
+  for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    const std::size_t at = static_cast<std::size_t>(layer) * shape_.n_kv_heads + head;
+    float* key_mean = means_.data() + at * 2 * shape_.head_dim;
+    float* value_mean = key_mean + shape_.head_dim;
+    centres_[at] = {key_mean, value_mean,
+                    ghost_step(format_.key_bits) * fix_mean(key_mean, cold, head, false),
+                    ghost_step(format_.value_bits) * fix_mean(value_mean, cold, head, true)};
+  }
+  has_centre_[static_cast<std::size_t>(layer)] = 1;
 }
 
 void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& cold,
                           int token) const {
-  const GhostView ghosts = view(layer);
   const int dim = shape_.head_dim;
   float k[GhostQuery::kMaxDim], v[GhostQuery::kMaxDim];
   load_row(k, cold.key(head, token), dim, shape_.type);
   load_row(v, cold.value(head, token), dim, shape_.type);
-  write_ghost(group, format_, token % kGhostGroup, k, v, ghosts.key_mean + head * dim,
-              ghosts.value_mean + head * dim);
+  write_ghost(group, format_, token % kGhostGroup, k, v,
+              centres_[static_cast<std::size_t>(layer) * shape_.n_kv_heads + head]);
 }
 
 void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
   if (!format_.present() || first + n < centre_tokens_) return;
-  if (!has_means_[static_cast<std::size_t>(layer)]) {
-    fix_means(layer, cold);
+  if (!has_centre_[static_cast<std::size_t>(layer)]) {
+    fix_centre(layer, cold);
     n += first;
     first = 0;
   }
@@ -159,7 +172,7 @@ void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
 }
 
 void GhostTier::cut(int position) {
-  if (position < centre_tokens_) std::fill(has_means_.begin(), has_means_.end(), char{0});
+  if (position < centre_tokens_) std::fill(has_centre_.begin(), has_centre_.end(), char{0});
 }
 
 void GhostTier::check(int layer, const KvRows& cold, int n_tokens) const {

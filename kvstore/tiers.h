@@ -45,16 +45,17 @@ class GhostTier {
   int centre_tokens() const { return centre_tokens_; }
   void reserve(int n_tokens);
   // Tokens [first, first + n) are in `cold` now: writes their ghosts; once the first centre_tokens
-  // are there, fixes the means by them and catches up.
+  // are there, fixes the centre by them and catches up.
   void write(int layer, const KvRows& cold, int first, int n);
-  void cut(int position);  // without its first tokens a layer has no means
+  void cut(int position);  // without its first tokens a layer has no centre
   GhostView view(int layer) const;
   std::int64_t bytes() const;
   // Throws Error when a ghost is not that of its token.
   void check(int layer, const KvRows& cold, int n_tokens) const;
 
  private:
-  void fix_means(int layer, const KvRows& cold);
+  void fix_centre(int layer, const KvRows& cold);
+  float fix_mean(float* mean, const KvRows& cold, int head, bool value) const;
   void write_one(std::byte* group, int layer, int head, const KvRows& cold, int token) const;
   std::size_t page_bytes() const;
 
@@ -63,8 +64,9 @@ class GhostTier {
   GhostFormat format_;
   int centre_tokens_;
   std::vector<std::byte*> pages_;
-  std::vector<float> means_;     // layer x {key, value} x head x head_dim
-  std::vector<char> has_means_;  // per layer
+  std::vector<float> means_;           // layer x head x {key, value} x head_dim
+  std::vector<GhostCentre> centres_;   // layer x head; they point into means_
+  std::vector<char> has_centre_;       // per layer
 };
 
 }  // namespace thaw
