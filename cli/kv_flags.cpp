@@ -31,6 +31,7 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   p.ghost_value_bits = 2;
   p.epsilon = 1e-3f;
   p.stay = 0;
+  p.window = 16;
 }
 
 }  // namespace
