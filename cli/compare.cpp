@@ -33,6 +33,38 @@ std::int64_t f16_bytes(const KvStore& store) {
   return shape.bytes_per_token() * store.length();
 }
 
+void add(KvStep::Layer& sum, const KvStep::Layer& layer) {
+  sum.entropy += layer.entropy;
+  sum.ghost_mass += layer.ghost_mass;
+  sum.threshold += layer.threshold;
+  sum.hot += layer.hot;
+  sum.budget += layer.budget;
+  sum.recalled += layer.recalled;
+  sum.thawed += layer.thawed;
+  sum.frozen += layer.frozen;
+}
+
+// Sums what happens in each layer.
+class LayerSums : public KvRecorder {
+ public:
+  LayerSums(KvStore& store, PolicyScore& score) : store_(store), score_(score) {
+    store.record(this);
+  }
+  ~LayerSums() override { store_.record(nullptr); }
+  LayerSums(const LayerSums&) = delete;
+  LayerSums& operator=(const LayerSums&) = delete;
+
+  void event(const KvEvent&) override {}
+  void step(const KvStep& step) override {
+    score_.layers.resize(step.layers.size());
+    for (std::size_t i = 0; i < step.layers.size(); ++i) add(score_.layers[i], step.layers[i]);
+  }
+
+ private:
+  KvStore& store_;
+  PolicyScore& score_;
+};
+
 // One Transformer whose passes alternate between the stores.
 class Lockstep {
  public:
@@ -40,6 +72,8 @@ class Lockstep {
            KvStore* full)
       : transformer_(transformer), stores_(stores), full_(full) {
     result.policies.resize(stores.size());
+    for (std::size_t i = 0; i < stores.size(); ++i)
+      sums_.push_back(std::make_unique<LayerSums>(*stores[i], result.policies[i]));
   }
 
   void prefill(std::span<const TokenId> tokens) {
@@ -92,6 +126,7 @@ class Lockstep {
   const std::vector<std::unique_ptr<KvStore>>& stores_;
   KvStore* full_;
   std::vector<float> full_logits_;
+  std::vector<std::unique_ptr<LayerSums>> sums_;
 };
 
 }  // namespace

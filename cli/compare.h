@@ -33,8 +33,9 @@ struct PolicyScore {
   std::vector<double> nll;  // of each token that a decoded one predicts, nats
   std::vector<double> kl;   // KL(full || this) of the same prediction, nats
   int same_top = 0;         // how often both rank the same token first
+  std::vector<KvStep::Layer> layers;  // sums over steps; empty where the store tells nothing
   KvCounters counters;
-  KvUsage usage;              // at the ends of windows
+  KvUsage usage;               // at the ends of windows
   std::int64_t f16_bytes = 0;  // that all tokens take as f16, likewise
 };
 

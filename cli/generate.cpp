@@ -211,6 +211,8 @@ std::string to_json(const Options& o, const Generation& g, const std::string& te
       {"kv_cold_bytes", g.usage.cold},
       {"kv_bookkeeping_bytes", g.usage.bookkeeping},
       {"policy", o.common.kv.policy},
+      {"attended_pct",
+       g.counters.visible > 0 ? 100 * g.counters.attended / g.counters.visible : 100},
       {"recalled_tokens", g.counters.recalled},
       {"thawed_tokens", g.counters.thawed},
       {"cold_bytes_read", g.counters.cold_bytes_read},

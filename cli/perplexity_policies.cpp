@@ -123,7 +123,11 @@ std::string report(const PerplexityOptions& o, const Points& points, const Decod
   if (o.common.json) {
     nlohmann::ordered_json document = single ? to_json(first) : nlohmann::ordered_json::object();
     document.update(sizes);
-    if (!single) document["results"] = rows_of(points);
+    if (single) {
+      document["layers"] = layers_json(first);
+    } else {
+      document["results"] = rows_of(points);
+    }
     return json_line(document);
   }
   const std::string tokens = join(

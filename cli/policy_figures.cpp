@@ -49,6 +49,12 @@ PolicyFigures figures_of(const Comparison& comparison, std::size_t policy,
   f.ghost_bytes = static_cast<double>(score.usage.ghosts) / windows;
   f.f16_bytes = static_cast<double>(score.f16_bytes) / windows;
   f.resident = ratio(f.resident_bytes, f.f16_bytes);
+  const auto mean = static_cast<float>(ratio(1, steps));
+  for (const KvStep::Layer& sum : score.layers) {
+    f.layers.push_back({sum.entropy * mean, sum.ghost_mass * mean, sum.threshold * mean,
+                        sum.hot * mean, sum.budget * mean, sum.recalled * mean, sum.thawed * mean,
+                        sum.frozen * mean});
+  }
   return f;
 }
 
@@ -86,6 +92,19 @@ nlohmann::ordered_json to_json(const PolicyFigures& f) {
             {"tokens", f.tokens},
             {"windows", f.windows}});
   return j;
+}
+
+nlohmann::ordered_json layers_json(const PolicyFigures& f) {
+  nlohmann::ordered_json list = nlohmann::ordered_json::array();
+  for (const KvStep::Layer& layer : f.layers) {
+    list.push_back({{"entropy_nats", layer.entropy},
+                    {"ghost_mass_pct", 100 * layer.ghost_mass},
+                    {"hot_tokens", layer.hot},
+                    {"budget_tokens", layer.budget},
+                    {"recalled_tokens_per_step", layer.recalled},
+                    {"thawed_tokens_per_step", layer.thawed}});
+  }
+  return list;
 }
 
 std::string to_text(const PolicyFigures& f) {

@@ -29,12 +29,14 @@ struct PolicyFigures {
   double cold_share = 0;  // of the cold bytes, read a step
   // Bytes at the end of a window, on average.
   double resident_bytes = 0, hot_bytes = 0, ghost_bytes = 0, f16_bytes = 0;
+  std::vector<KvStep::Layer> layers;  // means over steps
 };
 
 PolicyFigures figures_of(const Comparison& comparison, std::size_t policy,
                          const CommonOptions& options, int n_layers);
 
-nlohmann::ordered_json to_json(const PolicyFigures& figures);
+nlohmann::ordered_json to_json(const PolicyFigures& figures);       // all but the layers
+nlohmann::ordered_json layers_json(const PolicyFigures& figures);  // a list
 std::string to_text(const PolicyFigures& figures);
 
 // For a table with a row a policy.

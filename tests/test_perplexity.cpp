@@ -229,6 +229,16 @@ TEST_CASE("perplexity: under a policy, every figure is that of the definition") 
     near("thaws_per_layer_step", e.counters.thawed / steps / 2);
     near("cold_bytes_per_step", cold_read / steps);
     near("cold_read_pct", 100 * cold_read / e.counters.cold_bytes_visible);
+    REQUIRE(j["layers"].size() == 2);
+    double hot = 0, recalled = 0;
+    for (const json& layer : j["layers"]) {
+      hot += layer["hot_tokens"].get<double>() / 2;
+      recalled += layer["recalled_tokens_per_step"].get<double>() / 2;
+      CHECK(layer["entropy_nats"] > 0.1);
+    }
+    CHECK(hot >= 10);
+    CHECK(hot * 256 <= j["hot_bytes"].get<double>());
+    CHECK(recalled == doctest::Approx(e.counters.recalled / steps / 2).epsilon(1e-3));
     CHECK(mean_of(e.kl).mean > 1e-5);  // the policy shows
     CHECK(j["attended_pct"].get<double>() < 70);
     CHECK((e.counters.recalled > 0) == (policy == "thaw"));
