@@ -10,7 +10,7 @@ struct KvEvent {
   enum Kind : std::uint8_t {
     kAppend,  // a new token, hot
     kSeed,    // made hot when decoding began after a prefill
-    kRecall,  // read in place from the cold tier, then made hot
+    kRecall,  // read in place from the cold tier; then made hot if `timer` is above 0
     kThaw,    // made hot by a timer or by recovery
     kFreeze,  // left the hot tier
     kRewind,  // forgotten: the context was cut back

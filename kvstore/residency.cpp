@@ -208,8 +208,7 @@ void Residency::promote(const Moment& now, const AttentionStats::Recall& recall)
   const auto t = static_cast<std::size_t>(recall.token);
   thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t]);
   score_[t] = entropy_score(recall.probability, entropy_);
-  if (timer_[t] == 0) return;
-  if (lane_.n_rows() >= now.bound) {
+  if (timer_[t] > 0 && lane_.n_rows() >= now.bound) {
     int lowest = -1;
     float score = score_[t];
     for (int row = 0; row < lane_.n_rows(); ++row) {
@@ -223,7 +222,9 @@ void Residency::promote(const Moment& now, const AttentionStats::Recall& recall)
       freeze(now, lowest, 0);
     }
   }
-  if (!thaw(now, recall.token, KvEvent::kRecall, recall.probability)) timer_[t] = 0;
+  if (timer_[t] > 0 && thaw(now, recall.token, KvEvent::kRecall, recall.probability)) return;
+  timer_[t] = 0;
+  tell(now, KvEvent::kRecall, recall.token, recall.probability);
 }
 
 // Timers fall first; who is at zero is awake again and judged after its next attention.

@@ -248,13 +248,13 @@ void TieredKvStore::begin(int n_tokens, Phase phase) {
   ghosts_.reserve(kv_len);
   for (Residency& lane : lanes_) lane.grow(kv_len);
   phase_ = phase;
+  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
+  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
   if (phase == Phase::kPrefill || full()) return;
   if (exact_steps_ == 0 && !seeded_) seed(first);
   arena_->reserve(std::ssize(lanes_));
   for (int layer = 0; exact_steps_ == 0 && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
-  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
-  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
 }
 
 void TieredKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
@@ -307,7 +307,10 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
   KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
   std::int64_t bytes = 0;
   counters_.visible += kv_len;
-  if (full()) counters_.attended += kv_len;
+  if (full()) {
+    counters_.attended += kv_len;
+    line.hot = static_cast<float>(kv_len);
+  }
   counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
   std::size_t i = 0;
   for (Residency& lane : lanes(layer)) {
@@ -369,7 +372,7 @@ void TieredKvStore::finish_step() {
     ++counters_.steps;
     if (recorder_) {
       const KvUsage used = usage();
-      line_.hot_bytes = used.hot;
+      line_.hot_bytes = used.resident - used.ghosts;
       line_.ghost_bytes = used.ghosts;
       recorder_->step(line_);
     }
