@@ -11,7 +11,7 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048
 
 WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wno-psabi -Werror
 SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer -fno-sanitize-recover=all)
-COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -pthread -g1 -I. $(WARN) $(SAN_FLAGS) \
+COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -pthread -g1 -I. -I$(BUILD) $(WARN) $(SAN_FLAGS) \
   $(CPPFLAGS) $(CXXFLAGS)
 LINK = $(CXX) -pthread $(SAN_FLAGS) $(LDFLAGS)
 LIBS := -lpcre2-8
@@ -119,6 +119,13 @@ $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) -MMD -MP -c -o $@ $<
+
+# Pages that the binary carries, as C++ string literals.
+$(BUILD)/%.inc: %
+	@mkdir -p $(@D)
+	$(QUIET){ printf 'R"page('; cat $<; printf ')page"'; } >$@
+
+$(BUILD)/cli/freeze_map_page.o: $(patsubst %,$(BUILD)/%.inc,$(wildcard cli/freeze_map/*))
 
 # Changes only when the compiler or its flags do, and then everything is compiled again.
 $(BUILD)/flags: force

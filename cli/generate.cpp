@@ -11,6 +11,7 @@
 #include "cli/terminal.h"
 #include "cli/text_stream.h"
 #include "cli/tokenizer_source.h"
+#include "cli/watch.h"
 #include "tokenizer/chat_template.h"
 
 namespace thaw {
@@ -20,6 +21,7 @@ struct Options {
   CommonOptions common;
   InputOptions input;
   SamplerOptions sampler;
+  WatchOptions watch;
   std::optional<std::uint64_t> seed;
   int max_tokens = 256;
   std::vector<std::string> stops;
@@ -95,6 +97,8 @@ bool parse(const Args& args, Options& o) {
                "Memory is taken only as tokens arrive");
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
+  add_watch_flags(flags, o.watch);
+  add_heat_flag(flags, o.watch);
   flags.examples(
       "  thaw generate -m model.gguf -p \"Once upon a time\" -n 100\n"
       "  thaw generate -m model.gguf --chat -p \"Why is the sky blue?\" --temp 0\n"
@@ -253,6 +257,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   Sampler sampler(o.sampler);
   TextStream text(o.stops, [&](std::string_view piece) { sink.write(piece); });
   Progress progress(o.common.quiet);
+  Watch watch(o.watch, transformer, *kv);
 
   GenerateOptions options;
   options.max_tokens = o.max_tokens;
@@ -268,10 +273,14 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
       progress.clear();
   };
   options.on_token = [&](TokenId id) { return text.feed(tokenizer.decode(id)); };
+  watch.attach(options);
   Generation result = generate(transformer, *kv, sampler, prompt, options);
   progress.clear();
   text.finish();
   sink.finish();
+  std::vector<TokenId> tokens(prompt.begin(), prompt.begin() + result.prompt_tokens);
+  tokens.insert(tokens.end(), result.tokens.begin(), result.tokens.end());
+  watch.finish(tokenizer, tokens, result.prompt_tokens);
   return result;
 }
 

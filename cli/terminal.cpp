@@ -40,6 +40,7 @@ void write_stdout(std::string_view text) {
 
 bool stdin_is_terminal() { return ::isatty(STDIN_FILENO) == 1; }
 bool stdout_is_terminal() { return ::isatty(STDOUT_FILENO) == 1; }
+bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }
 
 const std::atomic<bool>& catch_interrupt() {
   struct sigaction action {};
@@ -49,7 +50,7 @@ const std::atomic<bool>& catch_interrupt() {
   return interrupted;
 }
 
-Progress::Progress(bool quiet) : enabled_(!quiet && ::isatty(STDERR_FILENO) == 1) {}
+Progress::Progress(bool quiet) : enabled_(!quiet && stderr_is_terminal()) {}
 
 void Progress::show(const std::string& line) {
   if (!enabled_) return;

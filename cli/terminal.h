@@ -16,6 +16,7 @@ void write_stdout(std::string_view text);
 
 bool stdin_is_terminal();
 bool stdout_is_terminal();
+bool stderr_is_terminal();
 
 // From now on the first Ctrl-C (SIGINT) sets the returned flag; a second one ends the process.
 const std::atomic<bool>& catch_interrupt();

@@ -5,10 +5,8 @@
 #include <cmath>
 #include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <limits>
 #include <nlohmann/json.hpp>
-#include <sstream>
 #include <string>
 #include <vector>
 
@@ -24,6 +22,7 @@ namespace thaw {
 namespace {
 
 using nlohmann::json;
+using testing::read_file;
 using testing::run_thaw;
 using testing::RunOptions;
 using testing::RunResult;
@@ -49,13 +48,6 @@ RunResult run(const std::string& command, std::vector<std::string> args,
 json run_json(const std::string& command, std::vector<std::string> args) {
   args.push_back("--json");
   return json::parse(run(command, std::move(args)).out);
-}
-
-std::string slurp(const std::string& path) {
-  std::ifstream in(path, std::ios::binary);
-  std::ostringstream out;
-  out << in.rdbuf();
-  return out.str();
 }
 
 // The library's answers.
@@ -225,7 +217,7 @@ struct Npy {
 };
 
 Npy read_npy(const std::string& path) {
-  const std::string bytes = slurp(path);
+  const std::string bytes = read_file(path);
   REQUIRE(bytes.size() >= 128);
   CHECK(bytes.substr(0, 8) == std::string("\x93NUMPY\x01\x00", 8));
   const std::size_t end =
@@ -265,7 +257,7 @@ TEST_CASE("logits: a failure leaves no file, not even in part, and an old file a
   CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-o", "/dev/null/x.npy"}).exit_code == 1);
   testing::write_file(out, "old");
   CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-c", "3", "-o", out}).exit_code == 1);
-  CHECK(slurp(out) == "old");
+  CHECK(read_file(out) == "old");
   CHECK(run_thaw({"logits", "-m", tiny(), "-p", "Xbqkz", "-o", directory.path().string()})
             .exit_code == 1);
   CHECK(std::distance(std::filesystem::directory_iterator(directory.path()), {}) == 1);

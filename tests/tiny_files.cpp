@@ -235,6 +235,11 @@ void write_file(const std::filesystem::path& path, const std::string& bytes) {
   require(out.flush().good(), path.string(), ": cannot write");
 }
 
+std::string read_file(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
 std::string repair_rows(const Tensor& tensor, int head_dim, RopePairing from, RopePairing to) {
   const std::int64_t row = row_bytes(tensor.type, tensor.cols);
   std::string out;

@@ -24,6 +24,7 @@ class TemporaryDirectory {
 };
 
 void write_file(const std::filesystem::path& path, const std::string& bytes);
+std::string read_file(const std::filesystem::path& path);  // "" when it cannot be read
 
 // The rows of wq or wk, reordered head by head from one pairing of RoPE to the other. Row 2i + h of
 // kInterleaved is row i + h * head_dim / 2 of kHalves (h = 0, 1).
