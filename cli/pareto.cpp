@@ -42,9 +42,9 @@ double nice_step(double range, int most) {
   return 10 * power;
 }
 
-std::string number(double value) {  // "20", "0.5", "1e-05"
+std::string number(double value) {  // three digits of it: "20", "0.125", "1e-05"
   std::ostringstream out;
-  out << std::setprecision(4) << value;
+  out << std::setprecision(3) << value;
   return std::move(out).str();
 }
 
@@ -113,8 +113,8 @@ std::optional<std::vector<Spot>> place(const std::vector<Spot>& spots,
     const double width = static_cast<double>(labels[i].size()) * kLetter;
     const double side = width / 2 + kRadius + 4, up = kLine / 2 + kRadius;
     std::optional<Spot> found;
-    for (const auto& [dx, dy] : {Spot{1, 0}, {-1, 0}, {0, -1}, {0, 1}, {0.9, -0.9}, {-0.9, -0.9},
-                                 {0.9, 0.9}, {-0.9, 0.9}}) {
+    for (const auto& [dx, dy] : {Spot{1, 0}, {-1, 0}, {0, -1}, {0, 1}, {1, -1.4}, {-1, -1.4},
+                                 {1, 1.4}, {-1, 1.4}}) {
       const Spot middle{spots[i].x + dx * side, spots[i].y + dy * up};
       const Box box{middle.x - width / 2, middle.y - kLine / 2, width, kLine};
       const bool inside = box.x >= kLeft && box.x + width <= kRight && box.y >= kTop &&

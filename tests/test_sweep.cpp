@@ -96,7 +96,7 @@ TEST_CASE("pareto: labels stand beside their points, or in a list where there is
   for (int i = 0; i < 60; ++i) plot.points.push_back({20 + i * 0.01, 0.1, "a long label", "g"});
   const std::string many = pareto_svg(plot);
   CHECK(occurrences(many, "<circle") == 62 + 2);
-  CHECK(contains(many, ">62  a long label: 20.59 %, 0.1</text>"));
+  CHECK(contains(many, ">62  a long label: 20.6 %, 0.1</text>"));
 }
 
 TEST_CASE("pareto: odd numbers make a picture of finite ones") {
