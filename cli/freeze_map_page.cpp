@@ -129,9 +129,9 @@ Json notes(const FreezeMap& map) {
 
 Json page_data(const PageHead& head, const FreezeMap& map, std::span<const std::string> texts) {
   const std::vector<double> all = map.series();
-  Json data = {{"model", head.model},    {"about", head.about},          {"layers", map.n_layers()},
-               {"heads", map.n_heads()}, {"levels", kHotLevels},         {"steps", map.steps()},
-               {"stride", map.stride()}, {"prompt", head.prompt_tokens}, {"notes", notes(map)}};
+  Json data = {{"model", head.model},          {"layers", map.n_layers()}, {"heads", map.n_heads()},
+               {"levels", kHotLevels},         {"steps", map.steps()},     {"stride", map.stride()},
+               {"prompt", head.prompt_tokens}, {"notes", notes(map)}};
   data["parameters"] = head.parameters;
   data["figures"] = Json::array();
   for (const PageHead::Figure& f : head.figures)

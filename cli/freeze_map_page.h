@@ -16,7 +16,7 @@ struct PageHead {
   struct Figure {
     std::string name, value, note;
   };
-  std::string model, about;
+  std::string model;
   std::vector<std::pair<std::string, std::string>> parameters;  // of the policy, to begin with it
   std::vector<Figure> figures;
   int prompt_tokens = 0;

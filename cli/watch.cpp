@@ -170,10 +170,9 @@ void Watch::finish(const Tokenizer& tokenizer, std::span<const TokenId> tokens, 
   if (!map_) return;
   const std::vector<std::string> texts = token_texts(tokenizer, tokens);
   if (page_) {
-    const Config& config = transformer_.config();
     write_page(*page_,
-               {config.name.empty() ? "unnamed model" : config.name, describe(config),
-                parameters_of(kv_), figures_of(kv_, *map_, prompt_tokens), prompt_tokens},
+               {describe(transformer_.config()), parameters_of(kv_),
+                figures_of(kv_, *map_, prompt_tokens), prompt_tokens},
                *map_, texts);
     page_->finish();
   }

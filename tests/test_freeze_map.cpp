@@ -333,7 +333,7 @@ TEST_CASE("Hostile text is inert on the page") {
                                             "]]>\"'\\", "\xe2\x80\xa8", "\xff\xfe"};
   const std::vector<std::string> harmless(hostile.size(), "x");
   const PageHead bad = {
-      hostile[0], hostile[1], {{hostile[1], hostile[0]}}, {{hostile[0], hostile[1], "\xff"}}, 0};
+      hostile[0], {{hostile[1], hostile[0]}}, {{hostile[0], hostile[1], "\xff"}}, 0};
   const Page page = page_of(map, hostile, bad), plain = page_of(map, harmless);
   for (const char* part : {"<script", "</script", "<!--", "alert(1)</"}) {
     CAPTURE(part);

@@ -150,8 +150,8 @@ function cellUnder(point) {
 function inspect(cell, x, y) {
   cursor = cell;
   drawCursor();
-  if (!cell) return hideTip();
-  showTip(x, y, shown(data.tokens[cell.token]), cellRows(cell.token, cell.column));
+  if (!cell) return hideTip(overlay);
+  showTip(overlay, x, y, shown(data.tokens[cell.token]), cellRows(cell.token, cell.column));
 }
 
 function listenToPointers() {
@@ -246,7 +246,6 @@ async function show(which) {
 function buildHeader() {
   document.title = `Freeze map · ${data.model}`;
   $("model").textContent = data.model;
-  $("about").textContent = data.about;
   for (const [name, value] of data.parameters) {
     $("parameters").append(make("li", {}, `${name} `, make("b", {textContent: value})));
   }
@@ -298,7 +297,7 @@ function start() {
   $("show-recalls").addEventListener("change", drawMap);
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
   addEventListener("resize", redraw);
-  addEventListener("scroll", hideTip, {passive: true});
+  addEventListener("scroll", () => hideTip(), {passive: true});
   readColours();
   buildHeader(), buildText(), buildRecoveries(), buildFooter();
   if (nColumns > 0) buildCharts(), buildLayers();

@@ -74,7 +74,9 @@ function surface(canvas) {
 
 // --- What the pointer is on ---------------------------------------------------------------------
 
-function showTip(x, y, title, rows) {
+let tipOwner = null;  // the part of the page that shows it
+function showTip(owner, x, y, title, rows) {
+  tipOwner = owner;
   const tip = $("tip");
   const list = make("dl");
   for (const [name, value] of rows) {
@@ -86,7 +88,9 @@ function showTip(x, y, title, rows) {
   tip.style.left = `${clamp(x + 16, 8, innerWidth - box.width - 8)}px`;
   tip.style.top = `${y + 20 + box.height > innerHeight ? y - box.height - 14 : y + 20}px`;
 }
-function hideTip() { $("tip").hidden = true; }
+function hideTip(owner = tipOwner) {
+  if (owner === tipOwner) $("tip").hidden = true;
+}
 function say(title, rows) {
   $("live").textContent = [title, ...rows.map(row => row.join(": "))].join("; ");
 }
@@ -148,16 +152,16 @@ function buildText() {
   const tokenOf = event => event.target.closest("[data-token]");
   box.addEventListener("pointermove", event => {
     const span = tokenOf(event);
-    if (!span) return hideTip();
+    if (!span) return hideTip(box);
     const t = +span.dataset.token;
-    showTip(event.clientX, event.clientY, shown(data.tokens[t]), tokenRows(t));
+    showTip(box, event.clientX, event.clientY, shown(data.tokens[t]), tokenRows(t));
   });
-  box.addEventListener("pointerleave", hideTip);
+  box.addEventListener("pointerleave", () => hideTip(box));
   box.addEventListener("click", event => {
     const span = tokenOf(event);
     if (!span) return;
     mark(+span.dataset.token, false);
-    showTip(event.clientX, event.clientY, shown(data.tokens[marked]), tokenRows(marked));
+    showTip(box, event.clientX, event.clientY, shown(data.tokens[marked]), tokenRows(marked));
   });
   box.addEventListener("keydown", event => {
     const by = {ArrowRight: 1, ArrowLeft: -1, Home: -nTokens, End: nTokens}[event.key];
@@ -165,10 +169,10 @@ function buildText() {
     event.preventDefault();
     mark(clamp(marked + by, 0, nTokens - 1), true);
     const where = spans[marked].getBoundingClientRect();
-    showTip(where.left, where.bottom - 8, shown(data.tokens[marked]), tokenRows(marked));
+    showTip(box, where.left, where.bottom - 8, shown(data.tokens[marked]), tokenRows(marked));
     say(shown(data.tokens[marked]), tokenRows(marked));
   });
-  box.addEventListener("blur", hideTip);
+  box.addEventListener("blur", () => hideTip(box));
 }
 
 function mark(token, scroll) {
@@ -269,7 +273,7 @@ function drawChart(chart) {
     const value = cursor ? line.values[cursor.column] : line.values[nColumns - 1];
     const dot = make("span", {className: "swatch"});
     dot.style.background = colours(line.colour);
-    return [dot, `${line.name} ${isNaN(value) ? "–" : chart.format(value)}   `];
+    return [dot, `${line.name}: ${isNaN(value) ? "–" : chart.format(value)}   `];
   }), cursor ? `at step ${stepsOf(cursor.column)}` : "at the end");
 }
 
