@@ -8,6 +8,7 @@
 #include "cli/format.h"
 #include "cli/input.h"
 #include "cli/options.h"
+#include "cli/recovery_flags.h"
 #include "cli/terminal.h"
 #include "cli/text_stream.h"
 #include "cli/tokenizer_source.h"
@@ -19,6 +20,7 @@ namespace {
 
 struct Options {
   CommonOptions common;
+  RecoveryFlags recovery;
   InputOptions input;
   SamplerOptions sampler;
   WatchOptions watch;
@@ -95,6 +97,7 @@ bool parse(const Args& args, Options& o) {
   add_kv_flags(flags, o.common,
                "most tokens of prompt and text; by default the model's context. "
                "Memory is taken only as tokens arrive");
+  add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
   add_watch_flags(flags, o.watch);
@@ -176,7 +179,8 @@ std::string describe_kv(const Options& o, const Generation& g, int n_layers) {
   return text;
 }
 
-void print_statistics(const Options& o, const Generation& g, int n_layers) {
+void print_statistics(const Options& o, const Generation& g, const Recovery& recovery,
+                      int n_layers) {
   constexpr const char* kFinish[] = {"the model ended the text", "-n reached",
                                      "the context is full", "--stop text", "interrupted"};
   std::cerr << "prompt   " << count(g.prompt_tokens, "token") << " in "
@@ -189,12 +193,14 @@ void print_statistics(const Options& o, const Generation& g, int n_layers) {
             << fixed(g.decode_seconds, 2) << " s, "
             << fixed(rate(g.decode_steps, g.decode_seconds), 1) << " tok/s; "
             << kFinish[static_cast<int>(g.finish)] << "\nkv       "
-            << count(g.context_tokens, "token") << ", " << describe_kv(o, g, n_layers) << "\nseed     "
-            << o.sampler.seed << "\n";
+            << count(g.context_tokens, "token") << ", " << describe_kv(o, g, n_layers) << "\n";
+  if (recovery.on()) std::cerr << "recovery " << describe(recovery) << "\n";
+  std::cerr << "seed     " << o.sampler.seed << "\n";
   if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
 }
 
-std::string to_json(const Options& o, const Generation& g, const std::string& text) {
+std::string to_json(const Options& o, const Generation& g, const Recovery& recovery,
+                    const std::string& text) {
   return json_line({
       {"text", text},
       {"finish_reason", finish_name(g.finish)},
@@ -221,6 +227,7 @@ std::string to_json(const Options& o, const Generation& g, const std::string& te
       {"thawed_tokens", g.counters.thawed},
       {"cold_bytes_read", g.counters.cold_bytes_read},
       {"kv_type", o.common.kv.type_name},
+      {"recovery", to_json(recovery)},
       {"logits_fingerprint", hex(g.fingerprint)},
   });
 }
@@ -251,7 +258,7 @@ class Sink {
 
 Generation stream(const Options& o, const Model& model, const Tokenizer& tokenizer,
                   const std::vector<TokenId>& prompt, int context,
-                  const std::atomic<bool>& interrupted, Sink& sink) {
+                  const std::atomic<bool>& interrupted, Recovery& recovery, Sink& sink) {
   Transformer transformer(model, o.common.threads);
   const std::unique_ptr<KvStore> kv = make_kv_store(o.common.kv, model.config, context);
   Sampler sampler(o.sampler);
@@ -264,6 +271,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.n_vocab = std::min(tokenizer.vocab_size(), model.config.vocab_size);
   options.fingerprint = o.common.verbose || o.common.json;
   options.interrupted = &interrupted;
+  options.recovery = &recovery;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
   options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
   options.on_prefill = [&](int done, int total) {
@@ -299,11 +307,13 @@ int run_generate(const Args& args) {
               << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";
   }
   const std::atomic<bool>& interrupted = catch_interrupt();
+  Recovery recovery(o.recovery.params(o.common.kv.policy));
   Sink sink(o.common.json);
   if (o.echo) sink.write(input.text);
-  const Generation result = stream(o, model, tokenizer, prompt, context, interrupted, sink);
-  if (o.common.json) write_stdout(to_json(o, result, sink.text()));
-  if (!o.common.quiet) print_statistics(o, result, model.config.n_layers);
+  const Generation result =
+      stream(o, model, tokenizer, prompt, context, interrupted, recovery, sink);
+  if (o.common.json) write_stdout(to_json(o, result, recovery, sink.text()));
+  if (!o.common.quiet) print_statistics(o, result, recovery, model.config.n_layers);
   return result.finish == Finish::kInterrupted ? kInterruptedExit : 0;
 }
 

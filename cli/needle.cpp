@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <chrono>
 #include <iostream>
-#include <random>
+#include <set>
 
 #include "cli/commands.h"
 #include "cli/format.h"
@@ -11,6 +11,7 @@
 #include "cli/needle_text.h"
 #include "cli/options.h"
 #include "cli/output_file.h"
+#include "cli/recovery_flags.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
 #include "model/generate.h"
@@ -24,8 +25,10 @@ constexpr int kPreface = 24;  // tokens that an answer may spend before its numb
 
 struct Options {
   CommonOptions common;
-  std::optional<std::string> contexts = "1500";
-  std::optional<std::string> depths = "5";
+  std::vector<std::string> policies = {"full", "thaw"};
+  RecoveryFlags recovery;
+  std::vector<int> contexts = {1500};
+  std::vector<int> depths = {5};
   int digits = 7;
   int needles = 1;
   int distractors = 0;
@@ -39,17 +42,16 @@ struct Options {
   bool prefill_question = false;
   std::optional<std::string> html;
 
-  std::vector<int> context_list;
-  std::vector<double> depth_list;  // shares, ascending
-  std::string text;                // of file
+  std::vector<double> places;  // of the keys, as shares, ascending
+  std::string text;            // of file
 };
 
 void add_question_flags(Flags& flags, Options& o) {
   flags.section("What is asked");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
-  flags.text(o.contexts, "--context", "LIST", "tokens before the question (default 1500)");
-  flags.text(o.depths, "--depths", "N|LIST",
-             "where the key stands: N places evenly, or percentages such as 10,50,90 (default 5)");
+  flags.integers(o.contexts, "--context", "tokens before the question; a list", 1, kMaxContext);
+  flags.integers(o.depths, "--depths",
+                 "where the key stands: at N places, evenly, or at a list of percentages", 0, 100);
   flags.integer(o.digits, "--digits", "digits of a key", 1, 64);
   flags.integer(o.needles, "--needles",
                 "most keys in one text, each at one of the depths and asked for by its owner's "
@@ -79,34 +81,17 @@ void add_reading_flags(Flags& flags, Options& o) {
                "read questions exactly, as a chat does, and not under the policy");
 }
 
-// Whole numbers between commas.
-std::vector<int> parse_list(const std::string& flag, const std::string& text, int min, int max) {
-  std::vector<int> values;
-  for (std::size_t at = 0; at <= text.size();) {
-    const std::size_t end = std::min(text.find(',', at), text.size());
-    const auto value = parse_number<int>(std::string_view(text).substr(at, end - at));
-    if (!value || *value < min || *value > max) {
-      throw UsageError(join(flag, ": expected whole numbers from ", min, " to ", max,
-                            " between commas, found \"", printable(text), "\""));
-    }
-    values.push_back(*value);
-    at = end + 1;
-  }
-  std::sort(values.begin(), values.end());
-  values.erase(std::unique(values.begin(), values.end()), values.end());
-  return values;
-}
-
 // N places in the middle of N equal parts, or the percentages named.
-std::vector<double> parse_depths(const std::string& text) {
-  std::vector<double> depths;
-  if (text.find(',') == std::string::npos) {
-    const int n = parse_list("--depths", text, 1, 100)[0];
-    for (int i = 0; i < n; ++i) depths.push_back((i + 0.5) / n);
+std::vector<double> places(const std::vector<int>& depths) {
+  std::vector<double> shares;
+  if (depths.size() > 1) {
+    for (const int percent : std::set<int>(depths.begin(), depths.end()))
+      shares.push_back(percent / 100.0);
   } else {
-    for (int percent : parse_list("--depths", text, 0, 100)) depths.push_back(percent / 100.0);
+    for (int i = 0; i < depths[0]; ++i) shares.push_back((i + 0.5) / depths[0]);
   }
-  return depths;
+  if (shares.empty()) throw UsageError("--depths: expected at least 1 place, found 0");
+  return shares;
 }
 
 bool parse(const Args& args, Options& o) {
@@ -114,12 +99,13 @@ bool parse(const Args& args, Options& o) {
       "needle", "-m MODEL [flags]",
       "Hides a key in a long text, asks for it, and prints the percentage of its digits that the "
       "answer has, for a grid of text lengths and places of the key. A key that was frozen long "
-      "before anybody asks shows whether a policy can find what it put away. Where --policy is "
-      "not full, the same grid under full stands beside it.");
+      "before anybody asks shows whether a policy can find what it put away. A list of policies, "
+      "by default full,thaw, shows the grid under each and what the others miss that full finds.");
   add_question_flags(flags, o);
   add_reading_flags(flags, o);
   flags.section("Keys and values");
-  add_kv_flags(flags, o.common.kv);
+  add_kv_flags(flags, o.common.kv, &o.policies);
+  add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
   flags.text(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
@@ -128,22 +114,23 @@ bool parse(const Args& args, Options& o) {
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
-  o.context_list = parse_list("--context", *o.contexts, 1, kMaxContext);
-  o.depth_list = parse_depths(*o.depths);
+  o.places = places(o.depths);
+  std::sort(o.contexts.begin(), o.contexts.end());
+  o.contexts.erase(std::unique(o.contexts.begin(), o.contexts.end()), o.contexts.end());
   if (o.file) o.text = read_file(*o.file).text;
   return true;
 }
 
 // The texts of one context. Depths are dealt out in turn, so that a text's keys stand far apart.
 std::vector<NeedleSpec> plan_texts(const Options& o, int context) {
-  const int n_depths = static_cast<int>(o.depth_list.size());
+  const int n_depths = static_cast<int>(o.places.size());
   const int n_texts = (n_depths + o.needles - 1) / o.needles;
   std::vector<NeedleSpec> specs;
   for (int t = 0; t < n_texts; ++t) {
     NeedleSpec spec;
     spec.context = context;
     spec.digits = o.digits;
-    for (int i = t; i < n_depths; i += n_texts) spec.depths.push_back(o.depth_list[i]);
+    for (int i = t; i < n_depths; i += n_texts) spec.depths.push_back(o.places[i]);
     spec.distractors = o.distractors;
     spec.filler = o.file                    ? Filler::kText
                   : o.filler == "sentences" ? Filler::kSentences
@@ -172,12 +159,15 @@ class Reader {
   // Stops early when interrupted.
   NeedleRun run() {
     const auto start = std::chrono::steady_clock::now();
-    NeedleRun run{common_.kv.policy, {}, 0};
-    for (int context : o_.context_list) {
+    NeedleRun run;
+    run.policy = common_.kv.policy;
+    run.n_layers = model_.config.n_layers;
+    for (int context : o_.contexts) {
       const std::vector<NeedleSpec> specs = plan_texts(o_, context);
       for (std::size_t t = 0; t < specs.size() && !interrupted_; ++t) {
-        place_ = join(common_.kv.policy, ", ", context, " tokens, text ", t + 1, " of ", specs.size());
-        examine(specs[t], run.answers);
+        place_ =
+            join(common_.kv.policy, ", ", context, " tokens, text ", t + 1, " of ", specs.size());
+        examine(specs[t], run);
       }
     }
     run.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
@@ -185,43 +175,69 @@ class Reader {
   }
 
  private:
-  void examine(const NeedleSpec& spec, std::vector<NeedleAnswer>& answers) {
+  void examine(const NeedleSpec& spec, NeedleRun& run) {
     const NeedleText text = make_needle_text(tokenizer_, spec);
-    std::size_t turn = 0;
-    for (const NeedleKey& key : text.keys)
-      turn = std::max(turn, needle_question(tokenizer_, key, o_.chat, true).size());
-    turn += 1 + kPreface + spec.digits;
-    const auto kv =
-        make_kv_store(common_.kv, model_.config, static_cast<int>(text.tokens.size() + 2 * turn));
-    read(*kv, text.tokens);
+    const int n_tokens = static_cast<int>(text.tokens.size());
+    const auto kv = make_kv_store(common_.kv, model_.config, n_tokens + 2 * longest_turn(text));
+    Recovery recovery(o_.recovery.params(common_.kv.policy));
+    read(*kv, text.tokens, recovery);
+    run.alarms += static_cast<int>(recovery.firings().size());
     for (std::size_t i = 0; i < text.keys.size() && !interrupted_; ++i) {
-      kv->rewind(static_cast<int>(text.tokens.size()));
+      kv->rewind(n_tokens);
+      Recovery alarm = recovery;  // as it was at the end of the text
       const NeedleKey& key = text.keys[i];
       std::vector<TokenId> prompt = needle_question(tokenizer_, key, o_.chat, false);
-      const std::vector<TokenId> first = answer(*kv, prompt, spec, 1, key, answers);
+      const std::vector<TokenId> first = answer(*kv, alarm, prompt, spec, 1, key, run);
       if (!o_.second || first.empty()) continue;
       const NeedleKey& other = text.keys[(i + 1) % text.keys.size()];
       prompt = needle_question(tokenizer_, other, o_.chat, true);
       prompt.insert(prompt.begin(), first.back());  // not in the store yet
-      answer(*kv, prompt, spec, 2, other, answers);
+      answer(*kv, alarm, prompt, spec, 2, other, run);
     }
+    account(*kv, run);
   }
 
-  void read(KvStore& kv, const std::vector<TokenId>& tokens) {
+  // Most tokens of a question with its answer.
+  int longest_turn(const NeedleText& text) const {
+    std::size_t longest = 0;
+    for (const NeedleKey& key : text.keys) {
+      for (const bool again : {false, true})
+        longest = std::max(longest, needle_question(tokenizer_, key, o_.chat, again).size());
+    }
+    return static_cast<int>(longest) + 1 + kPreface + o_.digits;
+  }
+
+  static void account(const KvStore& kv, NeedleRun& run) {
+    const KvUsage usage = kv.usage();
+    const KvCounters& counters = kv.counters();
+    run.usage.resident += usage.resident;
+    run.counters.steps += counters.steps;
+    run.counters.attended += counters.attended;
+    run.counters.visible += counters.visible;
+    run.counters.recalled += counters.recalled;
+    KvShape f16 = kv.shape();
+    f16.type = KvType::kF16;
+    run.f16_bytes += kv.length() * f16.bytes_per_token();
+  }
+
+  void read(KvStore& kv, const std::vector<TokenId>& tokens, Recovery& recovery) {
     const int n_tokens = static_cast<int>(tokens.size());
     const bool exact = common_.kv.policy == "full" || o_.prefill_all;
-    teacher_force(transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens},
-                  [&](int row, std::span<const float>) {
-                    progress_.show(join(place_, ": token ", row, " of ", n_tokens));
-                    return !interrupted_;
-                  });
+    teacher_force(
+        transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens},
+        [&](int row, std::span<const float>) {
+          progress_.show(join(place_, ": token ", row, " of ", n_tokens));
+          return !interrupted_;
+        },
+        &recovery);
   }
 
   // The tokens written, and what they say.
-  std::vector<TokenId> answer(KvStore& kv, const std::vector<TokenId>& prompt,
+  std::vector<TokenId> answer(KvStore& kv, Recovery& recovery, const std::vector<TokenId>& prompt,
                               const NeedleSpec& spec, int question, const NeedleKey& key,
-                              std::vector<NeedleAnswer>& answers) {
-    NeedleAnswer a{spec.context, question, key, "", "", 0};
+                              NeedleRun& run) {
+    NeedleAnswer a{spec.context, question, key, "", "", 0, {}};
+    const std::size_t before = recovery.firings().size();
     SamplerOptions greedy;
     greedy.temperature = 0;
     Sampler sampler(greedy);
@@ -238,11 +254,14 @@ class Reader {
       return !ended && std::ssize(number) <= spec.digits;
     };
     options.interrupted = &interrupted_;
+    options.recovery = &recovery;
     const Generation g = generate(transformer_, kv, sampler, prompt, options);
     if (g.finish == Finish::kInterrupted) return {};
     a.number = first_number(a.text);
     a.share = static_cast<double>(digits_right(a.number, key.digits)) / spec.digits;
-    answers.push_back(std::move(a));
+    a.firings.assign(recovery.firings().begin() + before, recovery.firings().end());
+    run.alarms += static_cast<int>(a.firings.size());
+    run.answers.push_back(std::move(a));
     return g.tokens;
   }
 
@@ -256,39 +275,45 @@ class Reader {
   std::string place_;
 };
 
-nlohmann::ordered_json to_json(const NeedleRun& run, const NeedleRun& full) {
-  nlohmann::ordered_json answers = nlohmann::ordered_json::array();
-  int right = 0;
-  double share = 0;
-  for (const NeedleAnswer& a : run.answers) {
-    right += a.right();
-    share += a.share / static_cast<double>(run.answers.size());
-    answers.push_back({{"context_tokens", a.context},
-                       {"depth_percent", 100 * a.key.depth},
-                       {"question", a.question},
-                       {"owner", a.key.owner},
-                       {"key", a.key.digits},
-                       {"key_position_tokens", a.key.position},
-                       {"answer", a.number},
-                       {"text", a.text},
-                       {"right", a.right()},
-                       {"digits_right_share", a.share}});
+nlohmann::ordered_json to_json(const NeedleAnswer& a) {
+  return {{"context_tokens", a.context},
+          {"depth_percent", 100 * a.key.depth},
+          {"question", a.question},
+          {"owner", a.key.owner},
+          {"key", a.key.digits},
+          {"key_position_tokens", a.key.position},
+          {"answer", a.number},
+          {"text", a.text},
+          {"right", a.right()},
+          {"digits_right_share", a.share},
+          {"recovery", to_json(a.firings)}};
+}
+
+// `full` may be null.
+nlohmann::ordered_json to_json(const NeedleRun& run, const NeedleRun* full) {
+  const NeedleScore s = score(run);
+  nlohmann::ordered_json json = {{"policy", run.policy},
+                                 {"asked", run.answers.size()},
+                                 {"right", s.right},
+                                 {"digits_right_share", s.share},
+                                 {"resident_pct", 100 * run.resident()},
+                                 {"attended_pct", 100 * run.attended()},
+                                 {"recalls_per_layer_step", run.recalls()},
+                                 {"recovery_alarms", run.alarms},
+                                 {"seconds", run.seconds}};
+  if (full) {
+    const NeedleAgreement agreed = agreement(run, *full);
+    json["right_under_full"] = agreed.reference;
+    json["right_of_those"] = agreed.both;
+    json["answers_all_that_full_answers"] = agreed.both == agreed.reference;
   }
-  const NeedleAgreement agreed = agreement(run, full);
-  return {{"policy", run.policy},
-          {"asked", run.answers.size()},
-          {"right", right},
-          {"digits_right_share", share},
-          {"right_under_full", agreed.reference},
-          {"right_of_those", agreed.both},
-          {"answers_all_that_full_answers", agreed.both == agreed.reference},
-          {"seconds", run.seconds},
-          {"answers", answers}};
+  for (const NeedleAnswer& answer : run.answers) json["answers"].push_back(to_json(answer));
+  return json;
 }
 
 std::string document(const Options& o, const std::vector<NeedleRun>& runs) {
   nlohmann::ordered_json policies = nlohmann::ordered_json::array();
-  for (const NeedleRun& run : runs) policies.push_back(to_json(run, runs.front()));
+  for (const NeedleRun& run : runs) policies.push_back(to_json(run, find_full(runs)));
   return json_line({{"digits", o.digits},
                     {"needles", o.needles},
                     {"distractors", o.distractors},
@@ -299,6 +324,7 @@ std::string document(const Options& o, const std::vector<NeedleRun>& runs) {
                     {"prefill_question", o.prefill_question},
                     {"seed", *o.seed},
                     {"kv_type", o.common.kv.type_name},
+                    {"recovery", o.recovery.highest},
                     {"policies", policies}});
 }
 
@@ -321,11 +347,16 @@ int run_needle(const Args& args) {
          ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is "
          "not for this model");
   }
-  o.common.context = o.context_list.back();
+  o.common.context = o.contexts.back();
   context_tokens(o.common, model.config);
-  std::vector<CommonOptions> variants(1, o.common);
-  variants.front().kv.policy = "full";
-  if (o.common.kv.policy != "full") variants.push_back(o.common);
+  std::vector<CommonOptions> variants;
+  for (const std::string& policy : o.policies) {
+    variants.push_back(o.common);
+    KvFlags& kv = variants.back().kv;
+    kv.policy = policy;
+    if (policy == "full") kv.hot_fraction = {}, kv.hot_tokens = {}, kv.hot_bytes = {};
+    make_kv_store(kv, model.config, o.contexts.back());  // what does not fit fails now
+  }
 
   const std::atomic<bool>& interrupted = catch_interrupt();
   std::vector<NeedleRun> runs;

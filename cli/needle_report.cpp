@@ -41,6 +41,8 @@ Rgb heat(double share) {
   return {mix(229, 76, share * 2 - 1), mix(200, 175, share * 2 - 1), 80};
 }
 
+double ratio(double part, double whole) { return whole > 0 ? part / whole : 0; }
+
 std::string percent(double share) { return fixed(100 * share, 0); }
 
 std::string pad(const std::string& text, std::size_t width) {
@@ -48,23 +50,20 @@ std::string pad(const std::string& text, std::size_t width) {
 }
 
 std::string summary(const NeedleRun& run) {
-  int right = 0;
-  double share = 0;
-  for (const NeedleAnswer& answer : run.answers) {
-    right += answer.right();
-    share += answer.share / static_cast<double>(run.answers.size());
-  }
-  return join(right, " of ", count(std::ssize(run.answers), "answer"), " right, ", percent(share),
-              " % of the digits");
+  const NeedleScore s = score(run);
+  return join(s.right, " of ", count(std::ssize(run.answers), "answer"), " right, ",
+              percent(s.share), " % of the digits; resident ", percent(run.resident()),
+              " % of f16, ", percent(run.attended()), " % attended exactly, ",
+              fixed(run.recalls(), 1), " recalls a layer and step",
+              run.alarms > 0 ? join(", ", count(run.alarms, "recovery alarm")) : "");
 }
 
 // "thaw answers 14 of the 15 that full answers", for every run but full's; nothing without one.
 std::vector<std::string> verdicts(const std::vector<NeedleRun>& runs) {
   std::vector<std::string> lines;
-  const auto full = std::find_if(runs.begin(), runs.end(),
-                                 [](const NeedleRun& run) { return run.policy == "full"; });
+  const NeedleRun* full = find_full(runs);
   for (const NeedleRun& run : runs) {
-    if (full == runs.end() || run.policy == "full") continue;
+    if (!full || &run == full) continue;
     const NeedleAgreement a = agreement(run, *full);
     lines.push_back(
         a.both == a.reference
@@ -168,6 +167,29 @@ std::string valid_utf8(const std::string& text) {
 }
 
 }  // namespace
+
+double NeedleRun::resident() const {
+  return ratio(static_cast<double>(usage.resident), static_cast<double>(f16_bytes));
+}
+double NeedleRun::attended() const { return ratio(counters.attended, counters.visible); }
+double NeedleRun::recalls() const {
+  return ratio(counters.recalled, static_cast<double>(counters.steps) * n_layers);
+}
+
+NeedleScore score(const NeedleRun& run) {
+  NeedleScore s;
+  for (const NeedleAnswer& answer : run.answers) {
+    s.right += answer.right();
+    s.share += answer.share / static_cast<double>(run.answers.size());
+  }
+  return s;
+}
+
+const NeedleRun* find_full(const std::vector<NeedleRun>& runs) {
+  const auto full = std::find_if(runs.begin(), runs.end(),
+                                 [](const NeedleRun& run) { return run.policy == "full"; });
+  return full == runs.end() ? nullptr : &*full;
+}
 
 NeedleAgreement agreement(const NeedleRun& run, const NeedleRun& reference) {
   NeedleAgreement a;

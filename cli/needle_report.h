@@ -5,6 +5,8 @@
 #include <vector>
 
 #include "cli/needle_text.h"
+#include "kvstore/kvstore.h"
+#include "kvstore/recovery.h"
 
 namespace thaw {
 
@@ -12,9 +14,10 @@ struct NeedleAnswer {
   int context = 0;   // tokens asked for
   int question = 1;  // 1, or 2 with --second
   NeedleKey key;
-  std::string text;    // what the model wrote
-  std::string number;  // the first number in it
-  double share = 0;    // of the key's digits that stand at their place
+  std::string text;                       // what the model wrote
+  std::string number;                     // the first number in it
+  double share = 0;                       // of the key's digits that stand at their place
+  std::vector<Recovery::Firing> firings;  // while it was asked and answered
   bool right() const { return number == key.digits; }
 };
 
@@ -23,7 +26,28 @@ struct NeedleRun {
   std::string policy;
   std::vector<NeedleAnswer> answers;
   double seconds = 0;
+  // Sums over texts, at the end of each.
+  KvUsage usage;
+  KvCounters counters;
+  std::int64_t f16_bytes = 0;  // of all tokens
+  int n_layers = 0;
+  int alarms = 0;  // rungs that recovery climbed
+
+  // Means: bytes in fast memory as a share of f16; share of the context that a decode step reads
+  // exactly; tokens recalled a layer and step.
+  double resident() const;
+  double attended() const;
+  double recalls() const;
 };
+
+struct NeedleScore {
+  int right = 0;
+  double share = 0;  // of all digits
+};
+NeedleScore score(const NeedleRun& run);
+
+// The run under policy full, or null.
+const NeedleRun* find_full(const std::vector<NeedleRun>& runs);
 
 // Of what `reference` answered right, how many `run` answered right, too.
 struct NeedleAgreement {

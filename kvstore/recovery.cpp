@@ -31,7 +31,7 @@ Rung Recovery::armed(int position) {
 }
 
 Rung Recovery::observe(int position, float entropy, float ghost_mass, bool can_rewalk) {
-  if (params_.highest == Rung::kNone) return Rung::kNone;
+  if (!on()) return Rung::kNone;
   const auto spikes = [&](const RollingStatistics& statistics, float value) {
     return statistics.count() >= params_.warmup &&
            value > statistics.mean() + params_.z * std::max(statistics.sd(), kLeastSd);

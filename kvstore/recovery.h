@@ -29,7 +29,7 @@ class RollingStatistics {
 
 struct RecoveryParams {
   Rung highest = Rung::kNone;  // kNone: nothing is ever done
-  float z = 4;                 // a spike: value > mean + z max(sd, 0.01)
+  float z = 2;                 // a spike: value > mean + z max(sd, 0.01)
   int warmup = 16;             // values seen before the first alarm
   int cooldown = 16;           // positions from a firing to the next
   int calm = 64;               // positions without a firing that lead one rung down
@@ -56,6 +56,7 @@ class Recovery {
   // place. Where no rewalk is possible, can_rewalk is false and a full reset takes its place.
   Rung observe(int position, float entropy, float ghost_mass, bool can_rewalk);
 
+  bool on() const { return params_.highest != Rung::kNone; }
   const RecoveryParams& params() const { return params_; }
   const std::vector<Firing>& firings() const { return firings_; }
   int count(Rung rung) const;  // how often it fired

@@ -20,9 +20,10 @@ class Clock {
 };
 
 // Asks the alarm after a decode step, and thaws what it demands.
-Rung recover(Recovery& recovery, KvStore& kv, std::span<const float> logits, bool can_rewalk) {
+Rung recover(Recovery* recovery, KvStore& kv, std::span<const float> logits, bool can_rewalk) {
+  if (!recovery || !recovery->on()) return Rung::kNone;
   const Rung rung =
-      recovery.observe(kv.length(), softmax_entropy(logits), kv.ghost_mass(), can_rewalk);
+      recovery->observe(kv.length(), softmax_entropy(logits), kv.ghost_mass(), can_rewalk);
   if (rung != Rung::kNone) kv.reset(std::min(rung, Rung::kFull));
   return rung;
 }
@@ -106,8 +107,7 @@ class Run {
         at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
     logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
     if (!result_.tokens.empty()) ++result_.decode_steps;
-    if (options_.recovery && recover(*options_.recovery, kv_, logits_, true) == Rung::kRewalk)
-      rewalk();
+    if (recover(options_.recovery, kv_, logits_, true) == Rung::kRewalk) rewalk();
   }
 
   std::int32_t draw() {
@@ -190,11 +190,11 @@ bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::i
     n = row < prefill ? std::min(transformer.max_rows(), prefill - row) : 1;
     const int n_logits = std::clamp(row + n - rows.first, 0, n);
     const bool decode = row >= prefill;
-    const bool watched = decode && recovery;
+    const bool watched = decode && recovery && recovery->on();
     const std::span<const float> logits =
         transformer.forward(tokens.subspan(row, n), kv, watched ? 1 : n_logits,
                             decode ? Phase::kDecode : Phase::kPrefill);
-    if (watched) recover(*recovery, kv, logits, false);
+    if (watched) recover(recovery, kv, logits, false);
     if (!on_logits(row + n - n_logits, n_logits > 0 ? logits : logits.first(0))) return false;
   }
   return true;

@@ -145,7 +145,8 @@ TEST_CASE("needle: an answer is its first number, compared digit by digit") {
 }
 
 NeedleRun run_of(const std::string& policy, const std::vector<std::string>& numbers) {
-  NeedleRun run{policy, {}, 0};
+  NeedleRun run;
+  run.policy = policy;
   for (std::size_t i = 0; i < numbers.size(); ++i) {
     NeedleAnswer a;
     a.context = i < 2 ? 1500 : 4096;
@@ -155,22 +156,32 @@ NeedleRun run_of(const std::string& policy, const std::vector<std::string>& numb
     a.share = digits_right(a.number, "77") / 2.0;
     run.answers.push_back(a);
   }
+  run.n_layers = 2;
+  run.usage.resident = 30, run.f16_bytes = 100;
+  run.counters.steps = 10, run.counters.attended = 5, run.counters.visible = 20;
+  run.counters.recalled = 50;
   return run;
 }
 
 TEST_CASE("needle: the text report has a cell for each context and depth, and the comparison") {
   const std::vector<NeedleRun> runs = {run_of("full", {"77", "77", "71", "77"}),
                                        run_of("thaw", {"77", "", "77", "77"})};
+  const std::string kMeans =
+      "; resident 30 % of f16, 25 % attended exactly, 2.5 recalls a layer and step";
   CHECK(needle_text_report(runs, false) ==
         "full           25 %   75 %\n"
         "       1500     100    100\n"
         "       4096      50    100\n"
-        "3 of 4 answers right, 88 % of the digits\n\n"
-        "thaw           25 %   75 %\n"
-        "       1500     100      0\n"
-        "       4096     100    100\n"
-        "3 of 4 answers right, 75 % of the digits\n\n"
-        "thaw answers 2 of the 3 that full answers\n");
+        "3 of 4 answers right, 88 % of the digits" +
+            kMeans +
+            "\n\n"
+            "thaw           25 %   75 %\n"
+            "       1500     100      0\n"
+            "       4096     100    100\n"
+            "3 of 4 answers right, 75 % of the digits" +
+            kMeans +
+            "\n\n"
+            "thaw answers 2 of the 3 that full answers\n");
   CHECK(needle_text_report(runs, true).find("\x1b[30;48;2;76;175;80m    100\x1b[0m") !=
         std::string::npos);
   const NeedleAgreement a = agreement(runs[1], runs[0]);
@@ -231,22 +242,53 @@ TEST_CASE("needle: wrong lists and numbers are wrong usage") {
                   "1 to 16777216 between commas, "
                   "found \"1500,x\"") != std::string::npos);
   CHECK(error({"--context", ""}).find("--context" + numbers) != std::string::npos);
-  CHECK(error({"--depths", "0"}).find("--depths" + numbers + "1 to 100") != std::string::npos);
+  CHECK(error({"--depths", "0"}).find("--depths: expected at least 1 place, found 0") !=
+        std::string::npos);
   CHECK(error({"--depths", "10,101"}).find("--depths" + numbers + "0 to 100") != std::string::npos);
   CHECK(error({"--digits", "65"}).find("--digits") != std::string::npos);
+}
+
+TEST_CASE("needle: recovery is watched under the policies that freeze, and reported") {
+  const RunResult r = run({"--context", "400", "--depths", "1", "--policy", "full,asr",
+                           "--recovery", "full", "--recovery-z", "0.1", "--json", "-q"});
+  CAPTURE(r.err);
+  REQUIRE(r.exit_code == 0);
+  const json j = json::parse(r.out)["policies"];
+  CHECK(j[0]["policy"] == "full");
+  CHECK(j[0]["recovery_alarms"] == 0);
+  CHECK(j[0]["attended_pct"] == 100);
+  CHECK(j[0]["answers_all_that_full_answers"] == true);
+  CHECK(j[1]["policy"] == "asr");
+  CHECK(j[1]["recovery_alarms"] > 3);
+  CHECK(j[1]["right_under_full"] == j[0]["right"]);
+  const json& answer = j[1]["answers"][0];
+  REQUIRE(!answer["recovery"].empty());
+  for (const json& fired : answer["recovery"]) CHECK(fired["token"] > 300);
+}
+
+TEST_CASE("needle: bounds of the hot tier are for the policies that have one") {
+  const RunResult r = run({"--context", "400", "--depths", "1", "--policy", "full,h2o",
+                           "--hot-tokens", "40", "--json", "-q"});
+  CAPTURE(r.err);
+  REQUIRE(r.exit_code == 0);
+  CHECK(json::parse(r.out)["policies"][1]["attended_pct"] < 30);
 }
 
 TEST_CASE("needle: the real model finds its keys, and a page shows them") {
   const auto model = weights_file(kSmolLM2File);
   if (!model) return;
   const std::string page = TinyCli::get().path("needle.html");
-  const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "700", "--needles",
-                                "2", "--depths", "30,70", "--policy", "full", "--html", page});
+  const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "400", "--needles",
+                                "2", "--depths", "30,70", "--html", page});
   CAPTURE(r.err);
+  CAPTURE(r.out);
   CHECK(r.exit_code == 0);
-  CHECK(r.out ==
-        "full           30 %   70 %\n        700     100    100\n"
-        "2 of 2 answers right, 100 % of the digits\n\n");
+  for (const char* part :
+       {"full           30 %   70 %\n        400     100    100\n2 of 2 answers right, ",
+        "thaw           30 %   70 %\n        400     100    100\n2 of 2 answers right, ",
+        "thaw answers everything that full answers: 2\n"}) {
+    CHECK(r.out.find(part) != std::string::npos);
+  }
   std::ifstream in(page);
   std::stringstream html;
   html << in.rdbuf();

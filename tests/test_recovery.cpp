@@ -1,13 +1,17 @@
 // The alarm's statistics, the ladder, and what a rewalk does to a generation.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <map>
+#include <nlohmann/json.hpp>
 #include <vector>
 
 #include "kvstore/recovery.h"
 #include "model/generate.h"
+#include "tests/run_thaw.h"
+#include "tests/tiny_cli.h"
 #include "tests/tiny_model.h"
 
 namespace thaw {
@@ -42,7 +46,7 @@ TEST_CASE("recovery: the entropy of a distribution, in nats") {
 
 RecoveryParams up_to(Rung highest) {
   RecoveryParams p;
-  p.highest = highest;
+  p.highest = highest, p.z = 4;
   return p;
 }
 
@@ -372,6 +376,32 @@ TEST_CASE("teacher forcing: recovery resets the store, and a rewalk is a full re
   CHECK(sizes == std::vector<std::size_t>{0, 0, 0, 0, 0, 0, 288});
   CHECK(engine.kv->resets == std::vector<Rung>{kSoft, kWindow, kFull, kFull});
   CHECK(engine.recovery->count(kFull) == 2);
+}
+
+TEST_CASE("recovery: generate reports each rung, and where it fired") {
+  std::vector<std::string> args = {"generate",   "-m",           testing::TinyCli::get().model(),
+                                   "-p",         "Once",         "-n",
+                                   "200",        "--ignore-eos", "--seed",
+                                   "3",          "--policy",     "asr",
+                                   "--recovery", "window",       "--recovery-z",
+                                   "0.5"};
+  const testing::RunResult text = testing::run_thaw(args);
+  args.insert(args.end(), {"--json", "-q"});
+  const testing::RunResult document = testing::run_thaw(args);
+  REQUIRE(document.exit_code == 0);
+  const nlohmann::json j = nlohmann::json::parse(document.out)["recovery"];
+  CHECK(j["highest"] == "window");
+  CHECK(j["soft"] > 0);
+  CHECK(j["window"] > 0);
+  CHECK(j["full"] == 0);
+  REQUIRE(j["fired"].size() == j["soft"].get<std::size_t>() + j["window"].get<std::size_t>());
+  const nlohmann::json& first = j["fired"][0];
+  CHECK(first["rung"] == "soft");
+  CHECK(first["value"].get<double>() > first["mean"].get<double>());
+  CHECK(text.err.find("recovery soft " + j["soft"].dump() + " (at " + first["token"].dump()) !=
+        std::string::npos);
+  *std::find(args.begin(), args.end(), "asr") = "full";  // freezes nothing: nobody watches
+  CHECK(nlohmann::json::parse(testing::run_thaw(args).out)["recovery"]["fired"].empty());
 }
 
 }  // namespace

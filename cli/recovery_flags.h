@@ -1,0 +1,29 @@
+// The flags of recovery, and its report.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+#include <string>
+#include <vector>
+
+#include "cli/flags.h"
+#include "kvstore/recovery.h"
+
+namespace thaw {
+
+struct RecoveryFlags {
+  std::string highest = "off";
+  RecoveryParams defaults;
+  float z = defaults.z;
+  int rewalk_tokens = defaults.rewalk_tokens;
+
+  RecoveryParams params(const std::string& policy) const;  // off where full has nothing to thaw
+};
+
+void add_recovery_flags(Flags& flags, RecoveryFlags& recovery);
+
+// "soft 2 (at 130, 192), full 1 (at 208)", or "never".
+std::string describe(const Recovery& recovery);
+nlohmann::ordered_json to_json(const std::vector<Recovery::Firing>& firings);
+nlohmann::ordered_json to_json(const Recovery& recovery);  // with how often each rung fired
+
+}  // namespace thaw
