@@ -82,19 +82,20 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
   const int n = (end - begin + kGhostGroup - 1) / kGhostGroup * kGhostGroup;
   for (int h = head; h < head + group_; ++h) {
     float* scores = ghost_row(h) + begin;
-    SoftmaxState state;
-    for (int j = 0; j < n; ++j) state.m = std::max(state.m, scores[j]);
-    if (state.m == -std::numeric_limits<float>::infinity()) {
+    float m = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : m)
+    for (int j = 0; j < n; ++j) m = scores[j] > m ? scores[j] : m;
+    if (m == -std::numeric_limits<float>::infinity()) {
       std::fill_n(scores, n, 0.0f);
       continue;
     }
-    const float m = state.m;
     float l = 0, ps = 0;
 #pragma omp simd reduction(+ : l, ps)
     for (int j = 0; j < n; ++j) {
-      const float s = scores[j], e = exp_fast(s - m);
+      const float s = scores[j] > m - 100 ? scores[j] : m - 100;  // e = 0, and e s = 0
+      const float e = exp_fast(s - m);
       l += e;
-      ps += e > 0 ? e * s : 0.0f;
+      ps += e * s;
       scores[j] = e;
     }
     ghost_state_[at(h, range)] = {m, l, ps};

@@ -31,7 +31,7 @@ inline float exp_fast(float x) {
 // x / (1 + e^-x), the sigmoid-weighted linear unit.
 inline float silu(float x) {
   const float e = exp_fast(x < 0 ? x : -x);  // e^-|x|, never overflows
-  return x < 0 ? x * e / (1.0f + e) : x / (1.0f + e);
+  return x * (x < 0 ? e : 1.0f) / (1.0f + e);
 }
 
 }  // namespace thaw

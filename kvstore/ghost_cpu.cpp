@@ -181,15 +181,18 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
 // Rounds a group's weights, times the values' scales, to 8 bits; returns what a unit is worth.
 float round_weights(std::uint32_t* pairs, const float* weights, const float* scales) {
   float w[kGhostGroup], largest = 0;
+#pragma omp simd reduction(max : largest)
   for (int j = 0; j < kGhostGroup; ++j) {
     w[j] = weights[j] * scales[j];
-    largest = std::max(largest, w[j]);
+    largest = w[j] > largest ? w[j] : largest;
   }
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
+  std::int32_t rounded[kGhostGroup];
+#pragma omp simd
+  for (int j = 0; j < kGhostGroup; ++j)
+    rounded[j] = static_cast<std::int32_t>(w[j] * inverse + 0.5f);
   for (int j = 0; j < kGhostGroup; j += 2) {
-    const auto a = static_cast<std::uint32_t>(w[j] * inverse + 0.5f);
-    const auto b = static_cast<std::uint32_t>(w[j + 1] * inverse + 0.5f);
-    const std::uint32_t pair = a | b << 8;
+    const auto pair = static_cast<std::uint32_t>(rounded[j] | rounded[j + 1] << 8);
     pairs[j / 2] = pair | pair << 16;
   }
   return largest / 255.0f;
