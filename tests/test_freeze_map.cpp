@@ -209,6 +209,12 @@ TEST_CASE("A history that is too large keeps its means in wider columns") {
   CHECK(!map.detailed());
   const int n_columns = (n_steps + stride - 1) / stride;
   CHECK(map.columns() == n_columns);
+  const std::vector<double> series = map.series();  // the last column is not full
+  const std::size_t width = map.series_width();
+  REQUIRE(series.size() == static_cast<std::size_t>(n_columns) * width);
+  CHECK(series[series.size() - std::size(FreezeMap::kStoreSeries)] == 40 + n_steps);
+  CHECK(series[width + 1] == .25);  // the ghost mass of layer 0
+  CHECK(series[width] == stride + (stride - 1) / 2.0);  // its entropy, which is the step
   std::size_t size = 0;
   for (int l = 0; l < History::kLayers; ++l) {
     const auto columns = decode(map.cells(l));

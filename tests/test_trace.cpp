@@ -1,6 +1,7 @@
 // The trace of a run, as a viewer reads it.
 #include <doctest/doctest.h>
 
+#include <chrono>
 #include <filesystem>
 #include <functional>
 #include <limits>
@@ -37,10 +38,19 @@ std::vector<json> named(const json& events, const std::string& name) {
   return found;
 }
 
+constexpr double kWork = 20;  // microseconds
+
+void work() {
+  const auto start = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - start < std::chrono::microseconds(25)) continue;
+}
+
 TEST_CASE("Spans of a trace follow each other, and ops lie within their phase") {
   const json events = written([](Trace& trace) {
     trace.begin();
+    work();
     trace.op({"embed", -1, nullptr, 3, 8});
+    work();
     trace.op({"q", 1, nullptr, 3, 8});
     trace.phase("prefill");
     trace.phase("sample");
@@ -58,6 +68,9 @@ TEST_CASE("Spans of a trace follow each other, and ops lie within their phase") 
   for (const json& event : events) {
     if (event["ph"] == "X") CHECK(event["dur"] >= 0);
   }
+  CHECK(embed["dur"] >= kWork);
+  CHECK(q[0]["dur"] >= kWork);
+  CHECK(prefill["dur"] >= 2 * kWork);
   CHECK(to(embed) <= from(q[0]) + kRounding);
   CHECK(from(prefill) <= from(embed) + kRounding);
   CHECK(to(q[0]) <= to(prefill) + kRounding);

@@ -138,11 +138,13 @@ TEST_CASE("--heat colours the text on standard error, and only when that is want
 }
 
 TEST_CASE("Heat takes its colour from the share and ends it before a newline") {
-  const std::vector<std::string> texts = {"cold", "\n", "hot", "hot"};
-  const std::vector<double> shares = {0, 0, 1, 1};
+  const std::vector<std::string> texts = {"cold", "\n", "hot", "hot\n", "hot"};
+  const std::vector<double> shares = {0, 0, 1, 1, 1};
   const std::string heat = heat_text(texts, shares);
   const std::string text = heat.substr(heat.find('\n') + 1);
-  CHECK(text == "\x1b[48;5;18;38;5;153mcold\x1b[0m\n\x1b[48;5;202;38;5;16mhothot\x1b[0m\n");
+  const std::string ice = "\x1b[48;5;18;38;5;153m", ember = "\x1b[48;5;202;38;5;16m",
+                    off = "\x1b[0m\n";
+  CHECK(text == ice + "cold" + off + ember + "hothot" + off + ember + "hot" + off);
 }
 
 }  // namespace
