@@ -176,12 +176,12 @@ void CpuAttention::attend(float* o, const float* q, int n_rows, int n_heads, con
   require(stats_rows >= 0 && stats_rows <= n_rows, "attend: stats_rows: expected 0 to ", n_rows,
           ", found ", stats_rows);
   stats.n_rows = stats_rows;
-  stats.lanes.clear();
   if (!kv.lanes.empty()) {
     require(n_rows == 1, "attend: expected 1 row under a policy, found ", n_rows);
     stats.n_rows = 1;
     return tiered_.attend(o, q, n_heads, kv, stats);
   }
+  stats.lanes.clear();
   if (stats_rows > 0) {
     stats.lanes.resize(static_cast<std::size_t>(kv.n_kv_heads / kv.lane_heads));
     for (AttentionStats::Lane& lane : stats.lanes) {

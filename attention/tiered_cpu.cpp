@@ -29,12 +29,12 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   queries_.resize(heads);
   hot_scores_.resize(heads * hot_stride_);
   hot_.assign(heads, {});
-  hot_o_.assign(heads * dim_, 0.0f);
+  hot_o_.resize(heads * dim_);
   ghost_.resize(heads * ghost_stride_);
   ghost_state_.assign(parts, {});
-  ghost_o_.assign(parts * dim_, 0.0f);
+  ghost_o_.resize(parts * dim_);
   recalled_state_.assign(parts, {});
-  recalled_o_.assign(parts * dim_, 0.0f);
+  recalled_o_.resize(parts * dim_);
   ranges_.resize(kv.lanes.size() * n_ranges_);
   for (ExactScratch& s : scratch_) s.reserve(group_, kv.head_dim);
   if (n_ranges_ == 0) return;
@@ -58,8 +58,9 @@ void TieredDecode::attend_hot(const KvView& kv, int kv_head, ExactScratch& scrat
   w.end = w.first_visible = lane.hot.n_rows;
   w.scores = hot_scores_.data() + first * hot_stride_;
   w.score_head_stride = static_cast<std::int64_t>(hot_stride_);
-  attend_exactly(&hot_[first], &hot_o_[static_cast<std::size_t>(first) * dim_], w, kv.type,
-                 kv.head_dim, scratch);
+  float* o = &hot_o_[static_cast<std::size_t>(first) * dim_];
+  std::fill_n(o, group_ * dim_, 0.0f);
+  attend_exactly(&hot_[first], o, w, kv.type, kv.head_dim, scratch);
 }
 
 // Hot tokens have ghosts, too, which keep silent.
@@ -175,6 +176,8 @@ void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
   for (int kv_head = lane * kv.lane_heads; kv_head < (lane + 1) * kv.lane_heads; ++kv_head) {
     const int head = kv_head * group_;
+    for (int h = head; h < head + group_; ++h)
+      std::fill_n(ghost_o_.data() + at(h, range) * dim_, dim_, 0.0f);
     for (int t = begin; t < end; t += kGhostGroup) {
       bool matters = false;
       for (int h = head; h < head + group_; ++h) {
@@ -251,7 +254,8 @@ void TieredDecode::fill_stats(AttentionStats& stats, const KvView& kv) const {
   for (std::size_t i = 0; i < kv.lanes.size(); ++i) {
     AttentionStats::Lane& lane = stats.lanes[i];
     const std::size_t n = kv.lanes[i].tokens.size();
-    lane = {};
+    lane.entropy = lane.ghost_mass = 0;
+    lane.recalled.clear();
     lane.probability.assign(n, 0.0f);
     lane.relevance.assign(n, 0.0f);
     for (int h = static_cast<int>(i) * queries; h < static_cast<int>(i + 1) * queries; ++h) {

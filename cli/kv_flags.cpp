@@ -26,7 +26,7 @@ Policy policy_named(const std::string& name) {
 
 // The economy preset: fewer bits, more recalls.
 void apply_preset(const std::string& preset, PolicyParams& p) {
-  if (preset != "economy") return;
+  if (preset != "economy" || p.policy != Policy::kThaw) return;
   p.ghost_key_bits = 2;
   p.ghost_value_bits = 2;
   p.epsilon = 1e-3f;
@@ -54,7 +54,7 @@ KvOptions KvFlags::options() const {
     throw UsageError("expected at most one of --hot-fraction, --hot-tokens and --hot-bytes");
   if (p.policy == Policy::kFull && (hot_fraction || hot_tokens || hot_bytes))
     throw UsageError("--policy full keeps every token; --hot-* bounds the other policies");
-  if (p.policy == Policy::kAsr) p.sinks = 0;  // the paper protects the newest tokens only
+  if (p.policy == Policy::kAsr) p.sinks = 0, p.window = 32;  // the paper's: no sinks
   apply_preset(preset, p);
   o.hot_fraction = hot_fraction.value_or(0);
   o.hot_tokens = hot_tokens.value_or(0);
@@ -96,7 +96,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 0, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
-  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 32)", 0,
+  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 24; asr: 32)", 0,
                 1 << 24);
   flags.integer(kv.sinks, "--sinks", "oldest tokens that are never frozen (default 4; asr: 0)", 0,
                 1 << 24);

@@ -5,6 +5,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 namespace thaw {
 namespace {
@@ -99,28 +100,41 @@ unsigned get_code(const std::byte* codes, Place place, int token, int dim, int b
   return code;
 }
 
+// c = the numbers u - 2^(b-1) + 1/2 of the codes of x on a grid of `step`. Returns <x,c> and <c,c>.
+std::pair<float, float> round_to_grid(float* c, const float* x, int n, float step, int bits) {
+  const float inverse = step > 0 ? 1.0f / step : 0.0f, half = static_cast<float>(1 << (bits - 1));
+  float xc = 0, cc = 0;
+#pragma omp simd reduction(+ : xc, cc)
+  for (int i = 0; i < n; ++i) {
+    const float cell = std::floor(x[i] * inverse);
+    c[i] = (cell < -half ? -half : cell > half - 1 ? half - 1 : cell) + 0.5f;
+    xc += x[i] * c[i];
+    cc += c[i] * c[i];
+  }
+  return {xc, cc};
+}
+
 enum class Gain { kUnbiased, kLeastSquares };
 
-// Rounds x - mean, rotated, to `bits`; writes the codes of one token and returns its scale.
+// Rounds x - mean, rotated, to `bits`, on the best of a few grids around the Gaussian's: the one
+// with the largest <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one
+// token and returns its scale.
 float round_to_codes(std::byte* codes, Place place, int token, int bits, const float* in,
                      const float* mean, int head_dim, Gain gain) {
-  float x[GhostQuery::kMaxDim];
-  float squares = 0;
+  float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
+  float squares = 0, best = -1, step = 0;
   for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
   rotate(x, head_dim);
   for (int i = 0; i < head_dim; ++i) squares += x[i] * x[i];
-  const float step = kStep[bits] * std::sqrt(squares / static_cast<float>(head_dim));
-  const float inverse = step > 0 ? 1.0f / step : 0.0f;
-  const int half = 1 << (bits - 1);
-  float xc = 0, cc = 0;  // <x, c>, <c, c> with c = y / step
-  for (int i = 0; i < head_dim; ++i) {
-    const float cell = std::clamp(std::floor(x[i] * inverse), -static_cast<float>(half),
-                                  static_cast<float>(half - 1));
-    const float c = cell + 0.5f;
-    put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(cell) + half));
-    xc += x[i] * c;
-    cc += c * c;
+  const float usual = kStep[bits] * std::sqrt(squares / static_cast<float>(head_dim));
+  for (const float factor : {0.8f, 0.9f, 1.0f, 1.1f, 1.2f}) {
+    const auto [xc, cc] = round_to_grid(c, x, head_dim, factor * usual, bits);
+    if (xc * xc / cc > best) best = xc * xc / cc, step = factor * usual;
   }
+  const auto [xc, cc] = round_to_grid(c, x, head_dim, step, bits);
+  const float half = static_cast<float>(1 << (bits - 1));
+  for (int i = 0; i < head_dim; ++i)
+    put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(c[i] + half)));
   const float scale = gain == Gain::kUnbiased ? (xc > 0 ? squares / xc : 0.0f) : xc / cc;
   return std::isfinite(scale) ? scale : 0.0f;
 }

@@ -19,7 +19,7 @@ inline constexpr const char* kPolicyNames[] = {"full", "window", "h2o", "budget"
 // Every parameter of every policy; which one reads what is said at the functions below.
 struct PolicyParams {
   Policy policy = Policy::kFull;
-  int window = 32;           // newest tokens, always hot
+  int window = 24;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
   float epsilon = 3e-3f;     // thaw: a frozen token of at least this probability is recalled
   float stay = 2.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
@@ -73,10 +73,10 @@ THAW_HOST_DEVICE inline int asr_sleep(const PolicyParams& p, float relevance, fl
   return sleep_steps(p, low_scores);
 }
 
-// thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens (e^H,
-// the perplexity of the attention) a token is.
-THAW_HOST_DEVICE inline float entropy_score(float probability, float entropy) {
-  return probability * std::exp(entropy);
+// thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens a token
+// is; spread = e^H, the perplexity of the attention.
+THAW_HOST_DEVICE inline float entropy_score(float probability, float spread) {
+  return probability * spread;
 }
 
 // budget: a layer's share of all hot tokens, proportional to its mean head entropy (Entropy-Guided

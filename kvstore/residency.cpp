@@ -86,12 +86,13 @@ void Residency::freeze_rows(const Moment& now, const std::vector<int>& rows,
 
 void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len) {
   entropy_ = stats.entropy;
+  spread_ = std::exp(entropy_);
   const bool sums = params_.policy == Policy::kH2o || params_.policy == Policy::kBudget;
   for (std::size_t t = 0; t < stats.probability.size(); ++t) {
     if (sums) {
       score_[t] += stats.probability[t] * static_cast<float>(n_rows);
     } else {
-      score_[t] = entropy_score(stats.probability[t], entropy_);
+      score_[t] = entropy_score(stats.probability[t], spread_);
     }
   }
   if (params_.policy == Policy::kAsr && !stats.relevance.empty())
@@ -105,7 +106,7 @@ std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   const bool ranked = params_.policy == Policy::kThaw ? stay_steps(params_, 1) > 0
                                                       : params_.policy != Policy::kWindow;
   const float least =
-      params_.policy == Policy::kThaw ? entropy_score(now.epsilon, entropy_) : 0.0f;
+      params_.policy == Policy::kThaw ? entropy_score(now.epsilon, spread_) : 0.0f;
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     if (always(now, t)) {
       chosen.push_back(t);
@@ -142,7 +143,7 @@ void Residency::seed(const Moment& now) {
       if (hits_[t] == 0) hits_[t] = 1;
       timer_[t] = static_cast<std::uint16_t>(stay_steps(params_, hits_[t]));
     }
-    if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / std::exp(entropy_));
+    if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / spread_);
   }
 }
 
@@ -170,6 +171,7 @@ void Residency::append(const Moment& now, std::int32_t token) {
 
 void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
   entropy_ = stats.entropy;
+  spread_ = std::exp(entropy_);
   ghost_mass_ = stats.ghost_mass;
   std::erase_if(recent_, [&](const Frozen& f) { return f.step < now.step - kRecentSteps; });
   switch (params_.policy) {
@@ -193,7 +195,7 @@ void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats
     const std::int32_t token = lane_.token(row);
     const auto t = static_cast<std::size_t>(token);
     const float p = stats.probability[static_cast<std::size_t>(row)];
-    score_[t] = entropy_score(p, entropy_);
+    score_[t] = entropy_score(p, spread_);
     if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t]) &&
         now.can_freeze)
       leaving.push_back(row);
@@ -207,7 +209,7 @@ void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats
 void Residency::promote(const Moment& now, const AttentionStats::Recall& recall) {
   const auto t = static_cast<std::size_t>(recall.token);
   thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t]);
-  score_[t] = entropy_score(recall.probability, entropy_);
+  score_[t] = entropy_score(recall.probability, spread_);
   if (timer_[t] > 0 && lane_.n_rows() >= now.bound) {
     int lowest = -1;
     float score = score_[t];

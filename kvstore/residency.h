@@ -83,7 +83,8 @@ class Residency {
   std::vector<float> score_;          // per token: rank when room is short
   std::vector<Frozen> asleep_;        // asr: who sleeps, and for how many steps more
   std::vector<Frozen> recent_;        // who froze in the last kRecentSteps steps, oldest first
-  float entropy_ = 0, ghost_mass_ = 0, tau_ = 0;
+  float entropy_ = 0, spread_ = 1;  // H of the last attention, and e^H
+  float ghost_mass_ = 0, tau_ = 0;
   Tally tally_;
 };
 

@@ -252,9 +252,11 @@ void TieredKvStore::begin(int n_tokens, Phase phase) {
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
   if (phase == Phase::kPrefill || full()) return;
   if (exact_steps_ == 0 && !seeded_) seed(first);
-  arena_->reserve(std::ssize(lanes_));
   for (int layer = 0; exact_steps_ == 0 && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
+  arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
+    return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
+  }));
 }
 
 void TieredKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
