@@ -1,0 +1,299 @@
+// Ghosts against their definition and their theory. For a Gaussian, a uniform grid of 2^b values
+// errs by kMse[b] of the variance at the best step (Max, 1960).
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "kvstore/ghost.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+
+namespace {
+
+constexpr double kMse[] = {1, 0.3634, 0.1188, 0.0374, 0.0115};
+constexpr int kDims[] = {6, 24, 64, 80, 96, 128};
+constexpr double kScaleError = 1.0 / 64;  // of a scale byte: half a step of 5 bits of mantissa
+
+double dot(const float* a, const float* b, int n) {
+  double sum = 0;
+  for (int i = 0; i < n; ++i) sum += static_cast<double>(a[i]) * b[i];
+  return sum;
+}
+
+// A group of ghosts of one head, its centre, and its tokens rotated about the centre.
+struct Group {
+  GhostFormat format;
+  std::vector<float> key_mean, value_mean, k, v, x, w;  // x, w: rotated k - mean, v - mean
+  GhostCentre centre;
+  std::vector<std::byte> bytes;
+
+  Group(testing::Random& random, int key_bits, int value_bits, int dim)
+      : format{key_bits, value_bits, dim},
+        key_mean(random.normals(dim, 2)),
+        value_mean(random.normals(dim, 2)),
+        centre{key_mean.data(), value_mean.data(), ghost_step(key_bits), ghost_step(value_bits)},
+        bytes(format.group_bytes()) {
+    for (int i = 0; i < kGhostGroup; ++i) {
+      const float size = static_cast<float>(std::exp2(2 * random.uniform() - 1));
+      for (const float a : random.normals(dim, size)) k.push_back(a);
+      for (const float a : random.normals(dim, size)) v.push_back(a);
+    }
+    x = k, w = v;
+    for (int i = 0; i < kGhostGroup * dim; ++i) {
+      k[i] += key_mean[i % dim], v[i] += value_mean[i % dim];
+      x[i] = k[i] - key_mean[i % dim], w[i] = v[i] - value_mean[i % dim];
+    }
+    for (int i = 0; i < kGhostGroup; ++i) rotate(&x[i * dim], dim), rotate(&w[i * dim], dim);
+    for (int i = 0; i < kGhostGroup; ++i) write(i);
+  }
+
+  void write(int i) {
+    const int dim = format.head_dim;
+    write_ghost(bytes.data(), format, i, &k[i * dim], &v[i * dim], centre);
+  }
+  std::vector<float> key(int i) const {
+    std::vector<float> out(static_cast<std::size_t>(format.head_dim));
+    read_ghost_key(out.data(), bytes.data(), format, i, centre);
+    return out;
+  }
+  std::vector<float> value(int i) const {
+    std::vector<float> out(static_cast<std::size_t>(format.head_dim));
+    read_ghost_value(out.data(), bytes.data(), format, i, centre);
+    return out;
+  }
+};
+
+template <class Body>
+void for_each_format(const Body& body) {
+  for (const int dim : kDims)
+    for (const int key_bits : {1, 2, 3, 4})
+      for (const int value_bits : {0, 1, 2, 4}) body(key_bits, value_bits, dim);
+}
+
+// `ghost` is x rounded to `bits`: s (cell + 1/2) with one s, which is `unbiased` or least squares.
+// Tokens with a coordinate so close to a cell's edge that rounding may put it on either side are
+// left out: about 1 in 50.
+void check_rounding(const float* x, const std::vector<float>& ghost, int bits, bool unbiased) {
+  const int dim = static_cast<int>(ghost.size()), half = 1 << (bits - 1);
+  const double step = ghost_step(bits) * std::sqrt(dot(x, x, dim) / dim);
+  std::vector<float> c;
+  for (int i = 0; i < dim; ++i) {
+    const double cell = x[i] / step;
+    if (std::fabs(cell - std::round(cell)) < 1e-4) return;
+    c.push_back(static_cast<float>(std::clamp(std::floor(cell), -1.0 * half, half - 1.0) + 0.5));
+  }
+  const double xc = dot(x, c.data(), dim);
+  const double scale = unbiased ? dot(x, x, dim) / xc : xc / dot(c.data(), c.data(), dim);
+  for (int i = 0; i < dim; ++i)
+    CHECK(std::fabs(ghost[i] - scale * c[i]) <= 1.01 * kScaleError * std::fabs(scale * c[i]));
+}
+
+}  // namespace
+
+TEST_CASE("ghost: the rotation is orthogonal, its inverse undoes it, and it mixes each block") {
+  for (const int dim : {2, 6, 24, 64, 80, 96, 128, 256}) {
+    std::vector<std::vector<float>> columns;
+    for (int i = 0; i < dim; ++i) {
+      std::vector<float> e(static_cast<std::size_t>(dim));
+      e[i] = 1;
+      rotate(e.data(), dim);
+      columns.push_back(e);
+      rotate_back(e.data(), dim);
+      for (int j = 0; j < dim; ++j) CHECK(std::fabs(e[j] - (i == j)) < 1e-6);
+    }
+    int block = 1;
+    while (2 * block <= dim) block *= 2;
+    for (int i = 0; i < dim; ++i) {
+      for (int j = 0; j <= i; ++j)
+        CHECK(std::fabs(dot(columns[i].data(), columns[j].data(), dim) - (i == j)) < 1e-6);
+      for (int j = 0; j < (i < block ? block : 0); ++j)
+        CHECK(std::fabs(columns[i][j]) == doctest::Approx(1 / std::sqrt(block)));
+    }
+    std::vector<float> ones(static_cast<std::size_t>(dim), 1.0f);  // what Hadamard alone would
+    rotate(ones.data(), dim);                                      // put into one coordinate
+    const float largest = *std::max_element(ones.begin(), ones.end());
+    if (dim >= 64) CHECK(largest < 0.7 * std::sqrt(block));
+  }
+}
+
+TEST_CASE("ghost: every format stores each coordinate's cell, and one scale a token") {
+  testing::Random random(1);
+  for_each_format([&](int key_bits, int value_bits, int dim) {
+    CAPTURE(key_bits);
+    CAPTURE(value_bits);
+    CAPTURE(dim);
+    const Group g(random, key_bits, value_bits, dim);
+    for (int i = 0; i < kGhostGroup; ++i) {
+      check_rounding(&g.x[i * dim], g.key(i), key_bits, true);
+      if (value_bits > 0) check_rounding(&g.w[i * dim], g.value(i), value_bits, false);
+      else CHECK(g.value(i) == std::vector<float>(static_cast<std::size_t>(dim)));
+    }
+  });
+}
+
+TEST_CASE("ghost: writing a token again changes that token only") {
+  testing::Random random(2);
+  for_each_format([&](int key_bits, int value_bits, int dim) {
+    Group g(random, key_bits, value_bits, dim);
+    const Group before = g;
+    const int at = random.below(kGhostGroup);
+    for (int i = 0; i < dim; ++i) g.k[at * dim + i] = g.v[at * dim + i] = random.normal();
+    g.write(at);
+    CHECK(g.key(at) != before.key(at));
+    for (int i = 0; i < kGhostGroup; ++i) {
+      if (i == at) continue;
+      CHECK(g.key(i) == before.key(i));
+      CHECK(g.value(i) == before.value(i));
+    }
+    std::copy_n(before.k.begin(), g.k.size(), g.k.begin());
+    std::copy_n(before.v.begin(), g.v.size(), g.v.begin());
+    g.write(at);
+    CHECK(g.bytes == before.bytes);
+  });
+}
+
+TEST_CASE("ghost: a key on the centre, and keys of any size, give finite ghosts") {
+  testing::Random random(3);
+  for (const float size : {0.0f, 1e-30f, 1e-3f, 1e3f, 1e18f}) {
+    Group g(random, 3, 2, 64);
+    for (int i = 0; i < 64; ++i) {
+      g.k[i] = g.key_mean[i] + size * random.normal();
+      g.v[i] = g.value_mean[i] + size * random.normal();
+    }
+    g.write(0);
+    for (const float y : g.key(0)) CHECK(std::isfinite(y));
+    for (const float y : g.value(0)) CHECK(std::isfinite(y));
+    if (size == 0) CHECK(g.key(0) == std::vector<float>(64));
+  }
+}
+
+// A query's codes err by at most half a unit, |Rq|_inf / 254, a dimension.
+TEST_CASE("ghost: scores are q.mu + (Rq).k^ within what 8 bits of a query cost") {
+  testing::Random random(4);
+  for_each_format([&](int key_bits, int value_bits, int dim) {
+    const Group g(random, key_bits, value_bits, dim);
+    const int n_queries = 1 + random.below(9), stride = 37;
+    const std::vector<float> q = random.normals(n_queries * dim);
+    std::vector<GhostQuery> queries(static_cast<std::size_t>(n_queries));
+    std::vector<float> scores(static_cast<std::size_t>(n_queries * stride), -7.0f);
+    for (int h = 0; h < n_queries; ++h)
+      prepare_query(queries[h], &q[h * dim], g.key_mean.data(), g.format);
+    score_ghosts(scores.data(), stride, queries.data(), n_queries, g.bytes.data(), g.format,
+                 g.centre.key_unit);
+    for (int h = 0; h < n_queries; ++h) {
+      std::vector<float> rotated(q.begin() + h * dim, q.begin() + (h + 1) * dim);
+      rotate(rotated.data(), dim);
+      double largest = 0;
+      for (const float a : rotated) largest = std::fmax(largest, std::fabs(a));
+      for (int j = 0; j < stride; ++j) {
+        if (j >= kGhostGroup) {
+          CHECK(scores[h * stride + j] == -7.0f);
+          continue;
+        }
+        const std::vector<float> key = g.key(j);
+        const double expected =
+            dot(&q[h * dim], g.key_mean.data(), dim) + dot(rotated.data(), key.data(), dim);
+        double bound = 1e-4;  // f32 rounding of numbers up to some hundred
+        for (const float y : key) bound += largest / 254 * std::fabs(y);
+        CHECK(std::fabs(scores[h * stride + j] - expected) <= bound);
+      }
+    }
+  });
+}
+
+// With s_j a value's scale, w_j s_j errs by at most half of max(w s) / 255.
+TEST_CASE("ghost: weighted sums of values, within what 8 bits of a weight cost, are added") {
+  testing::Random random(5);
+  for_each_format([&](int key_bits, int value_bits, int dim) {
+    const Group g(random, key_bits, value_bits, dim);
+    const int n_queries = 1 + random.below(9), padded = g.format.padded_dim(), stride = padded + 5;
+    std::vector<float> weights(static_cast<std::size_t>(n_queries * 40));
+    for (float& w : weights) w = static_cast<float>(std::exp(-8 * random.uniform()));
+    std::fill_n(weights.begin(), kGhostGroup, 0.0f);  // the first query has none
+    std::vector<float> out(static_cast<std::size_t>(n_queries * stride), 3.0f);
+    sum_ghosts(out.data(), stride, weights.data(), 40, n_queries, g.bytes.data(), g.format,
+               g.centre.value_unit);
+    float scales[kGhostGroup] = {};
+    if (value_bits > 0)
+      widen_scales(scales, g.bytes.data() + g.bytes.size() - g.format.scale_bytes());
+    for (int h = 0; h < n_queries; ++h) {
+      double largest = 0;
+      for (int j = 0; j < kGhostGroup; ++j)
+        largest = std::fmax(largest, weights[h * 40 + j] * scales[j] * g.centre.value_unit);
+      for (int i = 0; i < dim; ++i) {
+        double expected = 3, bound = 1e-5;
+        for (int j = 0; j < kGhostGroup; ++j) {
+          const double y = g.value(j)[i];
+          expected += weights[h * 40 + j] * y;
+          if (y != 0) bound += largest / 510 * std::fabs(y) / (scales[j] * g.centre.value_unit);
+        }
+        CHECK(std::fabs(out[h * stride + i] - expected) <= 1.001 * bound);
+      }
+      for (int i = padded; i < stride; ++i) CHECK(out[h * stride + i] == 3.0f);
+    }
+  });
+}
+
+// x^ = x + r with r orthogonal to x and |r|^2 = |x|^2 mse / (1 - mse), so q.x^ has no bias, not even
+// for a q that leans towards x, and for a q independent of x the error's variance is |q|^2 |r|^2 / d.
+// A value's gain is the least squares one: |v^ - v|^2 = mse |v|^2. Both rounded to 8 bits of scale.
+TEST_CASE("ghost: key estimates are unbiased, and errors are as large as theory says") {
+  testing::Random random(6);
+  for (const int dim : {64, 128}) {
+    for (const int bits : {1, 2, 3, 4}) {
+      CAPTURE(dim);
+      CAPTURE(bits);
+      double sum = 0, squares = 0, variance = 0, value_error = 0, value_power = 0;
+      int n = 0;
+      for (int round = 0; round < 120; ++round) {
+        const Group g(random, bits, bits == 3 ? 2 : bits, dim);
+        for (int i = 0; i < kGhostGroup; ++i, ++n) {
+          const float* x = &g.x[i * dim];
+          const double size = std::sqrt(dot(x, x, dim));
+          std::vector<float> error = g.key(i), leaning = random.normals(dim), q = leaning;
+          for (int d = 0; d < dim; ++d) {
+            error[d] = static_cast<float>((error[d] - x[d]) / size);
+            leaning[d] += static_cast<float>(8 * x[d] / size);
+          }
+          const double biased = dot(leaning.data(), error.data(), dim);
+          sum += biased, squares += biased * biased;
+          const double e = dot(q.data(), error.data(), dim);
+          variance += e * e / dot(q.data(), q.data(), dim) * dim;
+          const std::vector<float> value = g.value(i);
+          for (int d = 0; d < dim; ++d)
+            value_error += std::pow(value[d] - g.w[i * dim + d], 2),
+                value_power += std::pow(g.w[i * dim + d], 2);
+        }
+      }
+      CHECK(std::fabs(sum / n) < 4 * std::sqrt(squares / n / n));
+      // 4 standard errors of a variance of n draws, and 2 % for d that is not infinite.
+      const double tolerance = 4 * std::sqrt(2.0 / n) + 0.02;
+      CHECK(variance / n == doctest::Approx(kMse[bits] / (1 - kMse[bits])).epsilon(tolerance));
+      CHECK(value_error / value_power == doctest::Approx(kMse[bits == 3 ? 2 : bits]).epsilon(0.03));
+    }
+  }
+}
+
+TEST_CASE("ghost: a scale's byte is within 1.6 % from a fifteenth of the unit to fifteen of it") {
+  testing::Random random(7);
+  for (double size = 1.0 / 15; size < 15; size *= 1.01) {
+    Group g(random, 4, 4, 64);
+    std::vector<float> x = random.normals(64);
+    const double norm = std::sqrt(dot(x.data(), x.data(), 64) / 64);
+    for (int i = 0; i < 64; ++i) {
+      x[i] *= static_cast<float>(size / norm);
+      g.k[i] = g.key_mean[i] + x[i];
+      g.v[i] = g.value_mean[i] + x[i];
+    }
+    rotate(x.data(), 64);
+    g.write(0);
+    const std::vector<float> key = g.key(0), value = g.value(0);
+    const double key_gain = dot(x.data(), key.data(), 64) / dot(x.data(), x.data(), 64);
+    const double value_gain = dot(x.data(), value.data(), 64) / dot(value.data(), value.data(), 64);
+    CHECK(std::fabs(key_gain - 1) <= 1.01 * kScaleError);
+    CHECK(std::fabs(value_gain - 1) <= 1.01 * kScaleError);
+  }
+}
