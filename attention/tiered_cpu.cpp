@@ -129,7 +129,7 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
     for (int j = 0; j < kRangeTokens; ++j) mean[j] += factor * e[j];
   }
   for (int j = 0; j < end - begin; ++j)
-    if (mean[j] >= kv.recall) recalled.push_back(begin + j);
+    if (mean[j] >= kv.recall && mean[j] > 0) recalled.push_back(begin + j);
 }
 
 // Attends the recalled tokens exactly, and silences their ghosts.

@@ -35,7 +35,12 @@ void HotArena::reserve(std::int64_t n) {
 }
 
 std::byte* HotArena::take() {
-  if (free_.empty()) grow(1);
+  if (free_.empty()) {
+    try {
+      grow(1);
+    } catch (const Error&) {  // the token stays frozen
+    }
+  }
   if (free_.empty()) return nullptr;
   std::byte* page = free_.back();
   free_.pop_back();

@@ -24,7 +24,7 @@ class HotArena {
   // At least n pages can be taken without asking the source after this; throws Error, with nothing
   // changed, when memory is refused. n beyond the promise counts as the promise.
   void reserve(std::int64_t n);
-  std::byte* take();  // null when the promise is reached; throws Error when memory is refused
+  std::byte* take();  // null when the promise is reached, or memory is refused
   void give(std::byte* page) { free_.push_back(page); }
   std::size_t row_bytes() const { return row_bytes_; }
   std::int64_t bytes() const;
@@ -53,7 +53,7 @@ class Lane {
     return word < mask_.size() && (mask_[word] >> token % 32 & 1) != 0;
   }
 
-  // Copies the token from the cold tier into a new row. False when the arena is at its promise.
+  // Copies the token from the cold tier into a new row. False when the arena has no page for it.
   bool thaw(const KvRows& cold, std::int32_t token);
   void freeze(int row);
   // Freezes every token at `position` and after it.

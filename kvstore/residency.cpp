@@ -42,9 +42,9 @@ void Residency::grow(int kv_len) {
 // h2o keeps half of its room for the newest (2306.14048); window all of it.
 int Residency::first_recent(const Moment& now) const {
   int recent = params_.window;
-  if (params_.policy == Policy::kH2o) recent = std::max(recent, now.bound / 2);
-  if (params_.policy == Policy::kWindow && now.bound < now.kv_len)
-    recent = now.bound - params_.sinks;
+  if (params_.policy == Policy::kH2o)
+    recent = std::max(recent, std::min(now.bound / 2, now.bound - params_.sinks));
+  if (params_.policy == Policy::kWindow) recent = now.bound - params_.sinks;
   return now.kv_len - recent;
 }
 
@@ -82,6 +82,21 @@ void Residency::freeze_rows(const Moment& now, const std::vector<int>& rows,
                             const std::vector<float>* probability) {
   for (std::size_t i = rows.size(); i-- > 0;)
     freeze(now, rows[i], probability ? (*probability)[static_cast<std::size_t>(rows[i])] : 0.0f);
+}
+
+// Freezes rows (ascending) for want of room: a sleeper of asr is judged again as soon as there is.
+void Residency::evict(const Moment& now, const std::vector<int>& rows) {
+  for (const int row : rows) {
+    const std::int32_t token = lane_.token(row);
+    timer_[static_cast<std::size_t>(token)] = 0;
+    if (params_.policy == Policy::kAsr) sleep(now, token, 1);
+  }
+  freeze_rows(now, rows, nullptr);
+}
+
+void Residency::sleep(const Moment& now, std::int32_t token, int steps) {
+  asleep_.push_back({token, steps, now.step});
+  timer_[static_cast<std::size_t>(token)] = static_cast<std::uint16_t>(steps);
 }
 
 void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len) {
@@ -129,14 +144,17 @@ std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   return chosen;
 }
 
+std::int64_t Residency::pages_to_seed(const Moment& now) const {
+  const auto pages = [](std::int64_t rows) { return (rows + kHotPageRows - 1) / kHotPageRows; };
+  return std::max<std::int64_t>(0, pages(std::ssize(choose(now))) - pages(lane_.n_rows()));
+}
+
 void Residency::seed(const Moment& now) {
   const std::vector<std::int32_t> chosen = choose(now);
   std::vector<int> leaving;
   for (int row = 0; row < lane_.n_rows(); ++row)
     if (!std::binary_search(chosen.begin(), chosen.end(), lane_.token(row))) leaving.push_back(row);
-  for (const int row : leaving) timer_[static_cast<std::size_t>(lane_.token(row))] = 0;
-  freeze_rows(now, leaving, nullptr);
-  asleep_.clear();
+  evict(now, leaving);
   for (const std::int32_t token : chosen) {
     const auto t = static_cast<std::size_t>(token);
     if (params_.policy == Policy::kThaw && !always(now, token)) {
@@ -145,6 +163,10 @@ void Residency::seed(const Moment& now) {
     }
     if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / spread_);
   }
+  if (params_.policy != Policy::kAsr) return;
+  asleep_.clear();
+  for (std::int32_t t = 0; t < now.kv_len; ++t)
+    if (!lane_.is_hot(t)) sleep(now, t, 1);
 }
 
 void Residency::make_room(const Moment& now, int incoming) {
@@ -161,8 +183,7 @@ void Residency::make_room(const Moment& now, int incoming) {
   });
   rows.resize(static_cast<std::size_t>(n));
   std::sort(rows.begin(), rows.end());
-  for (const int row : rows) timer_[static_cast<std::size_t>(lane_.token(row))] = 0;
-  freeze_rows(now, rows, nullptr);
+  evict(now, rows);
 }
 
 void Residency::append(const Moment& now, std::int32_t token) {
@@ -241,30 +262,34 @@ void Residency::settle_asr(const Moment& now, const AttentionStats::Lane& stats)
     const std::int32_t token = lane_.token(static_cast<int>(row));
     const auto t = static_cast<std::size_t>(token);
     score_[t] = stats.relevance[row];
-    const int sleep = asr_sleep(params_, stats.relevance[row], tau_, always(now, token), hits_[t]);
-    if (sleep == 0) continue;
-    asleep_.push_back({token, sleep, now.step});
+    const int steps = asr_sleep(params_, stats.relevance[row], tau_, always(now, token), hits_[t]);
+    if (steps == 0) continue;
+    sleep(now, token, steps);
     leaving.push_back(static_cast<int>(row));
   }
   freeze_rows(now, leaving, &stats.probability);
   for (const std::int32_t token : waking)
-    if (!thaw(now, token, KvEvent::kThaw, 0)) asleep_.push_back({token, 1, now.step});
+    if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(now, token, 1);
 }
 
-void Residency::cut(const Moment& now, std::int32_t position) {
+bool Residency::cut(const Moment& now, std::int32_t position) {
   lane_.cut(position);
   for (std::size_t t = static_cast<std::size_t>(position); t < hits_.size(); ++t)
     hits_[t] = timer_[t] = 0, score_[t] = 0;
   const auto gone = [&](const Frozen& f) { return f.token >= position; };
   std::erase_if(asleep_, gone);
   std::erase_if(recent_, gone);
+  if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;
+  make_room(now, 0);
   // What is among the newest now, or has no ghost, must be hot.
+  bool all = true;
   for (std::int32_t t = 0; t < position; ++t) {
     if (lane_.is_hot(t) || !(always(now, t) || !now.can_freeze)) continue;
     std::erase_if(asleep_, [&](const Frozen& f) { return f.token == t; });
     make_room(now, 1);
-    thaw(now, t, KvEvent::kThaw, 0);
+    all &= thaw(now, t, KvEvent::kThaw, 0);
   }
+  return all;
 }
 
 void Residency::wake_sleepers(const Moment& now) {

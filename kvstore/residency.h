@@ -35,14 +35,16 @@ class Residency {
   void grow(int kv_len);  // room for that many tokens' state
   // Exact attention over every token, `n_rows` queries: what the next seed() goes by.
   void learn(const AttentionStats::Lane& stats, int n_rows, int kv_len);
-  // Chooses the hot tokens anew, as decoding begins.
+  // Chooses the hot tokens anew, as decoding begins. They need pages that the lane does not hold:
+  std::int64_t pages_to_seed(const Moment& now) const;
   void seed(const Moment& now);
   // Freezes the lowest ranked until `incoming` more tokens fit the bound.
   void make_room(const Moment& now, int incoming);
   void append(const Moment& now, std::int32_t token);
   // One decode step's attention: freezes and thaws.
   void settle(const Moment& now, const AttentionStats::Lane& stats);
-  void cut(const Moment& now, std::int32_t position);
+  // False when a token that must be hot now could not be made so: seed() has to.
+  bool cut(const Moment& now, std::int32_t position);
   // Recovery: wakes sleepers with more than one step to go; what froze in the last `steps` steps;
   // all, with counters and timers at zero.
   void wake_sleepers(const Moment& now);
@@ -70,6 +72,8 @@ class Residency {
   void freeze(const Moment& now, int row, float probability);
   void freeze_rows(const Moment& now, const std::vector<int>& rows,
                    const std::vector<float>* probability);
+  void evict(const Moment& now, const std::vector<int>& rows);
+  void sleep(const Moment& now, std::int32_t token, int steps);
   void settle_thaw(const Moment& now, const AttentionStats::Lane& stats);
   void settle_asr(const Moment& now, const AttentionStats::Lane& stats);
   void promote(const Moment& now, const AttentionStats::Recall& recall);
@@ -79,7 +83,7 @@ class Residency {
   int layer_, first_head_, n_heads_;
   Lane lane_;
   std::vector<std::uint16_t> hits_;   // per token: thaw: hits; asr: low scores
-  std::vector<std::uint16_t> timer_;  // per token: thaw: steps left hot
+  std::vector<std::uint16_t> timer_;  // per token: thaw: steps left hot; asr: its last sleep
   std::vector<float> score_;          // per token: rank when room is short
   std::vector<Frozen> asleep_;        // asr: who sleeps, and for how many steps more
   std::vector<Frozen> recent_;        // who froze in the last kRecentSteps steps, oldest first

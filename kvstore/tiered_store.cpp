@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <optional>
 
 #include "device/error.h"
@@ -22,6 +23,7 @@ namespace {
 constexpr int kAlarmSteps = 16;    // decode steps that a rung's help lasts
 constexpr int kWakeSteps = 64;     // how far back the window rung wakes
 constexpr float kAlarmEpsilon = 0.25f;
+constexpr int kCheckSteps = 64;    // decode steps between checks of every token
 
 void check_shape(const KvShape& s) {
   require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
@@ -51,7 +53,7 @@ class TieredKvStore final : public KvStore {
   void rewind(int position) override;
   void clear() override;
   double reset(Rung rung) override;
-  void check() const override;
+  void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
   int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
@@ -74,13 +76,17 @@ class TieredKvStore final : public KvStore {
   void make_lanes();
   void check_options() const;
   std::int64_t rows_in_bytes() const;
+  int centre_tokens() const;
+  int least() const { return params().sinks + params().window + 1; }
   double promised(int kv_len) const;
   int bound(int layer, int kv_len) const;
   Moment moment(int layer, int kv_len) const;
   void share_budget(int kv_len);
+  void make_residency(int kv_len);
   void seed(int kv_len);
   void count(int layer, const AttentionStats& stats);
   void finish_step();
+  void check_from(int first) const;
 
   KvShape shape_;
   KvOptions options_;
@@ -89,10 +95,12 @@ class TieredKvStore final : public KvStore {
   GhostTier ghosts_;
   std::optional<HotArena> arena_;
   std::vector<Residency> lanes_;       // layer x lane; none for full
-  std::vector<float> share_;           // budget: a layer's multiple of the mean bound
+  std::vector<float> entropy_;         // budget: of each layer's attention to the prompt
+  std::vector<int> budget_;            // budget: most hot tokens of each layer
   std::vector<int> appended_;          // tokens held, per layer
   std::vector<char> unsettled_;        // per layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
+  int step_first_ = 0;                 // first token of the step
   bool seeded_ = false;                // residency has been decided since the last exact step
   int exact_steps_ = 0;                // recovery: decode steps that still attend everything
   int alarm_steps_ = 0;                // recovery: decode steps with a lower epsilon
@@ -113,9 +121,9 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
                   ? GhostFormat{options.policy.ghost_key_bits, options.policy.ghost_value_bits,
                                 shape.head_dim}
                   : GhostFormat{0, 0, shape.head_dim},
-              options.hot_tokens > 0 ? std::min(options.centre_tokens, options.hot_tokens)
-                                     : options.centre_tokens),
-      share_(static_cast<std::size_t>(shape.n_layers), 1.0f),
+              centre_tokens()),
+      entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
+      budget_(static_cast<std::size_t>(shape.n_layers)),
       appended_(static_cast<std::size_t>(shape.n_layers)),
       unsettled_(static_cast<std::size_t>(shape.n_layers)) {
   line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
@@ -142,10 +150,17 @@ std::int64_t TieredKvStore::rows_in_bytes() const {
   return options_.hot_bytes / page * kHotPageRows;
 }
 
+// All tokens are hot until there are ghosts, so no more can be asked for than the promise holds.
+int TieredKvStore::centre_tokens() const {
+  std::int64_t n = options_.centre_tokens;
+  if (options_.hot_tokens > 0) n = std::min<std::int64_t>(n, options_.hot_tokens);
+  if (options_.hot_bytes > 0) n = std::min(n, rows_in_bytes());
+  return static_cast<int>(n);
+}
+
 void TieredKvStore::check_options() const {
-  const int least = params().sinks + params().window + 1;
   const auto enough = [&](const char* what, double given, std::int64_t tokens) {
-    require(tokens >= least, what, ": expected room for at least ", least, " tokens a layer (",
+    require(tokens >= least(), what, ": expected room for at least ", least(), " tokens a layer (",
             params().sinks, " sinks, a window of ", params().window, ", and the newest), found ",
             given, what == std::string_view("--hot-bytes") ? join(", room for ", tokens) : "");
   };
@@ -180,8 +195,9 @@ double TieredKvStore::promised(int kv_len) const {
 }
 
 int TieredKvStore::bound(int layer, int kv_len) const {
-  double rows = promised(kv_len) * share_[static_cast<std::size_t>(layer)];
-  rows = std::max(rows, static_cast<double>(params().sinks + params().window + 1));
+  double rows = params().policy == Policy::kBudget ? budget_[static_cast<std::size_t>(layer)]
+                                                   : promised(kv_len);
+  rows = std::max(rows, static_cast<double>(least()));
   if (ghosts_.view(layer).format.present() && options_.hot_fraction > 0)
     rows = std::max(rows, static_cast<double>(ghosts_.centre_tokens()));
   return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
@@ -200,39 +216,50 @@ Moment TieredKvStore::moment(int layer, int kv_len) const {
   return now;
 }
 
-// budget: each layer's part of the total is proportional to its entropy; what a layer cannot use,
-// because it would be more than the context, goes to the others.
+// budget: each layer's part of the total is proportional to its entropy, but holds what is always
+// hot and is no more than the context; what a layer cannot use goes to the others. So a layer gets
+// clamp(x layer_share, least, kv_len), with x found by bisection.
 void TieredKvStore::share_budget(int kv_len) {
-  const double mean = promised(kv_len);
-  std::vector<double> entropy;
-  for (int layer = 0; layer < shape_.n_layers; ++layer)
-    entropy.push_back(std::max(1e-6f, lanes(layer)[0].entropy()));
-  const double most = mean > 0 ? kv_len / mean : 1;
-  std::vector<char> capped(entropy.size());
-  for (bool changed = true; changed;) {
-    double left = static_cast<double>(entropy.size()), sum = 0;
-    for (std::size_t l = 0; l < entropy.size(); ++l) {
-      if (capped[l]) left -= most;
-      else sum += entropy[l];
-    }
-    changed = false;
-    for (std::size_t l = 0; l < entropy.size(); ++l) {
-      if (capped[l]) continue;
-      share_[l] = static_cast<float>(left) *
-                  layer_share(static_cast<float>(entropy[l]), static_cast<float>(sum));
-      if (share_[l] <= most) continue;
-      share_[l] = static_cast<float>(most);
-      capped[l] = 1;
-      changed = true;
-    }
+  if (params().policy != Policy::kBudget) return;
+  const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;  // bytes are promised in whole pages
+  const double fewest = (least() + unit - 1) / unit * unit;
+  const double total = std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
+  const float sum = std::accumulate(entropy_.begin(), entropy_.end(), 0.0f);
+  const auto rows = [&](std::size_t layer, double x) {
+    return std::max(fewest, std::min<double>(x * layer_share(entropy_[layer], sum), kv_len));
+  };
+  double low = 0, high = double{sum} * kv_len / *std::min_element(entropy_.begin(), entropy_.end());
+  for (int i = 0; i < 64; ++i) {
+    const double middle = (low + high) / 2;
+    double given = 0;
+    for (std::size_t layer = 0; layer < entropy_.size(); ++layer) given += rows(layer, middle);
+    (given <= total ? low : high) = middle;
   }
+  for (std::size_t layer = 0; layer < entropy_.size(); ++layer)
+    budget_[layer] = static_cast<int>((rows(layer, low) + 1e-6) / unit) * unit;
 }
 
 void TieredKvStore::seed(int kv_len) {
-  if (kv_len > 0 && params().policy == Policy::kBudget) share_budget(kv_len);
+  std::int64_t pages = 0;
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (const Residency& lane : lanes(layer)) pages += lane.pages_to_seed(moment(layer, kv_len));
+  arena_->reserve(pages);
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.seed(moment(layer, kv_len));
   seeded_ = true;
+}
+
+// Before a decode step: hot tokens are chosen, if that is still to be done, and there is memory for
+// one more in every lane.
+void TieredKvStore::make_residency(int kv_len) {
+  if (!seeded_ && params().policy == Policy::kBudget && kv_len > 0)
+    for (int layer = 0; layer < shape_.n_layers; ++layer)
+      entropy_[static_cast<std::size_t>(layer)] = std::max(1e-6f, lanes(layer)[0].entropy());
+  share_budget(kv_len + 1);
+  if (exact_steps_ == 0 && !seeded_) seed(kv_len);
+  arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
+    return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
+  }));
 }
 
 void TieredKvStore::begin(int n_tokens, Phase phase) {
@@ -247,16 +274,14 @@ void TieredKvStore::begin(int n_tokens, Phase phase) {
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
   for (Residency& lane : lanes_) lane.grow(kv_len);
+  if (phase == Phase::kDecode && !full()) make_residency(first);
   phase_ = phase;
+  step_first_ = first;
   line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
   if (phase == Phase::kPrefill || full()) return;
-  if (exact_steps_ == 0 && !seeded_) seed(first);
   for (int layer = 0; exact_steps_ == 0 && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
-  arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
-    return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
-  }));
 }
 
 void TieredKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
@@ -381,7 +406,9 @@ void TieredKvStore::finish_step() {
     if (exact_steps_ > 0) --exact_steps_;
     if (alarm_steps_ > 0) --alarm_steps_;
   }
-  if (options_.check) check();
+  if (!options_.check) return;
+  const bool all = phase_ == Phase::kDecode && counters_.steps % kCheckSteps == 0;
+  check_from(all ? 0 : step_first_);
 }
 
 void TieredKvStore::rewind(int position) {
@@ -390,9 +417,14 @@ void TieredKvStore::rewind(int position) {
   ghosts_.cut(position);
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  if (position == 0) {
+    exact_steps_ = alarm_steps_ = 0, seeded_ = false;
+    std::fill(entropy_.begin(), entropy_.end(), 1.0f);
+  }
+  share_budget(position);
   for (int layer = 0; layer < shape_.n_layers; ++layer)
-    for (Residency& lane : lanes(layer)) lane.cut(moment(layer, position), position);
-  if (position == 0) exact_steps_ = alarm_steps_ = 0, seeded_ = false;
+    for (Residency& lane : lanes(layer))
+      seeded_ = lane.cut(moment(layer, position), position) && seeded_;
   if (recorder_)
     recorder_->event({KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1,
                       position, 0, 0, 0});
@@ -408,7 +440,7 @@ double TieredKvStore::reset(Rung rung) {
   const bool timed = params().policy == Policy::kThaw || params().policy == Policy::kAsr;
   if (rung == Rung::kSoft && params().policy == Policy::kThaw) alarm_steps_ = kAlarmSteps;
   if (rung >= Rung::kFull) exact_steps_ = kAlarmSteps;
-  else if (!timed) exact_steps_ = rung == Rung::kSoft ? 1 : 4;
+  else if (!timed) exact_steps_ = std::max(exact_steps_, rung == Rung::kSoft ? 1 : 4);
   double thawed = 0;
   const int kv_len = length();
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
@@ -425,12 +457,13 @@ double TieredKvStore::reset(Rung rung) {
   return thawed;
 }
 
-void TieredKvStore::check() const {
+// Lanes, and the exact copies and ghosts of tokens from `first` on.
+void TieredKvStore::check_from(int first) const {
   const int n = length();
-  cold_.check(n);
+  cold_.check(first, n);
   std::int64_t lent = 0;
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    ghosts_.check(layer, cold_.rows(layer, n), n);
+    ghosts_.check(layer, cold_.rows(layer, n), first, n);
     for (const Residency& lane : lanes(layer)) {
       lent += (lane.lane().n_rows() + kHotPageRows - 1) / kHotPageRows;
       if (seeded_ && phase_ == Phase::kDecode) lane.check(moment(layer, n));

@@ -65,9 +65,9 @@ std::uint64_t ColdTier::hash(int layer, int head, int token) const {
   return h;
 }
 
-void ColdTier::check(int n_tokens) const {
-  std::size_t at = 0;
-  for (int token = 0; hashed_ && token < n_tokens; ++token)
+void ColdTier::check(int first, int last) const {
+  std::size_t at = static_cast<std::size_t>(first) * shape_.n_layers * shape_.n_kv_heads;
+  for (int token = first; hashed_ && token < last; ++token)
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       for (int head = 0; head < shape_.n_kv_heads; ++head)
         require(hashes_[at++] == hash(layer, head, token), "KV check: layer ", layer, ", head ",
@@ -175,12 +175,12 @@ void GhostTier::cut(int position) {
   if (position < centre_tokens_) std::fill(has_centre_.begin(), has_centre_.end(), char{0});
 }
 
-void GhostTier::check(int layer, const KvRows& cold, int n_tokens) const {
+void GhostTier::check(int layer, const KvRows& cold, int first, int last) const {
   const GhostView ghosts = view(layer);
   if (!ghosts.present()) return;
   std::vector<std::byte> group(format_.group_bytes());
   for (int head = 0; head < shape_.n_kv_heads; ++head) {
-    for (int token = 0; token < n_tokens; ++token) {
+    for (int token = first; token < last; ++token) {
       const std::byte* is = ghosts.group(head, token / kGhostGroup);
       std::copy_n(is, group.size(), group.begin());
       write_one(group.data(), layer, head, cold, token);

@@ -25,7 +25,8 @@ class ColdTier {
   void write(int layer, int token, const float* k, const float* v);
   KvRows rows(int layer, int n_rows) const;
   std::int64_t bytes() const;
-  void check(int n_tokens) const;  // throws Error when a bit has changed since write()
+  // Throws Error when a bit of tokens [first, last) has changed since write().
+  void check(int first, int last) const;
 
  private:
   std::uint64_t hash(int layer, int head, int token) const;
@@ -50,8 +51,8 @@ class GhostTier {
   void cut(int position);  // without its first tokens a layer has no centre
   GhostView view(int layer) const;
   std::int64_t bytes() const;
-  // Throws Error when a ghost is not that of its token.
-  void check(int layer, const KvRows& cold, int n_tokens) const;
+  // Throws Error when a ghost of tokens [first, last) is not that of its token.
+  void check(int layer, const KvRows& cold, int first, int last) const;
 
  private:
   void fix_centre(int layer, const KvRows& cold);
