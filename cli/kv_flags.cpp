@@ -93,7 +93,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.real(kv.hot_fraction, "--hot-fraction",
              "bound the hot tier: X times the context (h2o, budget: default 1/3)",
              "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
-  flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 0, 1 << 24);
+  flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 1, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
   flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 24; asr: 32)", 0,

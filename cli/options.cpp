@@ -88,6 +88,10 @@ std::string describe(const Config& c) {
 }
 
 std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& c, int capacity) {
+  for (const auto& [name, tokens] : {std::pair("--window", flags.window), {"--sinks", flags.sinks}})
+    if (tokens.value_or(0) > capacity)
+      throw UsageError(join(name, ": expected at most the context of ", capacity, " tokens, found ",
+                            *tokens));
   return make_kv_store({.n_layers = c.n_layers,
                         .n_kv_heads = c.n_kv_heads,
                         .head_dim = c.head_dim,

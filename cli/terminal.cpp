@@ -25,6 +25,7 @@ void prepare_standard_streams() {
     if (::open("/dev/null", O_RDONLY) != fd) fail("/dev/null: cannot open: ", std::strerror(errno));
   }
   std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGXFSZ, SIG_IGN);
 }
 
 void write_stdout(std::string_view text) {

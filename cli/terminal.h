@@ -8,7 +8,8 @@
 namespace thaw {
 
 // Makes sure that descriptors 0, 1 and 2 are open, so that no file can take the place of a closed
-// one, and that writing to a closed pipe is an error and not a signal. Called once, first of all.
+// one, and that writing to a closed pipe or beyond `ulimit -f` is an error and not a signal. Called
+// once, first of all.
 void prepare_standard_streams();
 
 // Writes all of `text` to standard output, at once. Throws Error when it cannot.

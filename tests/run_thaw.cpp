@@ -32,6 +32,7 @@ Pipe make_pipe() {
   argv.push_back(nullptr);
   std::signal(SIGINT, SIG_DFL);
   std::signal(SIGPIPE, SIG_DFL);
+  std::signal(SIGXFSZ, SIG_DFL);
   ::dup2(in[0], STDIN_FILENO);
   ::dup2(err[1], STDERR_FILENO);
   if (options.stdout_path.empty()) {

@@ -204,6 +204,33 @@ TEST_CASE("ghost: scores are q.mu + (Rq).k^ within what 8 bits of a query cost")
   });
 }
 
+TEST_CASE("ghost: sums of the largest codes do not overflow") {
+  testing::Random random(8);
+  for (const int bits : {1, 2, 4}) {
+    const int dim = 128;
+    Group g(random, bits, bits, dim);
+    std::vector<float> q(dim, 1.0f), peak(dim);  // all of a key's codes are large, one of a value's
+    rotate_back(q.data(), dim);
+    peak[3] = 1;
+    rotate_back(peak.data(), dim);
+    for (int i = 0; i < kGhostGroup; ++i) {
+      for (int d = 0; d < dim; ++d) {
+        g.k[i * dim + d] = g.key_mean[d] + q[d];
+        g.v[i * dim + d] = g.value_mean[d] + peak[d];
+      }
+      g.write(i);
+    }
+    GhostQuery query;
+    prepare_query(query, q.data(), g.key_mean.data(), g.format);
+    float scores[kGhostGroup], weights[kGhostGroup], out[128] = {};
+    score_ghosts(scores, kGhostGroup, &query, 1, g.bytes.data(), g.format, g.centre.key_unit);
+    for (const float s : scores) CHECK(s - query.base == doctest::Approx(dim).epsilon(0.03));
+    std::fill_n(weights, kGhostGroup, 1.0f);
+    sum_ghosts(out, dim, weights, kGhostGroup, 1, g.bytes.data(), g.format, g.centre.value_unit);
+    CHECK(out[3] == doctest::Approx(kGhostGroup * g.value(0)[3]).epsilon(0.01));
+  }
+}
+
 // With s_j a value's scale, w_j s_j errs by at most half of max(w s) / 255.
 TEST_CASE("ghost: weighted sums of values, within what 8 bits of a weight cost, are added") {
   testing::Random random(5);

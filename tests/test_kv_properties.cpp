@@ -142,7 +142,8 @@ class History {
     const int width = heads() * shape_.head_dim;
     const std::vector<float> k = random_.normals(n * width), v = random_.normals(n * width);
     kv_->append(layer, k.data(), v.data(), n);
-    const auto remember = [&](std::vector<std::vector<std::byte>>& to, const std::vector<float>& x) {
+    const auto remember = [&](std::vector<std::vector<std::byte>>& to,
+                              const std::vector<float>& x) {
       for (int i = 0; i < n * heads(); ++i) {
         to.emplace_back(kv_row_bytes(shape_.type, shape_.head_dim));
         store_row(to.back().data(), &x[i * shape_.head_dim], shape_.head_dim, shape_.type);

@@ -139,7 +139,8 @@ Head score(const Scene& s, const KvView& view, int head) {
 }
 
 // The answer, given who was recalled.
-void answer(Head& h, const Scene& s, const KvView& view, int head, const std::vector<int>& recalled) {
+void answer(Head& h, const Scene& s, const KvView& view, int head,
+            const std::vector<int>& recalled) {
   const int kv_head = head / s.c.group, dim = view.head_dim;
   const LaneView& lane = view.lanes[static_cast<std::size_t>(kv_head / view.lane_heads)];
   const auto is_exact = [&](int t) {

@@ -1,0 +1,61 @@
+// Budgets and cold files that cannot be, as a user types them: one line, and exit 1 or 2.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "tests/file_limit.h"
+#include "tests/run_thaw.h"
+#include "tests/tiny_cli.h"
+
+namespace thaw::testing {
+namespace {
+
+std::string run_out(const std::vector<std::string>& kv_args, int exit_code) {
+  auto& files = TinyCli::get();
+  std::vector<std::string> args = {"generate", "-m", files.model(), "-p", "abc", "-n", "3"};
+  args.insert(args.end(), kv_args.begin(), kv_args.end());
+  const RunResult result = run_thaw(args);
+  CAPTURE(result.err);
+  CHECK(result.exit_code == exit_code);
+  CHECK(result.out.empty());
+  CHECK(std::count(result.err.begin(), result.err.end(), '\n') == 1);
+  return result.err;
+}
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+}  // namespace
+
+TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
+  CHECK(contains(run_out({"--hot-tokens", "0", "--ghost", "off", "--policy", "thaw"}, 2),
+                 "--hot-tokens"));
+  CHECK(contains(run_out({"--hot-tokens", "1", "--policy", "thaw"}, 1),
+                 "--hot-tokens: expected room for at least 37 tokens a layer"));
+  CHECK(contains(run_out({"--hot-bytes", "1", "--policy", "h2o"}, 1), "--hot-bytes"));
+  CHECK(contains(run_out({"--hot-bytes", "0", "--policy", "thaw"}, 2), "--hot-bytes"));
+  CHECK(contains(run_out({"--hot-fraction", "0", "--policy", "thaw"}, 2), "--hot-fraction"));
+  CHECK(contains(run_out({"--hot-fraction", "1.5", "--policy", "thaw"}, 2), "--hot-fraction"));
+  CHECK(contains(run_out({"--hot-tokens", "64", "--hot-bytes", "1M", "--policy", "thaw"}, 2),
+                 "at most one"));
+  CHECK(contains(run_out({"--hot-tokens", "64"}, 2), "--policy full"));
+  CHECK(contains(run_out({"-c", "64", "--window", "65", "--policy", "thaw"}, 2),
+                 "--window: expected at most the context of 64 tokens, found 65"));
+  CHECK(contains(run_out({"-c", "64", "--sinks", "65", "--policy", "thaw"}, 2), "--sinks"));
+  CHECK(contains(run_out({"--ghost", "k5v2", "--policy", "thaw"}, 2), "--ghost"));
+  CHECK(contains(run_out({"--kv-type", "q8_0", "--policy", "thaw"}, 1), "head_dim"));
+}
+
+TEST_CASE("kv flags: a cold file that cannot be made or filled is named, and nothing is left") {
+  const TemporaryDirectory directory;
+  const std::string path = directory.path().string();
+  CHECK(contains(run_out({"--cold-file", path}, 1), "cold file " + path));
+  CHECK(contains(run_out({"--cold-file", path + "/no/cold"}, 1), "No such file or directory"));
+  const FileLimit limit(1000);
+  CHECK(contains(run_out({"--cold-file", path + "/cold"}, 1), "no room for the cold tier"));
+  CHECK(std::filesystem::is_empty(directory.path()));
+}
+
+}  // namespace thaw::testing
