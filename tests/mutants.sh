@@ -1,0 +1,79 @@
+#!/usr/bin/env bash
+# Plants one bug at a time into a copy of the store and its attention, and expects their tests to
+# fail. Ends with "N passed, N failed"; a bug that survives has failed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+# file | sed expression | what it breaks
+mutants=$(grep -vE '^(#|$)' <<'END'
+# 1: every token is in the cold tier, bit-exact
+kvstore/tiers.cpp|s/to.value_offset, v + head/to.value_offset, k + head/|a value in the cold tier
+kvstore/lane.cpp|s/cold.value(first_head_ + head, token)/cold.key(first_head_ + head, token)/|a hot copy
+# 2: a token is hot or frozen, never neither
+kvstore/residency.cpp|s/if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(now, token, 1);/thaw(now, token, KvEvent::kThaw, 0);/|asr forgets who found no room
+kvstore/residency.cpp|s/if (params_.policy == Policy::kAsr) sleep(now, token, 1);//|asr forgets who had to leave
+# 3: rows, mask and free pages fit each other
+kvstore/lane.cpp|s/^  mask_.*&= .*$//|the mask of hot tokens
+kvstore/lane.cpp|s/^    arena_.give(pages_.back());$//|a page is lost
+# 4: what a step reads stays
+kvstore/lane.cpp|s/row_key(last, head), 2 \* kv_row_/row_key(last, head), kv_row_/|the value of a moved row
+kvstore/residency.cpp|s/token >= first_recent(now)/token > first_recent(now)/|the window
+# 5: timers and counters
+kvstore/residency.cpp|s/if (--f.timer == 0) waking/if (f.timer-- == 0) waking/|a sleep is a step too long
+kvstore/policy.h|s/p.stay \* std::sqrt(static_cast<float>(hits))/p.stay * static_cast<float>(hits)/|stays without the root
+# 6: no more hot bytes than promised
+kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound \|\| /if (/|the bound of a lane
+kvstore/lane.cpp|s/max_pages_ - pages_)/max_pages_)/|the promise in bytes
+kvstore/tiered_store.cpp|s/share_budget(kv_len + 1);//|budgets
+# 7: the same seed, the same history
+kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
+# ghosts
+kvstore/ghost.cpp|s/squares \/ xc : 0.0f)/xc \/ cc : 0.0f)/|the unbiased gain
+kvstore/ghost_cpu.cpp|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
+kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
+# policies
+kvstore/residency.cpp|s/stats.probability\[t\] \* static_cast<float>(n_rows)/stats.probability[t]/|h2o counts a prompt once
+# attention over tiers
+attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
+attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice
+attention/tiered_cpu.cpp|s/rotated\[i\] += ghosts.l \* mean/rotated[i] += mean/|the mean of values
+# faults
+kvstore/tiered_store.cpp|s/  arena_->reserve(pages);//|memory for the first decode step
+kvstore/pages.cpp|s/ | O_EXCL//|a cold file over a user's
+END
+)
+
+copy=$(mktemp -d)
+trap 'rm -rf "$copy"' EXIT
+mkdir "$copy/tests" "$copy/model" "$copy/tokenizer"
+cp -r Makefile device kvstore attention "$copy"
+cp model/*.h model/{config,forward,matmul,ops_cpu,tensor}.cpp "$copy/model"
+cp tokenizer/*.h "$copy/tokenizer"
+cp tests/*.h tests/main.cpp tests/tiny_files.cpp "$copy/tests"
+cp tests/test_{ghost,policy,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
+
+# 0: the tests pass, 1: they fail, 2: they do not compile.
+run_tests() {
+  make -C "$copy" OPT=-O1 build/thaw-tests >"$copy/log" 2>&1 || return 2
+  timeout 120 "$copy/build/thaw-tests" -aa=1 >"$copy/log" 2>&1 || return 1
+}
+
+run_tests || { cat "$copy/log"; echo "mutants: the tests fail without a bug"; exit 1; }
+killed=0 survived=0
+while IFS= read -r mutant; do
+  file=${mutant%%|*} what=${mutant##*|} expression=${mutant#*|}
+  sed -i "${expression%|*}" "$copy/$file"
+  if cmp -s "$file" "$copy/$file"; then
+    echo "mutants: $file: nothing to change for: $what" && survived=$((survived + 1))
+    continue
+  fi
+  run_tests
+  case $? in
+    1) killed=$((killed + 1)) ;;
+    0) echo "mutants: $file: survived: $what" && survived=$((survived + 1)) ;;
+    *) cat "$copy/log" && echo "mutants: $file: does not compile: $what" && survived=$((survived + 1)) ;;
+  esac
+  cp "$file" "$copy/$file"
+done <<<"$mutants"
+echo "$killed passed, $survived failed"
+[ "$survived" -eq 0 ]
