@@ -112,12 +112,13 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
              "a number above 0", positive);
   flags.real(kv.stay, "--stay",
              "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 2)",
-             "a number >= 0", [](double x) { return x >= 0 && x <= 1e4; });
+             "a number from 0 to 255", [](double x) { return x >= 0 && x <= 255; });
   flags.choice(kv.select, "--select", {"head", "layer"},
                "thaw: what freezes together: a KV head's tokens, or a layer's");
   flags.real(kv.softness, "--softness",
              "asr: a token of low relevance c times sleeps sqrt(c) / X steps (default 2)",
-             "a number above 0", positive);
+             "a number from 0.01 to 1000",
+             [](double x) { return x >= 0.01 && x <= 1000; });
   flags.real(kv.quantile, "--tau-quantile",
              "asr: share of the context's tokens that count as of low relevance (default 0.5)",
              "a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });

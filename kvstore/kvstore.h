@@ -135,9 +135,7 @@ struct KvOptions {
   std::int64_t hot_bytes = 0;  // the same in bytes over all layers
   std::string cold_file;       // the cold tier's file; empty: memory
   int centre_tokens = kCentreTokens;  // tokens whose mean ghosts are centred on
-  // Keep a hash of what is appended, for check(). Every step then checks the hot tier and its own
-  // tokens, and every 64th of decode all tokens.
-  bool check = false;
+  bool check = false;  // hash for check(); a step then checks its own tokens, every 64th step all
 };
 
 class KvStore {

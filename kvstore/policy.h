@@ -40,19 +40,15 @@ THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv
   return token < p.sinks || token >= kv_len - p.window;
 }
 
-// Timers have 16 bits; none is set to more than this.
-inline constexpr float kMostSteps = 65535.0f;
-
 // thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).
 THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
-  return static_cast<int>(std::fmin(p.stay * std::sqrt(static_cast<float>(hits)), kMostSteps));
+  return static_cast<int>(p.stay * std::sqrt(static_cast<float>(hits)));
 }
 
 // asr: steps that a token sleeps after its c-th low score, floor(sqrt(c) / k) (2512.11221, the
 // sublinear freeze schedule).
 THAW_HOST_DEVICE inline int sleep_steps(const PolicyParams& p, int low_scores) {
-  return static_cast<int>(
-      std::fmin(std::sqrt(static_cast<float>(low_scores)) / p.softness, kMostSteps));
+  return static_cast<int>(std::sqrt(static_cast<float>(low_scores)) / p.softness);
 }
 
 // thaw: a hot token after a step in which its mean probability was `probability`. A hit restarts its

@@ -22,7 +22,7 @@ kvstore/residency.cpp|s/token >= first_recent(now)/token > first_recent(now)/|th
 kvstore/residency.cpp|s/if (--f.timer == 0) waking/if (f.timer-- == 0) waking/|a sleep is a step too long
 kvstore/policy.h|s/p.stay \* std::sqrt(static_cast<float>(hits))/p.stay * static_cast<float>(hits)/|stays without the root
 # 6: no more hot bytes than promised
-kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound \|\| /if (/|the bound of a lane
+kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound || /if (/|the bound of a lane
 kvstore/lane.cpp|s/max_pages_ - pages_)/max_pages_)/|the promise in bytes
 kvstore/tiered_store.cpp|s/share_budget(kv_len + 1);//|budgets
 # 7: the same seed, the same history

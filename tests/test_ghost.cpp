@@ -264,8 +264,9 @@ TEST_CASE("ghost: weighted sums of values, within what 8 bits of a weight cost, 
   });
 }
 
-// x^ = x + r with r orthogonal to x and |r|^2 = |x|^2 mse / (1 - mse), so q.x^ has no bias, not even
-// for a q that leans towards x, and for a q independent of x the error's variance is |q|^2 |r|^2 / d.
+// x^ = x + r with r orthogonal to x and |r|^2 = |x|^2 mse / (1 - mse), so q.x^ has no bias, not
+// even for a q that leans towards x; for a q independent of x the error's variance is
+// |q|^2 |r|^2 / d.
 // A value's gain is the least squares one: |v^ - v|^2 = mse |v|^2. Both rounded to 8 bits of scale.
 TEST_CASE("ghost: key estimates are unbiased, and errors are as large as theory says") {
   testing::Random random(6);

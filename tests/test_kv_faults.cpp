@@ -248,7 +248,7 @@ TEST_CASE("faults: bytes that are reported are the bytes that the process grows 
   }
   kv->begin(1, Phase::kDecode);
   const KvUsage used = kv->usage();
-  const double reported = static_cast<double>(used.hot + used.ghosts + used.cold + used.bookkeeping);
+  const auto reported = static_cast<double>(used.hot + used.ghosts + used.cold + used.bookkeeping);
   CHECK(used.hot >= shape.bytes_per_token() * kTokens / 2);
   CHECK(static_cast<double>(resident_bytes() - before) == doctest::Approx(reported).epsilon(0.1));
 }
