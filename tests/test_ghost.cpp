@@ -73,22 +73,30 @@ void for_each_format(const Body& body) {
       for (const int value_bits : {0, 1, 2, 4}) body(key_bits, value_bits, dim);
 }
 
-// `ghost` is x rounded to `bits`: s (cell + 1/2) with one s, which is `unbiased` or least squares.
-// Tokens with a coordinate so close to a cell's edge that rounding may put it on either side are
-// left out: about 1 in 50.
+// `ghost` is x rounded to `bits`: s (cell + 1/2) with one s, which is `unbiased` or least squares,
+// on the best of five grids. Tokens of which rounding may decide, a coordinate close to a cell's
+// edge or two grids that lose the same, are left out.
 void check_rounding(const float* x, const std::vector<float>& ghost, int bits, bool unbiased) {
   const int dim = static_cast<int>(ghost.size()), half = 1 << (bits - 1);
-  const double step = ghost_step(bits) * std::sqrt(dot(x, x, dim) / dim);
-  std::vector<float> c;
-  for (int i = 0; i < dim; ++i) {
-    const double cell = x[i] / step;
-    if (std::fabs(cell - std::round(cell)) < 1e-4) return;
-    c.push_back(static_cast<float>(std::clamp(std::floor(cell), -1.0 * half, half - 1.0) + 0.5));
+  std::vector<float> best;
+  double kept = 0, runner_up = 0;
+  for (const double factor : {0.8, 0.9, 1.0, 1.1, 1.2}) {
+    const double step = factor * ghost_step(bits) * std::sqrt(dot(x, x, dim) / dim);
+    std::vector<float> c;
+    for (int i = 0; i < dim; ++i) {
+      const double cell = x[i] / step;
+      if (std::fabs(cell - std::round(cell)) < 1e-4) return;
+      c.push_back(static_cast<float>(std::clamp(std::floor(cell), -1.0 * half, half - 1.0) + 0.5));
+    }
+    const double xc = dot(x, c.data(), dim), cc = dot(c.data(), c.data(), dim);
+    if (c != best) runner_up = std::max(runner_up, std::min(kept, xc * xc / cc));
+    if (xc * xc / cc > kept) kept = xc * xc / cc, best = c;
   }
-  const double xc = dot(x, c.data(), dim);
-  const double scale = unbiased ? dot(x, x, dim) / xc : xc / dot(c.data(), c.data(), dim);
+  if (runner_up > (1 - 1e-4) * kept) return;
+  const double xc = dot(x, best.data(), dim);
+  const double scale = unbiased ? dot(x, x, dim) / xc : xc / dot(best.data(), best.data(), dim);
   for (int i = 0; i < dim; ++i)
-    CHECK(std::fabs(ghost[i] - scale * c[i]) <= 1.01 * kScaleError * std::fabs(scale * c[i]));
+    CHECK(std::fabs(ghost[i] - scale * best[i]) <= 1.01 * kScaleError * std::fabs(scale * best[i]));
 }
 
 }  // namespace
@@ -305,9 +313,9 @@ TEST_CASE("ghost: key estimates are unbiased, and errors are as large as theory 
   }
 }
 
-TEST_CASE("ghost: a scale's byte is within 1.6 % from a fifteenth of the unit to fifteen of it") {
+TEST_CASE("ghost: a scale's byte is within 1.6 % from a twelfth of the unit to twelve of it") {
   testing::Random random(7);
-  for (double size = 1.0 / 15; size < 15; size *= 1.01) {
+  for (double size = 1.0 / 12; size < 12; size *= 1.01) {
     Group g(random, 4, 4, 64);
     std::vector<float> x = random.normals(64);
     const double norm = std::sqrt(dot(x.data(), x.data(), 64) / 64);

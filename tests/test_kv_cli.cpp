@@ -33,14 +33,14 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"--hot-tokens", "0", "--ghost", "off", "--policy", "thaw"}, 2),
                  "--hot-tokens"));
   CHECK(contains(run_out({"--hot-tokens", "1", "--policy", "thaw"}, 1),
-                 "--hot-tokens: expected room for at least 37 tokens a layer"));
+                 "--hot-tokens: expected room for at least 29 tokens a layer"));
   CHECK(contains(run_out({"--hot-bytes", "1", "--policy", "h2o"}, 1), "--hot-bytes"));
   CHECK(contains(run_out({"--hot-bytes", "0", "--policy", "thaw"}, 2), "--hot-bytes"));
   CHECK(contains(run_out({"--hot-fraction", "0", "--policy", "thaw"}, 2), "--hot-fraction"));
   CHECK(contains(run_out({"--hot-fraction", "1.5", "--policy", "thaw"}, 2), "--hot-fraction"));
   CHECK(contains(run_out({"--hot-tokens", "64", "--hot-bytes", "1M", "--policy", "thaw"}, 2),
                  "at most one"));
-  CHECK(contains(run_out({"--hot-tokens", "64"}, 2), "--policy full"));
+  CHECK(contains(run_out({"--hot-tokens", "64", "--policy", "full"}, 2), "--policy full"));
   CHECK(contains(run_out({"-c", "64", "--window", "65", "--policy", "thaw"}, 2),
                  "--window: expected at most the context of 64 tokens, found 65"));
   CHECK(contains(run_out({"-c", "64", "--sinks", "65", "--policy", "thaw"}, 2), "--sinks"));
