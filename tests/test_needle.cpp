@@ -295,5 +295,23 @@ TEST_CASE("needle: the real model finds its keys, and a page shows them") {
   CHECK(html.str().find("<td class=\"right\">") != std::string::npos);
 }
 
+TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost without it") {
+  const auto model = weights_file(kSmolLM2File);
+  if (!model) return;
+  const auto answer = [&](const std::string& recovery) {
+    const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "300", "--depths",
+                                  "25,25", "--prefill", "32", "--policy", "window", "--recovery",
+                                  recovery, "--recovery-z", "1.5", "--json", "-q"});
+    CAPTURE(r.err);
+    REQUIRE(r.exit_code == 0);
+    return json::parse(r.out)["policies"][0]["answers"][0];
+  };
+  const json lost = answer("off"), found = answer("rewalk");
+  CHECK(lost["digits_right_share"] == 0);
+  CHECK(lost["recovery"].empty());
+  CHECK(found["right"] == true);
+  CHECK(found["recovery"].back()["rung"] == "rewalk");
+}
+
 }  // namespace
 }  // namespace thaw
