@@ -74,6 +74,10 @@ fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%)
 	@mkdir -p $(^:%=%.corpus)
 	@tests/tally.sh $(foreach f,$^,"$(f) $(FUZZ_FLAGS) $(f).corpus $(wildcard tests/fuzz/corpus/$(notdir $(f)))")
 
+## mutants     plant bugs in the KV store one at a time: its tests must find each (ten minutes)
+mutants:
+	@tests/mutants.sh
+
 ## install     thaw into PREFIX/bin (PREFIX=/usr/local; DESTDIR is honoured)
 install: $(BUILD)/thaw
 	install -D -m 755 $(BUILD)/thaw $(DESTDIR)$(PREFIX)/bin/thaw
@@ -137,4 +141,4 @@ $(BUILD)/flags: force
 
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d
 
-.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run install setup weights clean help force
+.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run mutants install setup weights clean help force

@@ -3,11 +3,10 @@
 // (FlashAttention, 2205.14135). In decode the tokens are also split into ranges, so that all
 // threads have work, and the partial states are merged in order; ranges depend on the shape alone,
 // so the bits do not depend on threads.
-#include "attention/attention.h"
-
 #include <algorithm>
 #include <cmath>
 
+#include "attention/attention.h"
 #include "attention/exact_cpu.h"
 #include "attention/tiered_cpu.h"
 #include "device/error.h"
@@ -194,8 +193,8 @@ void CpuAttention::attend(float* o, const float* q, int n_rows, int n_heads, con
   // Rows without statistics at once, those with them a few at a time: their scores are kept.
   for (int row = 0; row < n_rows;) {
     const int plain = n_rows - stats_rows - row;
-    const int n = stats_rows > kStatsRows ? (plain > 0 ? plain : std::min(kStatsRows, n_rows - row))
-                                          : n_rows;
+    const int n =
+        stats_rows > kStatsRows ? (plain > 0 ? plain : std::min(kStatsRows, n_rows - row)) : n_rows;
     Problem p{o + std::int64_t{row} * n_heads * kv.head_dim,
               q + std::int64_t{row} * n_heads * kv.head_dim,
               n,

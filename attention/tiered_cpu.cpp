@@ -9,7 +9,7 @@
 namespace thaw {
 namespace {
 
-constexpr int kRangeTokens = 512;  // ghosts of one task
+constexpr int kRangeTokens = 512;     // ghosts of one task
 constexpr float kNegligible = 1e-8f;  // groups whose tokens are all less probable add nothing
 
 void add_state(SoftmaxState& a, const SoftmaxState& b) { merge(a, nullptr, b, nullptr, 0); }
@@ -116,7 +116,8 @@ void TieredDecode::normalise() {
 void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   const int queries = queries_per_lane(kv), first = lane * queries;
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
-  std::vector<std::int32_t>& recalled = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
+  std::vector<std::int32_t>& recalled =
+      ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
   recalled.clear();
   float mean[kRangeTokens] = {};
   for (int h = first; h < first + queries; ++h) {
@@ -163,7 +164,8 @@ void TieredDecode::recall(const KvView& kv, int lane, int range, ExactScratch& s
         e[t] = 0;
       }
       const int begin = range * kRangeTokens;
-      const int end = std::min(begin + kRangeTokens, (kv.kv_len + kGhostGroup - 1) / kGhostGroup * kGhostGroup);
+      const int end =
+          std::min(begin + kRangeTokens, (kv.kv_len + kGhostGroup - 1) / kGhostGroup * kGhostGroup);
       float l = 0;
 #pragma omp simd reduction(+ : l)
       for (int t = begin; t < end; ++t) l += e[t];

@@ -47,18 +47,20 @@ class TieredDecode {
     return static_cast<std::size_t>(head) * n_ranges_ + range;
   }
   int queries_per_lane(const KvView& kv) const { return kv.lane_heads * group_; }
-  float* ghost_row(int head) { return ghost_.data() + static_cast<std::size_t>(head) * ghost_stride_; }
+  float* ghost_row(int head) {
+    return ghost_.data() + static_cast<std::size_t>(head) * ghost_stride_;
+  }
 
   ThreadPool& pool_;
   std::vector<ExactScratch> scratch_;  // one a thread
   const float* q_ = nullptr;
   int n_heads_ = 0, group_ = 0, dim_ = 0, n_ranges_ = 0;
   std::size_t ghost_stride_ = 0, hot_stride_ = 0;
-  std::vector<GhostQuery> queries_;       // per query head
-  std::vector<float> hot_scores_;         // query head x hot row: raw scores
-  std::vector<SoftmaxState> hot_;         // per query head
-  std::vector<float> hot_o_;              // query head x dim
-  std::vector<float> ghost_;              // query head x token: e^(s - m of its range)
+  std::vector<GhostQuery> queries_;           // per query head
+  std::vector<float> hot_scores_;             // query head x hot row: raw scores
+  std::vector<SoftmaxState> hot_;             // per query head
+  std::vector<float> hot_o_;                  // query head x dim
+  std::vector<float> ghost_;                  // query head x token: e^(s - m of its range)
   std::vector<SoftmaxState> ghost_state_;     // query head x range
   std::vector<float> ghost_o_;                // query head x range x dim, rotated
   std::vector<SoftmaxState> recalled_state_;  // query head x range

@@ -65,8 +65,7 @@ CodePlace code_place(int i, int lane, int bits, int part) {
 // Keys: a packet of eight vectors holds 8 dimensions of 32 tokens; a vector holds two neighbouring
 // dimensions of 16 tokens.
 CodePlace key_place(int token, int dim, int bits, int part) {
-  CodePlace place =
-      code_place(dim % 8 / 2 * 2 + token / 16, token % 16 * 2 + dim % 2, bits, part);
+  CodePlace place = code_place(dim % 8 / 2 * 2 + token / 16, token % 16 * 2 + dim % 2, bits, part);
   place.byte += static_cast<std::size_t>(dim / 8 * 32 * bits);
   return place;
 }
@@ -232,7 +231,8 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const
   for (int i = 0; i < f.padded_dim(); i += 2) {
     const int a = static_cast<int>(std::lrint(x[i] * inverse));
     const int b = static_cast<int>(std::lrint(x[i + 1] * inverse));
-    const std::uint32_t pair = (static_cast<unsigned>(a) & 0xff) | (static_cast<unsigned>(b) & 0xff) << 8;
+    const std::uint32_t pair = (static_cast<unsigned>(a) & 0xff) | (static_cast<unsigned>(b) & 0xff)
+                                                                       << 8;
     out.pairs[i / 2] = pair | pair << 16;
     sum += a + b;
   }

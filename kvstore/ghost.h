@@ -17,8 +17,8 @@
 
 namespace thaw {
 
-inline constexpr int kGhostGroup = 32;    // tokens whose codes are interleaved
-inline constexpr int kCentreTokens = 128; // tokens whose mean is mu; all are hot until then
+inline constexpr int kGhostGroup = 32;     // tokens whose codes are interleaved
+inline constexpr int kCentreTokens = 128;  // tokens whose mean is mu; all are hot until then
 
 // x = R x for one head, in place: signs that are fixed for all heads, then Hadamard transforms of
 // the powers of two that head_dim is the sum of, largest first. R is orthogonal.
@@ -57,7 +57,7 @@ struct GhostView {
   std::span<const std::byte* const> pages;  // page_groups groups a head each
   std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
   int page_groups = 1;
-  std::span<const GhostCentre> centres;     // per KV head; empty while there are none
+  std::span<const GhostCentre> centres;  // per KV head; empty while there are none
 
   bool present() const { return format.present() && !centres.empty(); }
   const std::byte* group(int head, int index) const {
@@ -71,8 +71,8 @@ struct GhostView {
 float ghost_step(int bits);
 
 // Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head.
-void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k,
-                 const float* v, const GhostCentre& centre);
+void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k, const float* v,
+                 const GhostCentre& centre);
 
 // What a ghost stands for, before the mean is added: head_dim floats in rotated space. The
 // definition that the kernels below are tested against.
@@ -102,8 +102,7 @@ void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_
 // padded_dim() floats a query. Weights are >= 0; those of a group are rounded to 8 bits of the
 // largest.
 void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
-                int n_queries, const std::byte* group, const GhostFormat& format,
-                float value_unit);
+                int n_queries, const std::byte* group, const GhostFormat& format, float value_unit);
 
 // out[i] = what scale byte i stands for, over its unit; 32 of them.
 void widen_scales(float* out, const std::byte* scales);

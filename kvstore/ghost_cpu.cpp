@@ -153,11 +153,9 @@ void value_sums(std::int32_t (*sums)[16], const std::uint32_t (*weights)[kGhostG
     for (Codes& s : sum) s = zero();
 #pragma GCC unroll 8
     for (int i = 0; i < kPairs; ++i) {
-      const Codes v =
-          odd<kBits>(unpack<kBits>(codes + first / 8 * 32 * kBits, first % 8 + i));
+      const Codes v = odd<kBits>(unpack<kBits>(codes + first / 8 * 32 * kBits, first % 8 + i));
 #pragma GCC unroll 4
-      for (int h = 0; h < kN; ++h)
-        sum[h] = add_products(sum[h], spread(weights[h][first + i]), v);
+      for (int h = 0; h < kN; ++h) sum[h] = add_products(sum[h], spread(weights[h][first + i]), v);
     }
     for (int h = 0; h < kN; ++h) widen_add(sums[h], sum[h]);
   }
@@ -173,8 +171,7 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
   for (int h = 0; h < kN; ++h) {
     const float scale = q[h].scale * unit, offset = q[h].offset, base = q[h].base;
     for (int j = 0; j < kGhostGroup; ++j)
-      scores[h * stride + j] =
-          base + scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
+      scores[h * stride + j] = base + scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
   }
 }
 
@@ -261,8 +258,8 @@ void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_
 
 void sum_ghosts(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
                 int n_queries, const std::byte* group, const GhostFormat& f, float value_unit) {
-  for (; n_queries > 0; n_queries -= kQueries, out += kQueries * stride,
-                        weights += kQueries * weight_stride) {
+  for (; n_queries > 0;
+       n_queries -= kQueries, out += kQueries * stride, weights += kQueries * weight_stride) {
     const auto run = [&]<int kBits, int kN>() {
       sum_queries<kBits, kN>(out, stride, weights, weight_stride, group, f, value_unit);
     };

@@ -24,7 +24,7 @@
 namespace thaw {
 
 enum class KvType : std::uint8_t { kF16, kBF16, kF32, kQ8_0, kQ4_0 };
-std::string_view kv_type_name(KvType type);  // "f16", "bf16", "f32", "q8_0", "q4_0"
+std::string_view kv_type_name(KvType type);           // "f16", "bf16", "f32", "q8_0", "q4_0"
 std::size_t kv_row_bytes(KvType type, int head_dim);  // of one key or value of one head
 
 struct KvShape {
@@ -45,10 +45,10 @@ enum class Phase : std::uint8_t { kPrefill, kDecode };
 // Rows of keys and values, in pages. Row i of a head stands in page i / page_rows.
 struct KvRows {
   std::span<const std::byte* const> pages;
-  std::size_t offset = 0;       // bytes from a page's start to its first key of head 0
-  std::size_t value_offset = 0; // bytes from a key to its value
-  std::size_t head_stride = 0;  // bytes from a head to the next
-  std::size_t row_bytes = 0;    // bytes from a row to the next
+  std::size_t offset = 0;        // bytes from a page's start to its first key of head 0
+  std::size_t value_offset = 0;  // bytes from a key to its value
+  std::size_t head_stride = 0;   // bytes from a head to the next
+  std::size_t row_bytes = 0;     // bytes from a row to the next
   int page_rows = 1;
   int n_rows = 0;
 
@@ -63,8 +63,8 @@ struct KvRows {
 // What decode reads of a lane: the heads of a layer that freeze and thaw together, either one head
 // or all of them.
 struct LaneView {
-  KvRows hot;                            // heads counted from the lane's first
-  std::span<const std::int32_t> tokens;  // the token in each hot row
+  KvRows hot;                               // heads counted from the lane's first
+  std::span<const std::int32_t> tokens;     // the token in each hot row
   std::span<const std::uint32_t> hot_mask;  // bit t % 32 of word t / 32: token t is hot
 };
 
@@ -117,12 +117,12 @@ struct KvUsage {
 // Sums over steps since the store was made or clear() was called; of tokens, a token of one head
 // counting 1 / n_kv_heads, over all layers.
 struct KvCounters {
-  std::int64_t steps = 0;     // decode steps
-  double attended = 0;        // read exactly
-  double visible = 0;         // in the context
-  double recalled = 0;        // read in place from the cold tier
-  double thawed = 0;          // made hot again, recalled ones included
-  double frozen = 0;          // made cold
+  std::int64_t steps = 0;            // decode steps
+  double attended = 0;               // read exactly
+  double visible = 0;                // in the context
+  double recalled = 0;               // read in place from the cold tier
+  double thawed = 0;                 // made hot again, recalled ones included
+  double frozen = 0;                 // made cold
   std::int64_t cold_bytes_read = 0;  // by decode: recalls and thaws
   double cold_bytes_visible = 0;     // what reading the whole context each step would have been
 };

@@ -122,8 +122,8 @@ std::int64_t Lane::bookkeeping_bytes() const {
 void Lane::check(const KvRows& cold, int kv_len) const {
   int marked = 0;
   for (const std::uint32_t word : mask_) marked += std::popcount(word);
-  require(marked == n_rows(), "KV check: layer ", layer_, ": ", n_rows(), " hot rows, but ",
-          marked, " tokens are marked hot");
+  require(marked == n_rows(), "KV check: layer ", layer_, ": ", n_rows(), " hot rows, but ", marked,
+          " tokens are marked hot");
   require(pages_.size() == static_cast<std::size_t>((n_rows() + kHotPageRows - 1) / kHotPageRows),
           "KV check: layer ", layer_, ": ", n_rows(), " hot rows in ", pages_.size(), " pages");
   for (int row = 0; row < n_rows(); ++row) {

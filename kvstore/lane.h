@@ -69,7 +69,7 @@ class Lane {
 
   HotArena& arena_;
   int layer_, first_head_, n_heads_;
-  std::size_t kv_row_;                // bytes of one key of one head
+  std::size_t kv_row_;  // bytes of one key of one head
   std::vector<std::byte*> pages_;
   std::vector<std::int32_t> tokens_;  // the token in each row
   std::vector<std::uint32_t> mask_;   // of hot tokens

@@ -40,9 +40,22 @@ THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv
   return token < p.sinks || token >= kv_len - p.window;
 }
 
-// thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).
-THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
-  return static_cast<int>(p.stay * std::sqrt(static_cast<float>(hits)));
+// thaw: how much longer than 2,048 tokens a context is, at least 1. In a long context more of the
+// attention lies in a tail that only ghosts answer for, and a hot token is a smaller share of it:
+// so tokens stay longer, and less probable ones are recalled. (Measured: docs/kvstore.md.)
+THAW_HOST_DEVICE inline float context_growth(int kv_len) {
+  return kv_len > 2048 ? static_cast<float>(kv_len) / 2048.0f : 1.0f;
+}
+
+// thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c growth)).
+THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits, float growth = 1) {
+  const float steps = p.stay * std::sqrt(static_cast<float>(hits) * growth);
+  return steps < 65535.0f ? static_cast<int>(steps) : 65535;
+}
+
+// thaw: the probability that calls a token, epsilon / growth^(1/4).
+THAW_HOST_DEVICE inline float recall_threshold(const PolicyParams& p, float growth) {
+  return p.epsilon / std::sqrt(std::sqrt(growth));
 }
 
 // asr: steps that a token sleeps after its c-th low score, floor(sqrt(c) / k) (2512.11221, the
@@ -51,13 +64,14 @@ THAW_HOST_DEVICE inline int sleep_steps(const PolicyParams& p, int low_scores) {
   return static_cast<int>(std::sqrt(static_cast<float>(low_scores)) / p.softness);
 }
 
-// thaw: a hot token after a step in which its mean probability was `probability`. A hit restarts its
-// timer; without one the timer falls. True: it stays hot.
+// thaw: a hot token after a step in which its mean probability was `probability`. A hit restarts
+// its timer; without one the timer falls. True: it stays hot.
 THAW_HOST_DEVICE inline bool thaw_stays(const PolicyParams& p, float probability, float epsilon,
-                                        bool always, std::uint16_t& hits, std::uint16_t& timer) {
+                                        bool always, std::uint16_t& hits, std::uint16_t& timer,
+                                        float growth = 1) {
   if (probability >= epsilon) {
     if (hits < 0xffff) ++hits;
-    timer = static_cast<std::uint16_t>(stay_steps(p, hits));
+    timer = static_cast<std::uint16_t>(stay_steps(p, hits, growth));
     return always || timer > 0;
   }
   if (timer > 0) --timer;
@@ -73,8 +87,8 @@ THAW_HOST_DEVICE inline int asr_sleep(const PolicyParams& p, float relevance, fl
   return sleep_steps(p, low_scores);
 }
 
-// thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens a token
-// is; spread = e^H, the perplexity of the attention.
+// thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens a
+// token is; spread = e^H, the perplexity of the attention.
 THAW_HOST_DEVICE inline float entropy_score(float probability, float spread) {
   return probability * spread;
 }

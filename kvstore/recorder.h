@@ -16,24 +16,24 @@ struct KvEvent {
     kRewind,  // forgotten: the context was cut back
   };
   Kind kind;
-  std::int32_t step;    // decode steps since the store was made
+  std::int32_t step;  // decode steps since the store was made
   std::int16_t layer;
-  std::int16_t head;    // the KV head; -1: all heads of the layer
-  std::int32_t token;   // position in the context
-  float probability;    // mean attention probability that led to it; 0 where none did
-  std::int32_t hits;    // thaw: times needed; asr: times of low relevance
-  std::int32_t timer;   // steps that it will now stay hot (thaw) or asleep (asr)
+  std::int16_t head;   // the KV head; -1: all heads of the layer
+  std::int32_t token;  // position in the context
+  float probability;   // mean attention probability that led to it; 0 where none did
+  std::int32_t hits;   // thaw: times needed; asr: times of low relevance
+  std::int32_t timer;  // steps that it will now stay hot (thaw) or asleep (asr)
 };
 
 // After every decode step.
 struct KvStep {
   struct Layer {
-    float entropy;     // of attention, mean over heads, nats
-    float ghost_mass;  // mean probability on frozen tokens
-    float threshold;   // thaw: epsilon; asr: tau; others 0
-    float hot;         // hot tokens, mean over heads
-    float budget;      // most hot tokens allowed, 0: no bound
-    float recalled;    // tokens, mean over heads
+    float entropy;         // of attention, mean over heads, nats
+    float ghost_mass;      // mean probability on frozen tokens
+    float threshold;       // thaw: epsilon; asr: tau; others 0
+    float hot;             // hot tokens, mean over heads
+    float budget;          // most hot tokens allowed, 0: no bound
+    float recalled;        // tokens, mean over heads
     float thawed, frozen;  // likewise
   };
   std::int32_t step;

@@ -14,9 +14,9 @@ constexpr int kRecentSteps = 64;  // how far back wake_recent() can reach
 // The q-quantile of values.
 float quantile(std::vector<float> values, float q) {
   if (values.empty()) return 0;
-  const auto at = values.begin() +
-                  std::min(std::ssize(values) - 1,
-                           static_cast<std::ptrdiff_t>(q * static_cast<float>(values.size())));
+  const auto at =
+      values.begin() + std::min(std::ssize(values) - 1,
+                                static_cast<std::ptrdiff_t>(q * static_cast<float>(values.size())));
   std::nth_element(values.begin(), at, values.end());
   return *at;
 }
@@ -120,8 +120,7 @@ std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   const bool all = params_.policy == Policy::kAsr || !now.can_freeze;
   const bool ranked = params_.policy == Policy::kThaw ? stay_steps(params_, 1) > 0
                                                       : params_.policy != Policy::kWindow;
-  const float least =
-      params_.policy == Policy::kThaw ? entropy_score(now.epsilon, spread_) : 0.0f;
+  const float least = params_.policy == Policy::kThaw ? entropy_score(now.epsilon, spread_) : 0.0f;
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     if (always(now, t)) {
       chosen.push_back(t);
@@ -159,7 +158,8 @@ void Residency::seed(const Moment& now) {
     const auto t = static_cast<std::size_t>(token);
     if (params_.policy == Policy::kThaw && !always(now, token)) {
       if (hits_[t] == 0) hits_[t] = 1;
-      timer_[t] = static_cast<std::uint16_t>(stay_steps(params_, hits_[t]));
+      timer_[t] =
+          static_cast<std::uint16_t>(stay_steps(params_, hits_[t], context_growth(now.kv_len)));
     }
     if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / spread_);
   }
@@ -212,12 +212,13 @@ void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
 
 void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats) {
   std::vector<int> leaving;
+  const float growth = context_growth(now.kv_len);
   for (int row = 0; row < lane_.n_rows(); ++row) {
     const std::int32_t token = lane_.token(row);
     const auto t = static_cast<std::size_t>(token);
     const float p = stats.probability[static_cast<std::size_t>(row)];
     score_[t] = entropy_score(p, spread_);
-    if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t]) &&
+    if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t], growth) &&
         now.can_freeze)
       leaving.push_back(row);
   }
@@ -229,7 +230,8 @@ void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats
 // ranked token if that ranks below it.
 void Residency::promote(const Moment& now, const AttentionStats::Recall& recall) {
   const auto t = static_cast<std::size_t>(recall.token);
-  thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t]);
+  thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t],
+             context_growth(now.kv_len));
   score_[t] = entropy_score(recall.probability, spread_);
   if (timer_[t] > 0 && lane_.n_rows() >= now.bound) {
     int lowest = -1;
@@ -304,7 +306,8 @@ void Residency::wake_recent(const Moment& now, int steps) {
     if (!thaw(now, f.token, KvEvent::kThaw, 0)) break;
     const auto t = static_cast<std::size_t>(f.token);
     if (params_.policy == Policy::kThaw)
-      timer_[t] = static_cast<std::uint16_t>(std::max(1, stay_steps(params_, hits_[t])));
+      timer_[t] = static_cast<std::uint16_t>(
+          std::max(1, stay_steps(params_, hits_[t], context_growth(now.kv_len))));
     std::erase_if(asleep_, [&](const Frozen& s) { return s.token == f.token; });
   }
 }
@@ -330,12 +333,15 @@ void Residency::check(const Moment& now) const {
           " hot tokens, more than the ", now.bound, " allowed");
   std::vector<bool> asleep(static_cast<std::size_t>(now.kv_len));
   for (const Frozen& f : asleep_) {
-    require(f.token < now.kv_len && !asleep[static_cast<std::size_t>(f.token)],
-            "KV check: layer ", layer_, ": token ", f.token, " sleeps twice");
+    require(f.token < now.kv_len && !asleep[static_cast<std::size_t>(f.token)], "KV check: layer ",
+            layer_, ": token ", f.token, " sleeps twice");
     asleep[static_cast<std::size_t>(f.token)] = true;
-    require(f.timer >= 1 && f.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(f.token)])),
-            "KV check: layer ", layer_, ": token ", f.token, " sleeps ", f.timer, " more steps");
+    require(
+        f.timer >= 1 &&
+            f.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(f.token)])),
+        "KV check: layer ", layer_, ": token ", f.token, " sleeps ", f.timer, " more steps");
   }
+  const float longest = context_growth(static_cast<int>(hits_.size()));  // before any rewind
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     const bool hot = lane_.is_hot(t);
     const auto at = static_cast<std::size_t>(t);
@@ -345,8 +351,9 @@ void Residency::check(const Moment& now) const {
       require(hot != asleep[at], "KV check: layer ", layer_, ": token ", t, " is ",
               hot ? "both hot and asleep" : "neither hot nor asleep");
     if (params_.policy == Policy::kThaw)
-      require(timer_[at] <= (hot ? std::max(1, stay_steps(params_, hits_[at])) : 0),
-              "KV check: layer ", layer_, ": token ", t, " has ", timer_[at], " steps left to stay");
+      require(timer_[at] <= (hot ? std::max(1, stay_steps(params_, hits_[at], longest)) : 0),
+              "KV check: layer ", layer_, ": token ", t, " has ", timer_[at],
+              " steps left to stay");
   }
 }
 

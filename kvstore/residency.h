@@ -14,8 +14,8 @@ namespace thaw {
 struct Moment {
   int kv_len = 0;
   int step = 0;
-  int bound = 0;        // most hot tokens of the lane; at most kv_len
-  float epsilon = 0;    // thaw: PolicyParams::epsilon, or less during recovery
+  int bound = 0;           // most hot tokens of the lane; at most kv_len
+  float epsilon = 0;       // thaw: PolicyParams::epsilon, or less during recovery
   bool can_freeze = true;  // false while frozen tokens would have no ghosts yet
   KvRows cold;
   KvRecorder* recorder = nullptr;
@@ -87,7 +87,7 @@ class Residency {
   std::vector<float> score_;          // per token: rank when room is short
   std::vector<Frozen> asleep_;        // asr: who sleeps, and for how many steps more
   std::vector<Frozen> recent_;        // who froze in the last kRecentSteps steps, oldest first
-  float entropy_ = 0, spread_ = 1;  // H of the last attention, and e^H
+  float entropy_ = 0, spread_ = 1;    // H of the last attention, and e^H
   float ghost_mass_ = 0, tau_ = 0;
   Tally tally_;
 };

@@ -42,7 +42,8 @@ float block_scale(const std::byte* in) {
 
 void load_q8_0(float* out, const std::byte* in) {
   const float d = block_scale(in);
-  for (int i = 0; i < kBlock; ++i) out[i] = d * static_cast<float>(static_cast<std::int8_t>(in[2 + i]));
+  for (int i = 0; i < kBlock; ++i)
+    out[i] = d * static_cast<float>(static_cast<std::int8_t>(in[2 + i]));
 }
 
 void load_q4_0(float* out, const std::byte* in) {

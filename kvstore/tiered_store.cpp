@@ -20,10 +20,10 @@ std::int64_t KvShape::bytes_per_token() const {
 
 namespace {
 
-constexpr int kAlarmSteps = 16;    // decode steps that a rung's help lasts
-constexpr int kWakeSteps = 64;     // how far back the window rung wakes
+constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
+constexpr int kWakeSteps = 64;   // how far back the window rung wakes
 constexpr float kAlarmEpsilon = 0.25f;
-constexpr int kCheckSteps = 64;    // decode steps between checks of every token
+constexpr int kCheckSteps = 64;  // decode steps between checks of every token
 
 void check_shape(const KvShape& s) {
   require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
@@ -94,18 +94,18 @@ class TieredKvStore final : public KvStore {
   ColdTier cold_;
   GhostTier ghosts_;
   std::optional<HotArena> arena_;
-  std::vector<Residency> lanes_;       // layer x lane; none for full
-  std::vector<float> entropy_;         // budget: of each layer's attention to the prompt
-  std::vector<int> budget_;            // budget: most hot tokens of each layer
-  std::vector<int> appended_;          // tokens held, per layer
-  std::vector<char> unsettled_;        // per layer: appended, and not settled yet
+  std::vector<Residency> lanes_;  // layer x lane; none for full
+  std::vector<float> entropy_;    // budget: of each layer's attention to the prompt
+  std::vector<int> budget_;       // budget: most hot tokens of each layer
+  std::vector<int> appended_;     // tokens held, per layer
+  std::vector<char> unsettled_;   // per layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
-  int step_first_ = 0;                 // first token of the step
-  bool seeded_ = false;                // residency has been decided since the last exact step
-  int exact_steps_ = 0;                // recovery: decode steps that still attend everything
-  int alarm_steps_ = 0;                // recovery: decode steps with a lower epsilon
+  int step_first_ = 0;   // first token of the step
+  bool seeded_ = false;  // residency has been decided since the last exact step
+  int exact_steps_ = 0;  // recovery: decode steps that still attend everything
+  int alarm_steps_ = 0;  // recovery: decode steps with a lower epsilon
   KvCounters counters_;
-  KvStep line_;                        // of the running decode step
+  KvStep line_;  // of the running decode step
   KvRecorder* recorder_ = nullptr;
 };
 
@@ -208,7 +208,8 @@ Moment TieredKvStore::moment(int layer, int kv_len) const {
   now.kv_len = kv_len;
   now.step = static_cast<int>(counters_.steps);
   now.bound = bound(layer, kv_len);
-  now.epsilon = params().epsilon * (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
+  now.epsilon = recall_threshold(params(), context_growth(kv_len)) *
+                (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
   const GhostView ghosts = ghosts_.view(layer);
   now.can_freeze = !ghosts.format.present() || kv_len >= ghosts_.centre_tokens();
   now.cold = cold_.rows(layer, kv_len);
@@ -223,7 +224,8 @@ void TieredKvStore::share_budget(int kv_len) {
   if (params().policy != Policy::kBudget) return;
   const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;  // bytes are promised in whole pages
   const double fewest = (least() + unit - 1) / unit * unit;
-  const double total = std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
+  const double total =
+      std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
   const float sum = std::accumulate(entropy_.begin(), entropy_.end(), 0.0f);
   const auto rows = [&](std::size_t layer, double x) {
     return std::max(fewest, std::min<double>(x * layer_share(entropy_[layer], sum), kv_len));
@@ -329,7 +331,8 @@ int TieredKvStore::stats_rows(int n_tokens) const {
 void TieredKvStore::count(int layer, const AttentionStats& stats) {
   const double heads = shape_.n_kv_heads, share = lane_heads() / heads;
   const int kv_len = appended_[static_cast<std::size_t>(layer)];
-  const std::int64_t row = 2 * static_cast<std::int64_t>(kv_row_bytes(shape_.type, shape_.head_dim));
+  const std::int64_t row =
+      2 * static_cast<std::int64_t>(kv_row_bytes(shape_.type, shape_.head_dim));
   const std::int64_t lane_row = row * lane_heads();
   KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
   std::int64_t bytes = 0;
@@ -364,10 +367,9 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
     line.hot += static_cast<float>(share * lane.lane().n_rows());
     line.entropy += static_cast<float>(share) * lane.entropy();
     line.ghost_mass += static_cast<float>(share) * lane.ghost_mass();
-    line.threshold = params().policy == Policy::kAsr ? lane.tau()
-                     : params().policy == Policy::kThaw
-                         ? moment(layer, kv_len).epsilon
-                         : 0.0f;
+    line.threshold = params().policy == Policy::kAsr    ? lane.tau()
+                     : params().policy == Policy::kThaw ? moment(layer, kv_len).epsilon
+                                                        : 0.0f;
     ++i;
   }
   line.budget = static_cast<float>(bound(layer, kv_len));
@@ -426,8 +428,8 @@ void TieredKvStore::rewind(int position) {
     for (Residency& lane : lanes(layer))
       seeded_ = lane.cut(moment(layer, position), position) && seeded_;
   if (recorder_)
-    recorder_->event({KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1,
-                      position, 0, 0, 0});
+    recorder_->event(
+        {KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1, position, 0, 0, 0});
 }
 
 void TieredKvStore::clear() {
@@ -439,8 +441,10 @@ double TieredKvStore::reset(Rung rung) {
   if (rung == Rung::kNone || full()) return 0;
   const bool timed = params().policy == Policy::kThaw || params().policy == Policy::kAsr;
   if (rung == Rung::kSoft && params().policy == Policy::kThaw) alarm_steps_ = kAlarmSteps;
-  if (rung >= Rung::kFull) exact_steps_ = kAlarmSteps;
-  else if (!timed) exact_steps_ = std::max(exact_steps_, rung == Rung::kSoft ? 1 : 4);
+  if (rung >= Rung::kFull)
+    exact_steps_ = kAlarmSteps;
+  else if (!timed)
+    exact_steps_ = std::max(exact_steps_, rung == Rung::kSoft ? 1 : 4);
   double thawed = 0;
   const int kv_len = length();
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
@@ -450,8 +454,8 @@ double TieredKvStore::reset(Rung rung) {
       if (rung >= Rung::kFull) lane.forget_history();
       if (rung == Rung::kSoft) lane.wake_sleepers(now);
       if (rung == Rung::kWindow) lane.wake_recent(now, kWakeSteps);
-      thawed += (lane.lane().n_rows() - before) * lane_heads() /
-                static_cast<double>(shape_.n_kv_heads);
+      thawed +=
+          (lane.lane().n_rows() - before) * lane_heads() / static_cast<double>(shape_.n_kv_heads);
     }
   }
   return thawed;
@@ -472,8 +476,9 @@ void TieredKvStore::check_from(int first) const {
   if (!arena_) return;
   require(lent + arena_->free_pages() == arena_->pages(), "KV check: ", arena_->pages(),
           " hot pages, but ", lent, " in use and ", arena_->free_pages(), " free");
-  require(options_.hot_bytes == 0 || arena_->bytes() <= options_.hot_bytes, "KV check: ",
-          arena_->bytes(), " hot bytes, more than the ", options_.hot_bytes, " promised");
+  require(options_.hot_bytes == 0 || arena_->bytes() <= options_.hot_bytes,
+          "KV check: ", arena_->bytes(), " hot bytes, more than the ", options_.hot_bytes,
+          " promised");
 }
 
 KvUsage TieredKvStore::usage() const {

@@ -26,8 +26,8 @@ void ColdTier::reserve(int n_tokens) {
     hashes_.resize(pages * kTierTokens * static_cast<std::size_t>(shape_.n_layers) *
                    shape_.n_kv_heads);
   while (pages_.size() < pages)
-    pages_.push_back(source_.take(
-        kTierTokens * static_cast<std::size_t>(shape_.bytes_per_token()), "the cold tier"));
+    pages_.push_back(source_.take(kTierTokens * static_cast<std::size_t>(shape_.bytes_per_token()),
+                                  "the cold tier"));
 }
 
 // A page: layer, then head, then the keys of its tokens, then their values.
@@ -80,9 +80,8 @@ GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat
       shape_(shape),
       format_(format),
       centre_tokens_(centre_tokens),
-      means_(format.present()
-                 ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
-                 : 0),
+      means_(format.present() ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
+                              : 0),
       centres_(static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads),
       has_centre_(static_cast<std::size_t>(shape.n_layers)) {}
 

@@ -65,9 +65,9 @@ class GhostTier {
   GhostFormat format_;
   int centre_tokens_;
   std::vector<std::byte*> pages_;
-  std::vector<float> means_;           // layer x head x {key, value} x head_dim
-  std::vector<GhostCentre> centres_;   // layer x head; they point into means_
-  std::vector<char> has_centre_;       // per layer
+  std::vector<float> means_;          // layer x head x {key, value} x head_dim
+  std::vector<GhostCentre> centres_;  // layer x head; they point into means_
+  std::vector<char> has_centre_;      // per layer
 };
 
 }  // namespace thaw

@@ -139,3 +139,25 @@ TEST_CASE("halves: every f16 survives the round trip, and rounding is to nearest
   widen_f16(wide.data(), all.data(), 0x7c00 + 1 + 2);  // an odd length, up to infinity
   for (std::uint32_t i = 0; i <= 0x7c00; ++i) CHECK(wide[i] == f16_to_f32(all[i]));
 }
+
+TEST_CASE("ghost: the example of docs/kvstore.md, by hand") {
+  const float mean[] = {1, -1}, k[] = {2.2f, -1.5f}, q[] = {1, 2};
+  const GhostFormat format{2, 0, 2};
+  const GhostCentre centre{mean, mean, 0.824f, 1};
+  std::vector<std::byte> group(format.group_bytes());
+  write_ghost(group.data(), format, 5, k, k, centre);
+  float key[2];
+  read_ghost_key(key, group.data(), format, 5, centre);
+  CHECK(key[0] == doctest::Approx(-1.5 * 0.824).epsilon(1.0 / 64));
+  CHECK(key[1] == doctest::Approx(-0.5 * 0.824).epsilon(1.0 / 64));
+  GhostQuery query;
+  prepare_query(query, q, mean, format);
+  float scores[kGhostGroup];
+  score_ghosts(scores, kGhostGroup, &query, 1, group.data(), format, centre.key_unit);
+  CHECK(scores[5] == doctest::Approx(-1.0).epsilon(0.02));  // 8 bits of query and scale
+  const PolicyParams p;
+  for (const auto& [hits, steps] : {std::pair(1, 2), {2, 2}, {4, 4}, {100, 20}})
+    CHECK(stay_steps(p, hits) == steps);
+  for (const auto& [low, steps] : {std::pair(3, 0), {4, 1}, {15, 1}, {16, 2}})
+    CHECK(sleep_steps(p, low) == steps);
+}
