@@ -220,9 +220,11 @@ std::vector<TokenId> needle_question(const Tokenizer& tokenizer, const NeedleKey
   const std::string answer = join("The pass key", of(key.owner), " is");
   if (!chat) return tokenizer.encode(join("\n\n", question, " ", answer));
   const ChatFormat format = recognise_chat_format(tokenizer);
-  Tokens ids = again ? turn_change(tokenizer, format, {{"user", question}})
-                     : tokenizer.encode("\n\n" + question);
-  if (!again) {
+  Tokens ids;
+  if (again) {
+    ids = turn_change(tokenizer, format, {{"user", question}});
+  } else {
+    ids = tokenizer.encode("\n\n" + question);
     const Tokens change = turn_change(tokenizer, format, {});
     ids.insert(ids.end(), change.begin(), change.end());
   }
