@@ -40,11 +40,11 @@ THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv
   return token < p.sinks || token >= kv_len - p.window;
 }
 
-// thaw: how much longer than 2,048 tokens a context is, at least 1. In a long context more of the
-// attention lies in a tail that only ghosts answer for, and a hot token is a smaller share of it:
-// so tokens stay longer, and less probable ones are recalled. (Measured: docs/kvstore.md.)
+// thaw: the root of how much longer than 2,048 tokens a context is, at least 1. In a long context
+// more of the attention lies in a tail that only ghosts answer for, and a hot token is a smaller
+// share of it: so tokens stay longer, and less probable ones are recalled (docs/kvstore.md).
 THAW_HOST_DEVICE inline float context_growth(int kv_len) {
-  return kv_len > 2048 ? static_cast<float>(kv_len) / 2048.0f : 1.0f;
+  return kv_len > 2048 ? std::sqrt(static_cast<float>(kv_len) / 2048.0f) : 1.0f;
 }
 
 // thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c growth)).
