@@ -43,7 +43,7 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   for (int head = 0; head < n_heads; ++head) {
     for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q[head * kv.head_dim + i] * scale;
     prepare_query(queries_[head], scaled, kv.ghosts.centres[head / group_].key_mean,
-                  kv.ghosts.format);
+                  *kv.ghosts.rope, kv.ghosts.format);
   }
 }
 
@@ -69,6 +69,8 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
   const int head = kv_head * group_, begin = range * kRangeTokens;
   const int end = std::min(begin + kRangeTokens, kv.kv_len);
   for (int t = begin; t < end; t += kGhostGroup) {
+    kv.ghosts.rope->score_centre(ghost_row(head) + t, ghost_stride_, &queries_[head], group_,
+                                 t / kGhostGroup);
     score_ghosts(ghost_row(head) + t, ghost_stride_, &queries_[head], group_,
                  kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
                  kv.ghosts.centres[kv_head].key_unit);

@@ -11,6 +11,7 @@
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
 #include "model/check.h"
+#include "model/forward.h"
 #include "tokenizer/chat_template.h"
 
 namespace thaw {
@@ -68,7 +69,7 @@ std::int64_t available_memory() {
 }
 
 std::int64_t kv_bytes_per_token(const Config& c, KvType type) {
-  return KvShape{c.n_layers, c.n_kv_heads, c.head_dim, 1, type}.bytes_per_token();
+  return kv_shape(c, 1, type).bytes_per_token();
 }
 
 struct Sizes {

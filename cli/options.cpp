@@ -9,6 +9,7 @@
 #include <set>
 
 #include "device/error.h"
+#include "model/forward.h"
 
 namespace thaw {
 namespace {
@@ -90,14 +91,9 @@ std::string describe(const Config& c) {
 std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& c, int capacity) {
   for (const auto& [name, tokens] : {std::pair("--window", flags.window), {"--sinks", flags.sinks}})
     if (tokens.value_or(0) > capacity)
-      throw UsageError(join(name, ": expected at most the context of ", capacity, " tokens, found ",
-                            *tokens));
-  return make_kv_store({.n_layers = c.n_layers,
-                        .n_kv_heads = c.n_kv_heads,
-                        .head_dim = c.head_dim,
-                        .capacity = capacity,
-                        .type = flags.type()},
-                       flags.options());
+      throw UsageError(
+          join(name, ": expected at most the context of ", capacity, " tokens, found ", *tokens));
+  return make_kv_store(kv_shape(c, capacity, flags.type()), flags.options());
 }
 
 }  // namespace thaw

@@ -215,13 +215,11 @@ void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, 
              f.head_dim);
 }
 
-void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostFormat& f) {
+void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostRope& rope,
+                   const GhostFormat& f) {
   float x[GhostQuery::kMaxDim] = {};
-  out.base = 0;
-  for (int i = 0; i < f.head_dim; ++i) {
-    x[i] = q[i];
-    out.base += q[i] * key_mean[i];
-  }
+  std::copy_n(q, f.head_dim, x);
+  rope.prepare(out, q, key_mean);
   rotate(x, f.head_dim);
   float largest = 0;
   for (int i = 0; i < f.head_dim; ++i) largest = std::max(largest, std::fabs(x[i]));

@@ -1,8 +1,8 @@
 // Ghosts: low-bit copies of keys and values with which frozen tokens still answer. The format, how
 // a token becomes one, and what attention computes from them.
 //
-// A key k of a KV head becomes x = R (k - mu), with mu the mean of the first keys of its head and R
-// a random rotation, which makes every coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
+// A key k of a KV head becomes x = R (k - mu), with mu the mean of the first keys of its head,
+// turned by RoPE as k is (kvstore/ghost_rope.h), and R a random rotation, which makes every coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
 // With sigma = rms(x), x is rounded to b bits on a uniform grid of step(b) sigma, the best for a
 // Gaussian (Max, 1960): code u in [0, 2^b), y = step (u - 2^(b-1) + 1/2). One scale a token is
 // kept, in 8 bits: for keys step |x|^2 / <x,y>, so that the estimate of q.k is unbiased over
@@ -14,6 +14,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+
+#include "kvstore/ghost_rope.h"
 
 namespace thaw {
 
@@ -28,7 +30,7 @@ void rotate_back(float* x, int head_dim);  // x = R^T x
 // What the ghosts of a head are relative to: the mean of its first keys and values, and the unit of
 // their scales, 2^b-grid step times the root mean square of x over those tokens.
 struct GhostCentre {
-  const float* key_mean = nullptr;  // head_dim
+  const float* key_mean = nullptr;  // head_dim, as of position 0
   const float* value_mean = nullptr;
   float key_unit = 0, value_unit = 0;
 };
@@ -58,6 +60,7 @@ struct GhostView {
   std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
   int page_groups = 1;
   std::span<const GhostCentre> centres;  // per KV head; empty while there are none
+  const GhostRope* rope = nullptr;       // how centres turn
 
   bool present() const { return format.present() && !centres.empty(); }
   const std::byte* group(int head, int index) const {
@@ -70,7 +73,8 @@ struct GhostView {
 // step(b): the best step of a uniform grid of 2^b values for a Gaussian of variance 1.
 float ghost_step(int bits);
 
-// Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head.
+// Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head;
+// centre.key_mean turned to the token's position.
 void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k, const float* v,
                  const GhostCentre& centre);
 
@@ -88,13 +92,13 @@ struct GhostQuery {
   std::uint32_t pairs[kMaxDim / 2];  // two int8 in the low half, the same again in the high half
   float scale = 0;                   // of the codes
   float offset = 0;                  // -(2^(b-1) - 1/2) * sum of the codes
-  float base = 0;                    // q.mu
+  float along[kMaxDim / 2], across[kMaxDim / 2];  // what q.mu is made of, see GhostRope::prepare()
 };
-// q: head_dim, already divided by sqrt(head_dim); key_mean: of its KV head.
-void prepare_query(GhostQuery& out, const float* q, const float* key_mean,
+// q: head_dim, already divided by sqrt(head_dim); key_mean: of its KV head, at position 0.
+void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostRope& rope,
                    const GhostFormat& format);
 
-// scores[h * stride + j] = q_h . k_j for the 32 tokens of a group, h < n_queries.
+// scores[h * stride + j] += q_h . (k_j - mu_j) for the 32 tokens of a group, h < n_queries.
 void score_ghosts(float* scores, std::size_t stride, const GhostQuery* q, int n_queries,
                   const std::byte* group, const GhostFormat& format, float key_unit);
 

@@ -169,9 +169,9 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
   float scales[kGhostGroup];
   widen_scales(scales, group + f.key_bytes() + f.value_bytes());
   for (int h = 0; h < kN; ++h) {
-    const float scale = q[h].scale * unit, offset = q[h].offset, base = q[h].base;
+    const float scale = q[h].scale * unit, offset = q[h].offset;
     for (int j = 0; j < kGhostGroup; ++j)
-      scores[h * stride + j] = base + scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
+      scores[h * stride + j] += scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
   }
 }
 

@@ -33,6 +33,7 @@ struct KvShape {
   int head_dim = 0;
   int capacity = 0;  // tokens
   KvType type = KvType::kF16;
+  KvRope rope = {};  // of the keys that will be appended
 
   // Bytes of keys and values of one token over all layers.
   std::int64_t bytes_per_token() const;

@@ -21,8 +21,8 @@ struct PolicyParams {
   Policy policy = Policy::kFull;
   int window = 24;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
-  float epsilon = 3e-3f;     // thaw: a frozen token of at least this probability is recalled
-  float stay = 2.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
+  float epsilon = 2.5e-3f;   // thaw: a frozen token of at least this probability is recalled
+  float stay = 1.5f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
   float softness = 2.0f;     // asr: k
   float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
   int ghost_key_bits = 3;    // thaw: 0 (no ghosts: frozen tokens are mute) .. 4
@@ -40,22 +40,10 @@ THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv
   return token < p.sinks || token >= kv_len - p.window;
 }
 
-// thaw: the root of how much longer than 2,048 tokens a context is, at least 1. In a long context
-// more of the attention lies in a tail that only ghosts answer for, and a hot token is a smaller
-// share of it: so tokens stay longer, and less probable ones are recalled (docs/kvstore.md).
-THAW_HOST_DEVICE inline float context_growth(int kv_len) {
-  return kv_len > 2048 ? std::sqrt(static_cast<float>(kv_len) / 2048.0f) : 1.0f;
-}
-
-// thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c growth)).
-THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits, float growth = 1) {
-  const float steps = p.stay * std::sqrt(static_cast<float>(hits) * growth);
+// thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).
+THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
+  const float steps = p.stay * std::sqrt(static_cast<float>(hits));
   return steps < 65535.0f ? static_cast<int>(steps) : 65535;
-}
-
-// thaw: the probability that calls a token, epsilon / growth^(1/4).
-THAW_HOST_DEVICE inline float recall_threshold(const PolicyParams& p, float growth) {
-  return p.epsilon / std::sqrt(std::sqrt(growth));
 }
 
 // asr: steps that a token sleeps after its c-th low score, floor(sqrt(c) / k) (2512.11221, the
@@ -67,11 +55,10 @@ THAW_HOST_DEVICE inline int sleep_steps(const PolicyParams& p, int low_scores) {
 // thaw: a hot token after a step in which its mean probability was `probability`. A hit restarts
 // its timer; without one the timer falls. True: it stays hot.
 THAW_HOST_DEVICE inline bool thaw_stays(const PolicyParams& p, float probability, float epsilon,
-                                        bool always, std::uint16_t& hits, std::uint16_t& timer,
-                                        float growth = 1) {
+                                        bool always, std::uint16_t& hits, std::uint16_t& timer) {
   if (probability >= epsilon) {
     if (hits < 0xffff) ++hits;
-    timer = static_cast<std::uint16_t>(stay_steps(p, hits, growth));
+    timer = static_cast<std::uint16_t>(stay_steps(p, hits));
     return always || timer > 0;
   }
   if (timer > 0) --timer;

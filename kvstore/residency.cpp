@@ -158,8 +158,7 @@ void Residency::seed(const Moment& now) {
     const auto t = static_cast<std::size_t>(token);
     if (params_.policy == Policy::kThaw && !always(now, token)) {
       if (hits_[t] == 0) hits_[t] = 1;
-      timer_[t] =
-          static_cast<std::uint16_t>(stay_steps(params_, hits_[t], context_growth(now.kv_len)));
+      timer_[t] = static_cast<std::uint16_t>(stay_steps(params_, hits_[t]));
     }
     if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, score_[t] / spread_);
   }
@@ -212,13 +211,12 @@ void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
 
 void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats) {
   std::vector<int> leaving;
-  const float growth = context_growth(now.kv_len);
   for (int row = 0; row < lane_.n_rows(); ++row) {
     const std::int32_t token = lane_.token(row);
     const auto t = static_cast<std::size_t>(token);
     const float p = stats.probability[static_cast<std::size_t>(row)];
     score_[t] = entropy_score(p, spread_);
-    if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t], growth) &&
+    if (!thaw_stays(params_, p, now.epsilon, always(now, token), hits_[t], timer_[t]) &&
         now.can_freeze)
       leaving.push_back(row);
   }
@@ -230,8 +228,7 @@ void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats
 // ranked token if that ranks below it.
 void Residency::promote(const Moment& now, const AttentionStats::Recall& recall) {
   const auto t = static_cast<std::size_t>(recall.token);
-  thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t],
-             context_growth(now.kv_len));
+  thaw_stays(params_, recall.probability, now.epsilon, false, hits_[t], timer_[t]);
   score_[t] = entropy_score(recall.probability, spread_);
   if (timer_[t] > 0 && lane_.n_rows() >= now.bound) {
     int lowest = -1;
@@ -306,8 +303,7 @@ void Residency::wake_recent(const Moment& now, int steps) {
     if (!thaw(now, f.token, KvEvent::kThaw, 0)) break;
     const auto t = static_cast<std::size_t>(f.token);
     if (params_.policy == Policy::kThaw)
-      timer_[t] = static_cast<std::uint16_t>(
-          std::max(1, stay_steps(params_, hits_[t], context_growth(now.kv_len))));
+      timer_[t] = static_cast<std::uint16_t>(std::max(1, stay_steps(params_, hits_[t])));
     std::erase_if(asleep_, [&](const Frozen& s) { return s.token == f.token; });
   }
 }
@@ -341,7 +337,6 @@ void Residency::check(const Moment& now) const {
             f.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(f.token)])),
         "KV check: layer ", layer_, ": token ", f.token, " sleeps ", f.timer, " more steps");
   }
-  const float longest = context_growth(static_cast<int>(hits_.size()));  // before any rewind
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     const bool hot = lane_.is_hot(t);
     const auto at = static_cast<std::size_t>(t);
@@ -351,7 +346,7 @@ void Residency::check(const Moment& now) const {
       require(hot != asleep[at], "KV check: layer ", layer_, ": token ", t, " is ",
               hot ? "both hot and asleep" : "neither hot nor asleep");
     if (params_.policy == Policy::kThaw)
-      require(timer_[at] <= (hot ? std::max(1, stay_steps(params_, hits_[at], longest)) : 0),
+      require(timer_[at] <= (hot ? std::max(1, stay_steps(params_, hits_[at])) : 0),
               "KV check: layer ", layer_, ": token ", t, " has ", timer_[at],
               " steps left to stay");
   }

@@ -208,8 +208,7 @@ Moment TieredKvStore::moment(int layer, int kv_len) const {
   now.kv_len = kv_len;
   now.step = static_cast<int>(counters_.steps);
   now.bound = bound(layer, kv_len);
-  now.epsilon = recall_threshold(params(), context_growth(kv_len)) *
-                (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
+  now.epsilon = params().epsilon * (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
   const GhostView ghosts = ghosts_.view(layer);
   now.can_freeze = !ghosts.format.present() || kv_len >= ghosts_.centre_tokens();
   now.cold = cold_.rows(layer, kv_len);
@@ -486,6 +485,7 @@ KvUsage TieredKvStore::usage() const {
   u.cold = cold_.bytes();
   u.full = length() * shape_.bytes_per_token();
   u.ghosts = ghosts_.bytes();
+  u.bookkeeping = ghosts_.bookkeeping_bytes();
   if (arena_) u.hot = arena_->bytes();
   for (const Residency& lane : lanes_) u.bookkeeping += lane.bookkeeping_bytes();
   u.resident = full() ? u.full : u.hot + u.ghosts;

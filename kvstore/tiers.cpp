@@ -80,6 +80,7 @@ GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat
       shape_(shape),
       format_(format),
       centre_tokens_(centre_tokens),
+      rope_(shape.rope, shape.head_dim),
       means_(format.present() ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
                               : 0),
       centres_(static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads),
@@ -98,6 +99,7 @@ void GhostTier::reserve(int n_tokens) {
   if (!format_.present()) return;
   const auto pages = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
   pages_.reserve(pages);
+  rope_.grow(n_tokens);
   while (pages_.size() < pages) pages_.push_back(source_.take(page_bytes(), "ghosts"));
 }
 
@@ -109,17 +111,19 @@ GhostView GhostTier::view(int layer) const {
   view.pages = {pages_.data(), pages_.size()};
   view.page_groups = kTierTokens / kGhostGroup;
   view.offset = static_cast<std::size_t>(layer) * heads * view.page_groups * format_.group_bytes();
+  view.rope = &rope_;
   view.centres = std::span(centres_).subspan(static_cast<std::size_t>(layer) * heads, heads);
   return view;
 }
 
-// mean: of the first tokens' keys or values of a head. Returns the root mean square of what is left
-// of them without it.
+// mean: of the first tokens' keys, turned back to position 0, or values of a head. Returns the root
+// mean square of what is left of them without it.
 float GhostTier::fix_mean(float* mean, const KvRows& cold, int head, bool value) const {
   const int dim = shape_.head_dim;
   std::vector<float> row(static_cast<std::size_t>(dim));
   const auto read = [&](int t) {
     load_row(row.data(), value ? cold.value(head, t) : cold.key(head, t), dim, shape_.type);
+    if (!value) rope_.turn_back(row.data(), row.data(), t);
   };
   std::fill_n(mean, dim, 0.0f);
   for (int t = 0; t < centre_tokens_; ++t) {
@@ -149,11 +153,13 @@ void GhostTier::fix_centre(int layer, const KvRows& cold) {
 void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& cold,
                           int token) const {
   const int dim = shape_.head_dim;
-  float k[GhostQuery::kMaxDim], v[GhostQuery::kMaxDim];
+  float k[GhostQuery::kMaxDim], v[GhostQuery::kMaxDim], mean[GhostQuery::kMaxDim];
   load_row(k, cold.key(head, token), dim, shape_.type);
   load_row(v, cold.value(head, token), dim, shape_.type);
-  write_ghost(group, format_, token % kGhostGroup, k, v,
-              centres_[static_cast<std::size_t>(layer) * shape_.n_kv_heads + head]);
+  GhostCentre centre = centres_[static_cast<std::size_t>(layer) * shape_.n_kv_heads + head];
+  rope_.turn(mean, centre.key_mean, token);
+  centre.key_mean = mean;
+  write_ghost(group, format_, token % kGhostGroup, k, v, centre);
 }
 
 void GhostTier::write(int layer, const KvRows& cold, int first, int n) {

@@ -51,6 +51,7 @@ class GhostTier {
   void cut(int position);  // without its first tokens a layer has no centre
   GhostView view(int layer) const;
   std::int64_t bytes() const;
+  std::int64_t bookkeeping_bytes() const { return rope_.bytes(); }
   // Throws Error when a ghost of tokens [first, last) is not that of its token.
   void check(int layer, const KvRows& cold, int first, int last) const;
 
@@ -64,6 +65,7 @@ class GhostTier {
   KvShape shape_;
   GhostFormat format_;
   int centre_tokens_;
+  GhostRope rope_;
   std::vector<std::byte*> pages_;
   std::vector<float> means_;          // layer x head x {key, value} x head_dim
   std::vector<GhostCentre> centres_;  // layer x head; they point into means_

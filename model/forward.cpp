@@ -7,6 +7,12 @@
 
 namespace thaw {
 
+KvShape kv_shape(const Config& c, int capacity, KvType type) {
+  return {c.n_layers, c.n_kv_heads,
+          c.head_dim, capacity,
+          type,       {rope_inverse_frequencies(c), c.rope_pairing == RopePairing::kInterleaved}};
+}
+
 Transformer::Transformer(const Model& model, int n_threads, int max_rows)
     : model_(model),
       max_rows_(max_rows),

@@ -14,6 +14,9 @@
 
 namespace thaw {
 
+// The store that a model's forward passes fill: its sizes, and how its keys turn.
+KvShape kv_shape(const Config& config, int capacity, KvType type = KvType::kF16);
+
 class Transformer {
  public:
   // Keeps a reference to `model`, which must outlive this. n_threads: at least 1; results

@@ -31,6 +31,8 @@ kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|
 kvstore/ghost.cpp|s/squares \/ xc : 0.0f)/xc \/ cc : 0.0f)/|the unbiased gain
 kvstore/ghost_cpu.cpp|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
 kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
+kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
+kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
 # policies
 kvstore/residency.cpp|s/stats.probability\[t\] \* static_cast<float>(n_rows)/stats.probability[t]/|h2o counts a prompt once
 # attention over tiers
@@ -50,7 +52,7 @@ cp -r Makefile device kvstore attention "$copy"
 cp model/*.h model/{config,forward,matmul,ops_cpu,tensor}.cpp "$copy/model"
 cp tokenizer/*.h "$copy/tokenizer"
 cp tests/*.h tests/main.cpp tests/tiny_files.cpp "$copy/tests"
-cp tests/test_{ghost,policy,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
+cp tests/test_{ghost,ghost_rope,policy,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
 
 # 0: the tests pass, 1: they fail, 2: they do not compile.
 run_tests() {

@@ -55,8 +55,7 @@ struct Library {
   Model model = load_model(tiny());
   Tokenizer tokenizer = load_tokenizer(model);
   Transformer transformer{model, 1};
-  std::unique_ptr<KvStore> kv = make_kv_store(
-      {model.config.n_layers, model.config.n_kv_heads, model.config.head_dim, 512, KvType::kF16});
+  std::unique_ptr<KvStore> kv = make_kv_store(kv_shape(model.config, 512));
 
   std::vector<TokenId> greedy(const std::vector<TokenId>& prompt, int n) {
     SamplerOptions s;
@@ -89,7 +88,8 @@ TEST_CASE("generate: standard output is exactly the text, statistics are on stan
   CHECK(r.out.size() > 10);
   for (const char* part :
        {"prompt   4 tokens in ", "output   24 tokens in ", " tok/s; -n reached\n",
-        "first token after ", "kv       27 tokens, 6.8 KiB as f16; thaw holds ", " recalls a layer and step\n", "seed     "}) {
+        "first token after ", "kv       27 tokens, 6.8 KiB as f16; thaw holds ",
+        " recalls a layer and step\n", "seed     "}) {
     CHECK(contains(r.err, part));
   }
   CHECK(run("generate", greedy({"-p", "Once", "--quiet"})).err.empty());

@@ -26,7 +26,7 @@ std::vector<std::int32_t> some_tokens(int n, int vocab_size) {
 }
 
 std::unique_ptr<KvStore> store_for(const Config& c, KvType type = KvType::kF32) {
-  return make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, c.context_length, type});
+  return make_kv_store(kv_shape(c, c.context_length, type));
 }
 
 // Logits of all tokens, in calls of `step` rows.

@@ -24,7 +24,7 @@ struct Engine {
   explicit Engine(int capacity = 64, float temperature = 0, int max_rows = 512)
       : transformer(tiny.model, 1, max_rows), sampler(options(temperature)) {
     const Config& c = tiny.model.config;
-    kv = make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, capacity, KvType::kF32});
+    kv = make_kv_store(kv_shape(c, capacity, KvType::kF32));
   }
   static SamplerOptions options(float temperature) {
     SamplerOptions o;

@@ -29,8 +29,7 @@ nlohmann::json read_golden(const std::filesystem::path& path) {
 }
 
 std::unique_ptr<KvStore> make_store(const Config& config, std::size_t capacity, KvType type) {
-  return make_kv_store({config.n_layers, config.n_kv_heads, config.head_dim,
-                             static_cast<int>(capacity), type});
+  return make_kv_store(kv_shape(config, static_cast<int>(capacity), type));
 }
 
 // Logits of every token, tokens.size() x vocab, computed `step` tokens at a time.

@@ -68,8 +68,7 @@ void live(Transformer& transformer, KvStore& kv) {
 std::string history(const testing::TinyModel& tiny, Policy policy, int n_threads, Log& log) {
   const Config& c = tiny.model.config;
   Transformer transformer(tiny.model, n_threads);
-  auto kv = make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, 256, KvType::kF16},
-                          options(policy));
+  auto kv = make_kv_store(kv_shape(c, 256), options(policy));
   kv->record(&log);
   live(transformer, *kv);
   return log.text();
@@ -102,8 +101,7 @@ TEST_CASE("kv store: a cleared store lives as a new one does") {
   for (const Policy policy :
        {Policy::kWindow, Policy::kH2o, Policy::kBudget, Policy::kAsr, Policy::kThaw}) {
     CAPTURE(kPolicyNames[static_cast<int>(policy)]);
-    auto kv = make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, 256, KvType::kF16},
-                            options(policy));
+    auto kv = make_kv_store(kv_shape(c, 256), options(policy));
     Log first, second;
     // Straight from an empty store, then a life.
     const auto from_nothing = [&] {

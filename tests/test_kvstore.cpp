@@ -151,12 +151,15 @@ TEST_CASE("ghost: the example of docs/kvstore.md, by hand") {
   CHECK(key[0] == doctest::Approx(-1.5 * 0.824).epsilon(1.0 / 64));
   CHECK(key[1] == doctest::Approx(-0.5 * 0.824).epsilon(1.0 / 64));
   GhostQuery query;
-  prepare_query(query, q, mean, format);
+  GhostRope rope({}, 2);  // no RoPE: the centre is the same everywhere
+  rope.grow(kGhostGroup);
+  prepare_query(query, q, mean, rope, format);
   float scores[kGhostGroup];
+  rope.score_centre(scores, kGhostGroup, &query, 1, 0);
   score_ghosts(scores, kGhostGroup, &query, 1, group.data(), format, centre.key_unit);
   CHECK(scores[5] == doctest::Approx(-1.0).epsilon(0.02));  // 8 bits of query and scale
   const PolicyParams p;
-  for (const auto& [hits, steps] : {std::pair(1, 2), {2, 2}, {4, 4}, {100, 20}})
+  for (const auto& [hits, steps] : {std::pair(1, 1), {2, 2}, {4, 3}, {100, 15}})
     CHECK(stay_steps(p, hits) == steps);
   for (const auto& [low, steps] : {std::pair(3, 0), {4, 1}, {15, 1}, {16, 2}})
     CHECK(sleep_steps(p, low) == steps);

@@ -74,8 +74,7 @@ struct Library {
 
   std::unique_ptr<KvStore> store(const KvFlags& flags, int capacity) const {
     const Config& c = model.config;
-    return make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, capacity, flags.type()},
-                         flags.options());
+    return make_kv_store(kv_shape(c, capacity, flags.type()), flags.options());
   }
 
   // log softmax of each row, after `prefill` tokens in one batch and the rest one by one.

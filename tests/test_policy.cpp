@@ -333,6 +333,7 @@ TEST_CASE("asr: softness and the quantile of tau are parameters, and a bound put
 TEST_CASE("thaw: the prompt's attention decides who starts hot, for kappa steps") {
   KvOptions o = options(Policy::kThaw, 2, 1);
   o.policy.epsilon = 0.1f;
+  o.policy.stay = 2;
   Told thaw(o);
   thaw.prefill(20, [](int, int token) { return token == 8 ? 0.1f : 0.05f; });
   thaw.decode(nobody);  // stay_steps(1) = 2: one is left

@@ -217,7 +217,7 @@ struct Engine {
   explicit Engine(std::map<int, float> masses, bool turned = true, int capacity = 200) {
     const Config& c = tiny.model.config;
     kv = std::make_unique<Troubled>(
-        make_kv_store({c.n_layers, c.n_kv_heads, c.head_dim, capacity, KvType::kF32}),
+        make_kv_store(kv_shape(c, capacity, KvType::kF32)),
         std::move(masses), turned);
     RecoveryParams params = up_to(Rung::kRewalk);
     params.z = 50, params.warmup = 2, params.cooldown = 1, params.rewalk_tokens = 4;

@@ -42,7 +42,10 @@ struct Scene {
     o.policy.window = 3;
     o.policy.sinks = 2;
     o.centre_tokens = 16;
-    kv = make_kv_store({1, c.n_kv_heads, c.head_dim, 1024, c.type}, o);
+    KvShape shape{1, c.n_kv_heads, c.head_dim, 1024, c.type, {{}, c.group % 2 == 0}};
+    for (int i = 0; i < c.head_dim / 2; ++i)
+      shape.rope.inverse_frequencies.push_back(std::pow(0.7f, static_cast<float>(i)));
+    kv = make_kv_store(shape, o);
     const int kv_dim = c.n_kv_heads * c.head_dim, prompt = c.kv_len - 1;
     const std::vector<float> mean = random.normals(kv_dim);
     k = random.normals(c.kv_len * kv_dim), v = random.normals(c.kv_len * kv_dim);
@@ -118,7 +121,8 @@ Head score(const Scene& s, const KvView& view, int head) {
   GhostQuery ghost;
   Row rotated;
   if (view.ghosts.present()) {
-    prepare_query(ghost, scaled.data(), view.ghosts.centres[kv_head].key_mean, view.ghosts.format);
+    prepare_query(ghost, scaled.data(), view.ghosts.centres[kv_head].key_mean, *view.ghosts.rope,
+                  view.ghosts.format);
     rotated = ghost_query(ghost, dim);
   }
   Head h;
@@ -129,7 +133,9 @@ Head score(const Scene& s, const KvView& view, int head) {
       std::vector<float> key(static_cast<std::size_t>(dim));
       read_ghost_key(key.data(), view.ghosts.group(kv_head, t / kGhostGroup), view.ghosts.format,
                      t % kGhostGroup, view.ghosts.centres[kv_head]);
-      estimate = ghost.base + dot(rotated, {key.begin(), key.end()});
+      float centre[kGhostGroup];  // tests/test_ghost_rope.cpp holds it to its definition
+      view.ghosts.rope->score_centre(centre, kGhostGroup, &ghost, 1, t / kGhostGroup);
+      estimate = centre[t % kGhostGroup] + dot(rotated, {key.begin(), key.end()});
     }
     h.estimate.push_back(estimate);
     h.max = std::fmax(h.max, estimate);
