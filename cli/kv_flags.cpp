@@ -108,7 +108,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
              },
              "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
   flags.real(kv.epsilon, "--epsilon",
-             "thaw: attention probability from which a frozen token is recalled (default 0.0025)",
+             "thaw: attention probability from which a frozen token is recalled (default 0.00275)",
              "a number above 0", positive);
   flags.real(kv.stay, "--stay",
              "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1.5)",

@@ -21,7 +21,7 @@ struct PolicyParams {
   Policy policy = Policy::kFull;
   int window = 24;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
-  float epsilon = 2.5e-3f;   // thaw: a frozen token of at least this probability is recalled
+  float epsilon = 2.75e-3f;  // thaw: a frozen token of at least this probability is recalled
   float stay = 1.5f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
   float softness = 2.0f;     // asr: k
   float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
