@@ -4,15 +4,17 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <numeric>
 #include <semaphore>
+#include <span>
 #include <thread>
+#include <utility>
 #include <vector>
 
-#include "device/error.h"
 #include "device/half.h"
 #include "tests/simt/fiber.h"
 #include "tests/simt/include/simt/device.h"
@@ -46,8 +48,9 @@ struct Fiber {
   int argument = 0;
   float* product = nullptr;  // mma: d, a and b of this lane
   const std::uint32_t *a = nullptr, *b = nullptr;
-  char clocks[2] = {};  // released before an exchange, by turns
-  int n_syncs = 0;
+  char clocks[2] = {};      // released before __syncwarp, by turns
+  unsigned turn = 0;        // the one of the last
+  unsigned lane_turns = 0;  // and of each lane of its warp
 
   std::vector<Landing> copies;  // asynchronous, oldest first
   int group = 0;                // number of commits
@@ -59,14 +62,13 @@ struct Fiber {
 // storage is the shared memory.
 struct Multiprocessor {
   Multiprocessor();
-  void run_on_thread(int n_threads);  // launch's blocks; returns when they have ended
-  void serve();                       // the thread's body
+  void serve();  // the thread's body: runs `blocks` of `launch` between go and done
   void run_block();
   void reset_shared();
 
   std::counting_semaphore<> go{0}, done{0};
   Launch* launch = nullptr;
-  std::vector<int> blocks;  // to run, in this order
+  std::span<const unsigned> blocks;  // to run, in this order
 
   Context scheduler;
   std::vector<std::unique_ptr<Fiber>> fibers;
@@ -85,6 +87,7 @@ struct Multiprocessor {
   char* dynamic_end = nullptr;  // the end of dynamic shared memory; a guard page follows
 };
 
+Multiprocessor* multiprocessors[kMultiprocessors];
 Multiprocessor* active = nullptr;  // the one whose fibers run
 
 void push(int thread) {
@@ -179,28 +182,22 @@ Multiprocessor::Multiprocessor() {
   if (mapping == MAP_FAILED) fatal("no memory for shared memory");
   dynamic_end = static_cast<char*>(mapping) + (kMaxShared + 4095) / 4096 * 4096;
   mprotect(dynamic_end, 4096, PROT_NONE);
+  poison(dynamic_end, 4096);
   std::thread([this] { serve(); }).detach();
-}
-
-void Multiprocessor::run_on_thread(int threads) {
-  while (static_cast<int>(fibers.size()) < threads) {
-    fibers.push_back(std::make_unique<Fiber>());
-    fibers.back()->thread = static_cast<int>(fibers.size()) - 1;
-    prepare(fibers.back()->context, fiber_main);
-  }
-  n_threads = threads;
-  order.resize(threads);
-  std::iota(order.begin(), order.end(), 0);
-  go.release();
-  done.acquire();
 }
 
 void Multiprocessor::serve() {
   for (;;) {
     go.acquire();
-    for (const int block : blocks) {
-      const unsigned b = static_cast<unsigned>(block);
-      blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
+    for (int i = static_cast<int>(fibers.size()); i < n_threads; ++i) {
+      fibers.push_back(std::make_unique<Fiber>());
+      fibers.back()->thread = i;
+      prepare(fibers.back()->context, fiber_main);
+    }
+    order.resize(n_threads);
+    std::iota(order.begin(), order.end(), 0);
+    for (const unsigned block : blocks) {
+      blockIdx = {block % gridDim.x, block / gridDim.x % gridDim.y, block / gridDim.x / gridDim.y};
       run_block();
     }
     done.release();
@@ -297,9 +294,11 @@ void multiply(const std::unique_ptr<Fiber>* lanes, bool bf16) {
 // Every lane of the mask is here: gives each its result.
 void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
   std::int64_t joined = 0;
+  unsigned turns = 0;
   bool any = false;
   for (int i = 0; i < kWarp; ++i) {
     if ((last.mask >> i & 1u) == 0) continue;
+    turns |= lanes[i]->turn << i;
     const std::int64_t value =
         last.what == Exchange::kBallot ? lanes[i]->value << i : lanes[i]->value;
     joined = any ? join(last.what, joined, value) : value;
@@ -308,6 +307,7 @@ void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
   for (int i = 0; i < kWarp; ++i) {
     if ((last.mask >> i & 1u) == 0) continue;
     lanes[i]->result = joined;
+    lanes[i]->lane_turns = turns;
     if (last.what != Exchange::kShuffle) continue;
     const int source = lanes[i]->argument;
     if ((last.mask >> source & 1u) == 0)
@@ -325,8 +325,7 @@ int lane() { return active->current->thread % kWarp; }
 std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argument, Where where) {
   Fiber& f = checked_lane(mask, where);
   f.what = what, f.value = value, f.argument = argument;
-  const int turn = f.n_syncs++ % 2;
-  if (what == Exchange::kSync) release(&f.clocks[turn]);
+  if (what == Exchange::kSync) release(&f.clocks[f.turn ^= 1u]);
   const int first = f.thread - lane();
   const std::unique_ptr<Fiber>* lanes = &active->fibers[first];
   f.state = State::kInExchange;
@@ -348,7 +347,7 @@ std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argu
   suspend();
   if (what == Exchange::kSync)  // no other exchange orders memory
     for (int i = 0; i < kWarp; ++i)
-      if (mask >> i & 1u) acquire(&lanes[i]->clocks[turn]);
+      if (mask >> i & 1u) acquire(&lanes[i]->clocks[f.lane_turns >> i & 1u]);
   return f.result;
 }
 
@@ -431,11 +430,14 @@ void fence() {
 
 const Launch* running() { return active == nullptr ? nullptr : active->launch; }
 
-std::string describe_running() {
-  if (active == nullptr) return "";
-  const auto text = [](uint3 i) { return thaw::join("(", i.x, ", ", i.y, ", ", i.z, ")"); };
-  return thaw::join("kernel ", active->launch->name, ", block ", text(blockIdx), ", thread ",
-                    text(threadIdx), ": ");
+const char* describe_running() {
+  static char text[200];  // it may be asked for by a signal handler
+  text[0] = 0;
+  if (active != nullptr)
+    std::snprintf(text, sizeof text, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ",
+                  active->launch->name.c_str(), blockIdx.x, blockIdx.y, blockIdx.z, threadIdx.x,
+                  threadIdx.y, threadIdx.z);
+  return text;
 }
 
 Random& random() {
@@ -447,24 +449,27 @@ Random& random() {
 }
 void set_seed(std::uint64_t seed) { random().state = seed; }
 
+void start_device() {
+  for (Multiprocessor*& m : multiprocessors)
+    if (m == nullptr) m = new Multiprocessor;
+}
+
 void run(Launch& launch) {
-  static Multiprocessor* multiprocessors[kMultiprocessors];
   static int last = 0;
   gridDim = launch.grid, blockDim = launch.block;
-  const int n_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
-  std::vector<int> blocks(launch.grid.x * launch.grid.y * launch.grid.z);
+  std::vector<unsigned> blocks(launch.grid.x * launch.grid.y * launch.grid.z);
   std::iota(blocks.begin(), blocks.end(), 0);
   for (int i = static_cast<int>(blocks.size()) - 1; i > 0; --i)
     std::swap(blocks[i], blocks[random().below(i + 1)]);
-  const auto run_on = [&](Multiprocessor*& m, std::vector<int> some) {
-    if (m == nullptr) m = new Multiprocessor;
-    m->launch = &launch, m->blocks = std::move(some);
-    m->run_on_thread(n_threads);
-  };
-  if (kMultiprocessors == 1) return run_on(multiprocessors[0], std::move(blocks));
-  for (const int block : blocks) {
-    last = (last + 1 + random().below(kMultiprocessors - 1)) % kMultiprocessors;
-    run_on(multiprocessors[last], {block});
+  const std::size_t share = kMultiprocessors == 1 ? blocks.size() : 1;
+  for (std::size_t i = 0; i < blocks.size(); i += share) {
+    if (kMultiprocessors > 1)
+      last = (last + 1 + random().below(kMultiprocessors - 1)) % kMultiprocessors;
+    Multiprocessor& m = *multiprocessors[last];
+    m.launch = &launch, m.blocks = {&blocks[i], share};
+    m.n_threads = static_cast<int>(launch.block.x * launch.block.y * launch.block.z);
+    m.go.release();
+    m.done.acquire();
   }
 }
 

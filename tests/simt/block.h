@@ -23,10 +23,11 @@ struct Launch {
   std::int64_t bytes = 0;  // told by count_bytes()
 };
 
+void start_device();  // before anything is queued: its threads begin with the host's clock
 void run(Launch& launch);
 
 const Launch* running();         // null outside kernels
-std::string describe_running();  // "kernel NAME, block (x, y, z), thread (x, y, z): ", or ""
+const char* describe_running();  // "kernel NAME, block (x, y, z), thread (x, y, z): ", or ""
 
 // splitmix64.
 struct Random {

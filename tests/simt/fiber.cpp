@@ -67,6 +67,11 @@ void swap(Context& from, Context& to) { swapcontext(&from.registers, &to.registe
 
 }  // namespace
 
+#ifdef SIMT_RACE
+// It must not wait at the end for threads that never end, and must remember stacks for long.
+extern "C" const char* __tsan_default_options() { return "atexit_sleep_ms=0:history_size=4"; }
+#endif
+
 void prepare(Context& context, void (*entry)()) {
   const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
   void* mapping = mmap(nullptr, page + kStackBytes, PROT_READ | PROT_WRITE,

@@ -21,13 +21,14 @@ namespace simt {
 namespace {
 
 constexpr std::size_t kPage = 4096;
+constexpr std::size_t kGuard = 1 << 20;  // address space before and after an allocation
 constexpr std::size_t kAlignment = 256;  // as cudaMalloc promises
-constexpr unsigned char kTail = 0xa5;    // between the end of the data and the guard page
+constexpr unsigned char kTail = 0xa5;    // between the end of the data and the guard
 
 struct Allocation {
   Kind kind;
   std::size_t bytes;
-  char* mapping;  // guard page, pages, guard page; the data ends at the second guard
+  char* mapping;  // guard, pages, guard; the data ends at the second guard
   std::size_t mapping_bytes;
 };
 
@@ -46,7 +47,7 @@ std::size_t round_up(std::size_t n, std::size_t to) { return (n + to - 1) / to *
 const char* name_of(Kind kind) { return kind == Kind::kDevice ? "device" : "pinned"; }
 
 void protect(const Allocation& a, int protection) {
-  mprotect(a.mapping + kPage, a.mapping_bytes - 2 * kPage, protection);
+  mprotect(a.mapping + kGuard, a.mapping_bytes - 2 * kGuard, protection);
 }
 
 void protect_device(int protection) {
@@ -100,12 +101,12 @@ void* allocate(Kind kind, std::size_t bytes) {
   prepare_once();
   if (kind == Kind::kDevice && bytes > free_device_bytes()) return nullptr;
   const std::size_t taken = round_up(bytes, kAlignment);
-  Allocation a = {kind, bytes, nullptr, round_up(taken, kPage) + 2 * kPage};
+  Allocation a = {kind, bytes, nullptr, round_up(taken, kPage) + 2 * kGuard};
   void* mapping =
       mmap(nullptr, a.mapping_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapping == MAP_FAILED) return nullptr;
   a.mapping = static_cast<char*>(mapping);
-  char* data = a.mapping + a.mapping_bytes - kPage - taken;
+  char* data = a.mapping + a.mapping_bytes - kGuard - taken;
   protect(a, PROT_READ | PROT_WRITE);
   std::memset(data, 0xff, bytes);
   std::memset(data + bytes, kTail, taken - bytes);
@@ -150,7 +151,7 @@ DeviceAccess::~DeviceAccess() {
 
 void fatal(const char* format, ...) {
   std::fflush(stdout);
-  std::fprintf(stderr, "simt: %s", describe_running().c_str());
+  std::fprintf(stderr, "simt: %s", describe_running());
   va_list arguments;
   va_start(arguments, format);
   std::vfprintf(stderr, format, arguments);

@@ -79,6 +79,7 @@ std::int64_t nothing(const Op&) { return 0; }
 Stream* new_stream() {
   static std::vector<void*> identities;  // of streams that are gone too: they are costly
   static std::size_t n_made = 0;
+  start_device();
   auto* stream = new Stream;
   if (kRace && identities.size() < 16) identities.push_back(new_identity());
   if (kRace) stream->identity = identities[n_made++ % identities.size()];
