@@ -178,6 +178,7 @@ $(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
 
 $(BUILD)/cuda/%.o: %.cu Makefile
 	@mkdir -p $(@D)
+	@test -n "$(NVCC)" || { echo "nvcc is missing: the CUDA toolkit has it"; exit 1; }
 	@echo "nvcc $<"
 	$(QUIET)$(NVCC_COMPILE) -MMD -MP -MF $(@:.o=.d) -c -o $@ $< >$(@:.o=.ptxas) 2>&1 || \
 	  { cat $(@:.o=.ptxas); rm -f $@; exit 1; }

@@ -80,7 +80,11 @@ __device__ inline float block_max(float x) { return block_reduce<Max>(x); }
 
 __device__ inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 // What is read once, such as weights: it should push nothing out of the caches.
+// The emulator counts these and cp_async_16 as the kernel's bytes.
 __device__ inline uint4 load_16_once(const void* from) {
+#ifdef THAW_EMULATED
+  simt::count_bytes(16);
+#endif
   return __ldcs(static_cast<const uint4*>(from));
 }
 __device__ inline void store_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }

@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Prints what ptxas says of each kernel: tools/kernels.sh FILE.ptxas... Fails if any spills.
+# What ptxas says of each kernel, a line each: tools/kernels.sh FILE.ptxas... Fails if any spills.
 set -euo pipefail
-sed -E 's/^ptxas info +: //' "$@" | c++filt | awk '
-  /^Compiling entry function/ { split($0, part, "\047"); name = part[2]; arch = part[4] }
-  /bytes spill stores/ { spills = $5 + $9 }
-  /^Used [0-9]+ registers/ {
-    shared = 0
-    for (i = 2; i <= NF; ++i) if ($i ~ /^smem/) shared = $(i - 2 + 0)
-    match($0, /[0-9]+ bytes smem/); if (RSTART) shared = substr($0, RSTART) + 0
-    printf "%-6s %3d registers %6d bytes shared %4d bytes spilled  %s\n", arch, $2, shared, spills, name
-    if (spills > 0) ++bad
+cat "$@" | c++filt | awk -F"'" '
+  /Compiling entry function/ { name = $2; arch = $4 }
+  /bytes spill stores/ { split($0, n, " "); spilled = n[5] + n[9] }
+  /Used [0-9]+ registers/ {
+    registers = $0; sub(/.*Used /, "", registers)
+    shared = match($0, /[0-9]+ bytes smem/) ? substr($0, RSTART) + 0 : 0
+    printf "%s %4d registers %6d B shared %4d B spilled  %s\n", arch, registers, shared, spilled, name
+    if (spilled > 0) ++n_bad
   }
-  END { if (bad > 0) { printf "%d kernels spill\n", bad; exit 1 } }'
+  END { if (n_bad > 0) { print n_bad " spill"; exit 1 } }'

@@ -395,6 +395,7 @@ void* dynamic_shared() {
 
 void cp_async_16(void* shared, const void* global, bool valid) {
   Fiber& f = *active->current;
+  if (valid) count_bytes(16);
   f.copies.push_back({shared, valid ? global : nullptr, f.group});
 }
 void cp_async_commit() { ++active->current->group; }

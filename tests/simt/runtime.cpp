@@ -1,11 +1,13 @@
 // The runtime API: operations with dependencies, run when the host waits for something.
+#include "tests/simt/runtime.h"
+
+#include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <exception>
 #include <memory>
-#include <set>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "tests/simt/block.h"
@@ -24,18 +26,12 @@ constexpr std::size_t kSharedWithoutAsking = 48 << 10, kMaxShared = 232448;
 int n_calls = 0, calls_until_failure = 0;
 std::vector<const char*> names;  // open profile ranges
 
-// At the start of every call that may fail.
-bool fails() {
-  ++n_calls;
-  return calls_until_failure > 0 && --calls_until_failure == 0;
-}
-
 std::unordered_map<const void*, std::size_t>& allowed_shared() {
   static std::unordered_map<const void*, std::size_t> bytes;
   return bytes;
 }
 
-// What the host does not see is done while the call lasts.
+// Returns when op is done; null: at once.
 cudaError_t wait_for(const std::shared_ptr<Op>& op) {
   if (n_captures() > 0) return cudaErrorStreamCaptureUnsupported;
   finish(op);
@@ -43,6 +39,12 @@ cudaError_t wait_for(const std::shared_ptr<Op>& op) {
 }
 
 }  // namespace
+
+bool fails() {
+  ++n_calls;
+  return calls_until_failure > 0 && --calls_until_failure == 0;
+}
+std::string name_or(const char* unnamed) { return names.empty() ? unnamed : names.back(); }
 
 int fail_call(int n) {
   calls_until_failure = n;
@@ -64,7 +66,7 @@ cudaError_t enqueue_kernel(const cudaLaunchConfig_t& config, const void* kernel,
     return cudaErrorInvalidConfiguration;
   const std::size_t allowed = std::max(kSharedWithoutAsking, allowed_shared()[kernel]);
   if (config.dynamicSmemBytes > allowed) return cudaErrorInvalidValue;
-  Launch launch = {.name = names.empty() ? "(unnamed)" : names.back(),
+  Launch launch = {.name = name_or("(unnamed)"),
                    .grid = g,
                    .block = b,
                    .shared_bytes = config.dynamicSmemBytes,

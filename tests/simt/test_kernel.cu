@@ -8,6 +8,7 @@
 #include "device/half.h"
 #include "device/kernel.cuh"
 #include "tests/simt/crash.h"
+#include "tests/simt/simt.h"
 
 using namespace thaw;
 using simt::contains;
@@ -123,7 +124,9 @@ TEST_CASE("kernel.cuh: mma_16x8x16 and load_matrices are a plain product") {
 TEST_CASE("crash copies never waited for" * doctest::skip()) { run_copy_async(false); }
 
 TEST_CASE("kernel.cuh: asynchronous copies land when they are waited for") {
+  simt::counts().clear();
   const std::vector<float> got = run_copy_async(true);
+  CHECK(simt::counts()["copy_async"].bytes == 512);
   for (int i = 0; i < 256; ++i) CHECK(got[i] == (i < 128 ? static_cast<float>(i) : 0.0f));
   CHECK(contains(output_of("crash copies never waited for"), "never waited for"));
 
