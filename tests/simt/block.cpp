@@ -9,131 +9,24 @@
 #include <cstring>
 #include <memory>
 #include <numeric>
-#include <semaphore>
-#include <span>
 #include <thread>
 #include <utility>
 #include <vector>
 
-#include "device/half.h"
-#include "tests/simt/fiber.h"
-#include "tests/simt/include/simt/device.h"
 #include "tests/simt/memory.h"
-#include "tests/simt/sanitizers.h"
+#include "tests/simt/multiprocessor.h"
 #include "tests/simt/simt.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
 
 namespace simt {
+
+Multiprocessor* active = nullptr;
+
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
-constexpr std::size_t kMaxShared = 232448;  // dynamic, of a block
-// Blocks that race must not share identities: consecutive blocks run on different ones of these.
-constexpr int kMultiprocessors = kRace ? 3 : 1;
-
-enum class State : char { kEnded, kReady, kAtBarrier, kInExchange };
-
-struct Fiber {
-  Context context;
-  State state = State::kEnded;
-  int thread = 0;
-  Where where;  // of the barrier or exchange that it waits in
-
-  Exchange what = {};  // the exchange, what it brought, and what it gets
-  unsigned mask = 0;
-  std::int64_t value = 0, result = 0;
-  int argument = 0;
-  float* product = nullptr;  // mma: d, a and b of this lane
-  const std::uint32_t *a = nullptr, *b = nullptr;
-  char clocks[2] = {};      // released before __syncwarp, by turns
-  unsigned turn = 0;        // the one of the last
-  unsigned lane_turns = 0;  // and of each lane of its warp
-
-  std::vector<Landing> copies;  // asynchronous, oldest first
-  int group = 0;                // number of commits
-  bool fenced = false;          // has passed a fence
-  std::vector<void*> atomics;   // seen since the last fence
-};
-
-// A multiprocessor runs one block at a time. It is a thread of the system, whose thread-local
-// storage is the shared memory.
-struct Multiprocessor {
-  Multiprocessor();
-  void serve();  // the thread's body: runs `blocks` of `launch` between go and done
-  void run_block();
-  void reset_shared();
-
-  std::counting_semaphore<> go{0}, done{0};
-  Launch* launch = nullptr;
-  std::span<const unsigned> blocks;  // to run, in this order
-
-  Context scheduler;
-  std::vector<std::unique_ptr<Fiber>> fibers;
-  Fiber* current = nullptr;
-  std::vector<int> order;  // of the block's threads
-
-  int queue[kMaxThreads] = {};  // a ring of threads that are ready
-  int first = 0, queued = 0;
-
-  int n_threads = 0, n_ended = 0, n_at_barrier = 0;
-  int sum = 0, last_sum = 0;  // of barrier_sum
-  int n_barriers = 0, n_blocks = 0;
-  char barrier_clocks[2] = {}, block_clocks[2] = {};
-  bool waited = false;  // some thread has called wait_for_previous_kernel
-
-  char* dynamic_end = nullptr;  // the end of dynamic shared memory; a guard page follows
-};
-
 Multiprocessor* multiprocessors[kMultiprocessors];
-Multiprocessor* active = nullptr;  // the one whose fibers run
-
-void push(int thread) {
-  Multiprocessor& m = *active;
-  m.fibers[thread]->state = State::kReady;
-  m.queue[(m.first + m.queued++) % kMaxThreads] = thread;
-}
-
-// A thread that can never be woken, and one that it waits for.
-[[noreturn]] void report_deadlock() {
-  Multiprocessor& m = *active;
-  const auto name = [](Exchange what) {
-    return what == Exchange::kSync ? "__syncwarp" : "warp operation";
-  };
-  for (int i = 0; i < m.n_threads; ++i) {
-    const Fiber& f = *m.fibers[i];
-    if (f.state != State::kInExchange) continue;
-    m.current = m.fibers[i].get();
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int other = i / kWarp * kWarp + lane;
-      if ((f.mask >> lane & 1u) == 0) continue;
-      const char* why = nullptr;
-      if (other >= m.n_threads)
-        why = "does not exist";
-      else if (m.fibers[other]->state == State::kEnded)
-        why = "has ended";
-      else if (m.fibers[other]->state == State::kAtBarrier)
-        why = "waits at a barrier";
-      else if (m.fibers[other]->mask != f.mask || m.fibers[other]->what != f.what ||
-               m.fibers[other]->where.line() != f.where.line())
-        why = "waits in another operation or with another mask";
-      if (why != nullptr)
-        fatal("%s at %s:%u never completes: lane %d %s", name(f.what), f.where.file_name(),
-              f.where.line(), lane, why);
-    }
-  }
-  for (int i = 0; i < m.n_threads; ++i) {
-    if (m.fibers[i]->state != State::kAtBarrier) continue;
-    m.current = m.fibers[i].get();
-    const auto ended = std::find_if(m.fibers.begin(), m.fibers.begin() + m.n_threads,
-                                    [](const auto& f) { return f->state == State::kEnded; });
-    fatal("__syncthreads at %s:%u never completes: thread %d has ended",
-          m.fibers[i]->where.file_name(), m.fibers[i]->where.line(), (*ended)->thread);
-  }
-  fatal("deadlock");
-}
 
 void enter(Fiber& f) {
   Multiprocessor& m = *active;
@@ -142,16 +35,39 @@ void enter(Fiber& f) {
   threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
 }
 
-// Leaves the current fiber for the next that is ready; returns when the current one is again.
-void suspend() {
+// Why `other` will never join the exchange that f waits in; null: it has.
+const char* obstacle(const Fiber& f, int other) {
+  if (other >= active->n_threads) return "does not exist";
+  const Fiber& o = *active->fibers[other];
+  if (o.state == State::kEnded) return "has ended";
+  if (o.state == State::kAtBarrier) return "waits at a barrier";
+  const bool same = o.mask == f.mask && o.what == f.what && o.where.line() == f.where.line();
+  return same ? nullptr : "waits in another operation or with another mask";
+}
+
+// Names a thread that can never be woken, and one that it waits for.
+[[noreturn]] void report_deadlock() {
   Multiprocessor& m = *active;
-  if (m.queued == 0) report_deadlock();
-  Fiber& from = *m.current;
-  Fiber& to = *m.fibers[m.queue[m.first]];
-  m.first = (m.first + 1) % kMaxThreads, --m.queued;
-  if (&from == &to) return;
-  enter(to);
-  switch_to(from.context, to.context);
+  for (int i = 0; i < m.n_threads; ++i) {
+    const Fiber& f = *m.fibers[i];
+    for (int lane = 0; f.state == State::kInExchange && lane < kWarp; ++lane) {
+      if ((f.mask >> lane & 1u) == 0) continue;
+      const char* why = obstacle(f, i / kWarp * kWarp + lane);
+      if (why == nullptr) continue;
+      enter(*m.fibers[i]);
+      fatal("%s at %s:%u never completes: lane %d %s",
+            f.what == Exchange::kSync ? "__syncwarp" : "warp operation", f.where.file_name(),
+            f.where.line(), lane, why);
+    }
+  }
+  int waiting = 0,
+      ended = 0;  // no exchange is to blame: some thread is at the barrier, some is not
+  for (int i = 0; i < m.n_threads; ++i)
+    (m.fibers[i]->state == State::kAtBarrier ? waiting : ended) = i;
+  enter(*m.fibers[waiting]);
+  const Where& where = m.current->where;
+  fatal("__syncthreads at %s:%u never completes: thread %d has ended", where.file_name(),
+        where.line(), ended);
 }
 
 // The life of a fiber: one thread a block.
@@ -159,7 +75,8 @@ void fiber_main() {
   Multiprocessor& m = *active;
   arrived(m.scheduler);
   for (;;) {
-    Fiber& f = *active->current;
+    Fiber& f = *m.current;
+    f.fenced = false, f.atomics.clear();
     const int parity = m.n_blocks % 2;
     acquire(m.launch->overlaps ? m.launch->queued : &m.launch->begun);
     acquire(&m.block_clocks[1 - parity]);  // shared memory is free
@@ -174,6 +91,25 @@ void fiber_main() {
       switch_to(f.context, m.scheduler);
     }
   }
+}
+
+}  // namespace
+
+void push(int thread) {
+  Multiprocessor& m = *active;
+  m.fibers[thread]->state = State::kReady;
+  m.queue[(m.first + m.queued++) % kMaxThreads] = thread;
+}
+
+void suspend() {
+  Multiprocessor& m = *active;
+  if (m.queued == 0) report_deadlock();
+  Fiber& from = *m.current;
+  Fiber& to = *m.fibers[m.queue[m.first]];
+  m.first = (m.first + 1) % kMaxThreads, --m.queued;
+  if (&from == &to) return;
+  enter(to);
+  switch_to(from.context, to.context);
 }
 
 Multiprocessor::Multiprocessor() {
@@ -240,121 +176,6 @@ void Multiprocessor::run_block() {
     fatal("launched to overlap, but no thread of the block called wait_for_previous_kernel()");
   current = nullptr;
   active = nullptr;
-}
-
-Fiber& checked_lane(unsigned mask, Where where) {
-  Fiber& f = *active->current;
-  if ((mask >> lane() & 1u) == 0)
-    fatal("%s:%u: lane %d is not in its own mask %08x", where.file_name(), where.line(), lane(),
-          mask);
-  f.mask = mask, f.where = where;
-  return f;
-}
-
-std::int64_t join(Exchange what, std::int64_t x, std::int64_t y) {
-  switch (what) {
-    case Exchange::kAdd:
-      return x + y;
-    case Exchange::kMin:
-      return std::min(x, y);
-    case Exchange::kMax:
-      return std::max(x, y);
-    case Exchange::kAnd:
-      return x & y;
-    case Exchange::kXor:
-      return x ^ y;
-    default:
-      return x | y;
-  }
-}
-
-// d += A B^T of the warp's fragments, in the order of k; see device/kernel.cuh for who holds what.
-void multiply(const std::unique_ptr<Fiber>* lanes, bool bf16) {
-  const auto number = [&](std::uint32_t pair, int which) {
-    const auto bits = static_cast<std::uint16_t>(pair >> 16 * which);
-    return bf16 ? thaw::bf16_to_f32(bits) : thaw::f16_to_f32(bits);
-  };
-  float a[16][16], b[8][16];
-  for (int lane = 0; lane < kWarp; ++lane) {
-    const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 8; ++i) {
-      const int c = 2 * t + i % 2;
-      a[g + i / 2 % 2 * 8][c + i / 4 * 8] = number(lanes[lane]->a[i / 2], i % 2);
-      if (i < 4) b[g][c + i / 2 * 8] = number(lanes[lane]->b[i / 2], i % 2);
-    }
-  }
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int i = 0; i < 4; ++i) {
-      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
-      for (int k = 0; k < 16; ++k) lanes[lane]->product[i] += a[row][k] * b[col][k];
-    }
-  }
-}
-
-// Every lane of the mask is here: gives each its result.
-void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
-  std::int64_t joined = 0;
-  unsigned turns = 0;
-  bool any = false;
-  for (int i = 0; i < kWarp; ++i) {
-    if ((last.mask >> i & 1u) == 0) continue;
-    turns |= lanes[i]->turn << i;
-    const std::int64_t value =
-        last.what == Exchange::kBallot ? lanes[i]->value << i : lanes[i]->value;
-    joined = any ? join(last.what, joined, value) : value;
-    any = true;
-  }
-  for (int i = 0; i < kWarp; ++i) {
-    if ((last.mask >> i & 1u) == 0) continue;
-    lanes[i]->result = joined;
-    lanes[i]->lane_turns = turns;
-    if (last.what != Exchange::kShuffle) continue;
-    const int source = lanes[i]->argument;
-    if ((last.mask >> source & 1u) == 0)
-      fatal("shuffle at %s:%u: lane %d reads lane %d, which is not in the mask %08x",
-            last.where.file_name(), last.where.line(), i, source, last.mask);
-    lanes[i]->result = lanes[source]->value;
-  }
-  if (last.what == Exchange::kMultiply) multiply(lanes, last.argument != 0);
-}
-
-}  // namespace
-
-int lane() { return active->current->thread % kWarp; }
-
-std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argument, Where where) {
-  Fiber& f = checked_lane(mask, where);
-  f.what = what, f.value = value, f.argument = argument;
-  if (what == Exchange::kSync) release(&f.clocks[f.turn ^= 1u]);
-  const int first = f.thread - lane();
-  const std::unique_ptr<Fiber>* lanes = &active->fibers[first];
-  f.state = State::kInExchange;
-  bool all = true;
-  for (int i = 0; i < kWarp && all; ++i) {
-    if ((mask >> i & 1u) == 0) continue;
-    all = first + i < active->n_threads && lanes[i]->state == State::kInExchange &&
-          lanes[i]->mask == mask && lanes[i]->what == what &&
-          lanes[i]->where.line() == where.line();
-  }
-  if (all) {
-    complete(lanes, f);
-    const int start = random().below(kWarp);
-    for (int i = 0; i < kWarp; ++i) {
-      const int next = (start + i) % kWarp;
-      if (mask >> next & 1u) push(first + next);
-    }
-  }
-  suspend();
-  if (what == Exchange::kSync)  // no other exchange orders memory
-    for (int i = 0; i < kWarp; ++i)
-      if (mask >> i & 1u) acquire(&lanes[i]->clocks[f.lane_turns >> i & 1u]);
-  return f.result;
-}
-
-void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, bool bf16, Where where) {
-  Fiber& f = *active->current;
-  f.product = d, f.a = a, f.b = b;
-  exchange(Exchange::kMultiply, 0xffffffffu, 0, bf16, where);
 }
 
 int barrier_sum(int value, Where where) {
