@@ -184,7 +184,7 @@ template <class T>
 void copy_on_device(T* to, const T* from, std::size_t n, const Stream& stream) {
   copy_bytes(to, from, n * sizeof(T), cudaMemcpyDeviceToDevice, stream);
 }
-// Every byte of n elements of device memory becomes `byte`.
+// Every one of `bytes` bytes of device memory becomes `byte`.
 void fill_device(void* device, int byte, std::size_t bytes, const Stream& stream);
 
 // Grid, block and shared memory of a launch, in the form that the runtime takes.
