@@ -43,9 +43,9 @@ CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
 SIMT := $(sort $(wildcard tests/simt/*.cpp))
 SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
-# What the emulator's tests are linked with: the rooms that they need, and the kernels.
-SIMT_ROOMS := device
-SIMT_LINKED := $(filter $(foreach room,$(SIMT_ROOMS),$(BUILD)/$(room)/%),$(OBJECTS)) $(BUILD)/tests/main.o \
+# What the emulator's tests are linked with: the host code that they need, and the kernels.
+SIMT_NEEDS := device/% model/config.cpp model/tensor.cpp
+SIMT_LINKED := $(patsubst %.cpp,$(BUILD)/%.o,$(filter $(SIMT_NEEDS),$(SOURCES))) $(BUILD)/tests/main.o \
   $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
 
 # Real code for Ampere and Hopper, and PTX for what comes after.
