@@ -94,6 +94,28 @@ struct WeightUnit {
   }
 };
 
+template <DType kType>
+using Known = std::integral_constant<DType, kType>;
+
+// body(Known<type>{})
+template <class Body>
+void with_type(DType type, const Body& body) {
+  switch (type) {
+    case DType::kF32:
+      return body(Known<DType::kF32>{});
+    case DType::kF16:
+      return body(Known<DType::kF16>{});
+    case DType::kBF16:
+      return body(Known<DType::kBF16>{});
+    case DType::kQ8_0:
+      return body(Known<DType::kQ8_0>{});
+    case DType::kQ4_0:
+      return body(Known<DType::kQ4_0>{});
+    case DType::kQ4_1:
+      return body(Known<DType::kQ4_1>{});
+  }
+}
+
 inline constexpr int kGemvThreads = 128;
 inline constexpr int kGemvStaged = 8192;  // floats of activations in shared memory, at most
 // Weight rows that a warp reads side by side.

@@ -1,8 +1,10 @@
-// The ops on the GPU: each is one kernel for one row of activations. More rows are taken four at a
-// time, which reads the weights once for four rows.
+// The ops on the GPU: each is one kernel for one row of activations. A few rows are taken four at a
+// time, which reads the weights once for four; many go through the GEMM, and what one row has
+// fused into its kernel is kernels of its own.
 #include <algorithm>
 
 #include "device/error.h"
+#include "model/gemm_cuda.h"
 #include "model/gemv_cuda.cuh"
 #include "model/ops_cuda.h"
 
@@ -10,6 +12,15 @@ namespace thaw {
 namespace {
 
 __device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+
+// A pair of a head by its angle   (RoFormer, 2104.09864, eq. 34)
+__device__ inline void rotate(float* first, float* second, int position, float inverse_frequency) {
+  float sin, cos;
+  sincosf(static_cast<float>(position) * inverse_frequency, &sin, &cos);
+  const float a = *first, b = *second;
+  *first = a * cos - b * sin;
+  *second = a * sin + b * cos;
+}
 
 // y (T x w.rows) = W x, or += W x, or = silu(W x) * y. A pair is two rows that follow each other.
 enum class Store { kSet, kAdd, kGate };
@@ -48,9 +59,8 @@ struct SwiGlu {
   }
 };
 
-// q, k, v = Wq x, Wk x, Wv x, with RoPE on q and k. A pair is what RoPE rotates together
-// (RoFormer, 2104.09864, eq. 34), of v two rows that follow each other. A matrix of 0 rows is left
-// out.
+// q, k, v = Wq x, Wk x, Wv x, with RoPE on q and k. A pair is what RoPE rotates together, of v two
+// rows that follow each other. A matrix of 0 rows is left out.
 struct QkvRope {
   DeviceMatrix wq, wk, wv;
   float *q, *k, *v;
@@ -83,15 +93,13 @@ struct QkvRope {
     float* out = at.which == 0 ? q : at.which == 1 ? k : v;
     const int n_cols = at.which == 0 ? wq.rows : at.which == 1 ? wk.rows : wv.rows;
     out += static_cast<std::int64_t>(t) * n_cols + at.first;
-    float sin = 0, cos = 1;
-    if (at.which < 2)
-      sincosf(static_cast<float>(positions[t]) * inverse_frequencies[at.frequency], &sin, &cos);
-    out[0] = a * cos - b * sin;
-    out[at.step] = a * sin + b * cos;
+    out[0] = a, out[at.step] = b;
+    if (at.which < 2) rotate(out, out + at.step, positions[t], inverse_frequencies[at.frequency]);
   }
 };
 
 constexpr int kThreads = 128;
+constexpr int kMaxGemvRows = 8;  // more go through the GEMM
 
 // Computes  x (T x dim) = rows of the table, widened; NaN for a token that it does not have
 // Grid      T
@@ -138,26 +146,33 @@ __global__ void rms_norm(float* n, const float* x, const float* w, float eps, in
     n[row + i] = x[row + i] * scale * w[i];
 }
 
-template <DType kType>
-using Known = std::integral_constant<DType, kType>;
-
-// body(Known<type>{})
-template <class Body>
-void with_type(DType type, const Body& body) {
-  switch (type) {
-    case DType::kF32:
-      return body(Known<DType::kF32>{});
-    case DType::kF16:
-      return body(Known<DType::kF16>{});
-    case DType::kBF16:
-      return body(Known<DType::kBF16>{});
-    case DType::kQ8_0:
-      return body(Known<DType::kQ8_0>{});
-    case DType::kQ4_0:
-      return body(Known<DType::kQ4_0>{});
-    case DType::kQ4_1:
-      return body(Known<DType::kQ4_1>{});
+// Computes  RoPE on every head of x (T x 2 n_pairs), in place; half = head_dim / 2
+// Grid      T
+// Block     kThreads; threads take pairs in turns
+// Shared    none
+// Bytes     reads and writes x
+__global__ void rope_rows(float* x, const std::int32_t* positions, const float* inverse_frequencies,
+                          int n_pairs, int half, bool interleaved) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  x += static_cast<std::int64_t>(blockIdx.x) * 2 * n_pairs;
+  for (int p = static_cast<int>(threadIdx.x); p < n_pairs; p += kThreads) {
+    float* first = x + (interleaved ? 2 * p : p / half * 2 * half + p % half);
+    rotate(first, first + (interleaved ? 1 : half), positions[blockIdx.x],
+           inverse_frequencies[p % half]);
   }
+}
+
+// Computes  h (n) = silu(h) * up
+// Grid      n / kThreads, rounded up
+// Block     kThreads; an element each
+// Shared    none
+// Bytes     reads h and up, writes h
+__global__ void swiglu(float* h, const float* up, std::int64_t n) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) h[i] = silu(h[i]) * up[i];
 }
 
 // Later rows of activations and outputs of an op.
@@ -181,6 +196,7 @@ class CudaOps final : public Ops {
       : config_(config),
         weights_(weights),
         stream_(stream),
+        gemm_(stream),
         n_multiprocessors_(device_facts().n_multiprocessors) {
     const std::vector<float> frequencies = rope_inverse_frequencies(config);
     inverse_frequencies_ = DeviceBuffer<float>(frequencies.size(), "RoPE frequencies");
@@ -205,6 +221,13 @@ class CudaOps final : public Ops {
     report_norm("attn_norm", w.index, x, w.attn_norm, n_rows);
     const DeviceMatrix all[] = {weights_.matrix(w.wq), weights_.matrix(w.wk),
                                 weights_.matrix(w.wv)};
+    if (n_rows > kMaxGemvRows) {
+      normalize(x, w.attn_norm, n_rows);
+      float* outputs[] = {q, k, v};
+      for (int i = 0; i < 3; ++i) gemm_.multiply("qkv", outputs[i], all[i], false);
+      rope(q, config_.q_dim(), positions), rope(k, config_.kv_dim(), positions);
+      return report_qkv(q, k, v, w.index, n_rows);
+    }
     const bool fused = all[0].type == all[1].type && all[1].type == all[2].type;
     for (int i = 0; i < (fused ? 1 : 3); ++i) {  // which matrix is not left out
       QkvRope op{all[0],
@@ -222,13 +245,15 @@ class CudaOps final : public Ops {
         if (!fused && j != i) matrices[j]->rows = 0;
       multiply("qkv", op, all[i].type, x, weights_.norm(w.attn_norm), n_rows, config_.dim);
     }
-    report("q", w.index, q, n_rows, config_.q_dim());
-    report("k", w.index, k, n_rows, config_.kv_dim());
-    report("v", w.index, v, n_rows, config_.kv_dim());
+    report_qkv(q, k, v, w.index, n_rows);
   }
 
   void project_add(float* x, const float* h, const Tensor& w, std::int64_t n_rows) override {
     const DeviceMatrix& matrix = weights_.matrix(w);
+    if (n_rows > kMaxGemvRows) {
+      gemm_.set_activations(h, nullptr, 0, static_cast<int>(n_rows), matrix.cols);
+      return gemm_.multiply("project_add", x, matrix, true);
+    }
     multiply("project_add", Project{matrix, x, Store::kAdd}, matrix.type, h, nullptr, n_rows,
              matrix.cols);
   }
@@ -237,7 +262,15 @@ class CudaOps final : public Ops {
     report_norm("ffn_norm", w.index, x, w.ffn_norm, n_rows);
     const DeviceMatrix &gate = weights_.matrix(w.w_gate), &up = weights_.matrix(w.w_up);
     const float* norm = weights_.norm(w.ffn_norm);
-    if (gate.type == up.type) {
+    if (n_rows > kMaxGemvRows) {
+      const auto n = static_cast<std::size_t>(n_rows * config_.ffn_dim);
+      if (up_.size() < n) up_ = {}, up_ = DeviceBuffer<float>(n, "up");
+      normalize(x, w.ffn_norm, n_rows);
+      gemm_.multiply("gate_up", h, gate, false);
+      gemm_.multiply("gate_up", up_.data(), up, false);
+      launch_overlapping("swiglu", swiglu, static_cast<unsigned>((n + kThreads - 1) / kThreads),
+                         kThreads, 0, stream_, h, up_.data(), static_cast<std::int64_t>(n));
+    } else if (gate.type == up.type) {
       multiply("gate_up", SwiGlu{gate, up, h}, gate.type, x, norm, n_rows, config_.dim);
     } else {
       multiply("up", Project{up, h, Store::kSet}, up.type, x, norm, n_rows, config_.dim);
@@ -249,8 +282,13 @@ class CudaOps final : public Ops {
   void logits(float* logits, const float* x, const Weights& weights, std::int64_t n_rows) override {
     report_norm("final_norm", -1, x, weights.final_norm, n_rows);
     const DeviceMatrix& matrix = weights_.matrix(weights.output);
-    multiply("logits", Project{matrix, logits, Store::kSet}, matrix.type, x,
-             weights_.norm(weights.final_norm), n_rows, config_.dim);
+    if (n_rows > kMaxGemvRows) {
+      normalize(x, weights.final_norm, n_rows);
+      gemm_.multiply("logits", logits, matrix, false);
+    } else {
+      multiply("logits", Project{matrix, logits, Store::kSet}, matrix.type, x,
+               weights_.norm(weights.final_norm), n_rows, config_.dim);
+    }
     report("logits", -1, logits, n_rows, config_.vocab_size);
   }
 
@@ -271,6 +309,24 @@ class CudaOps final : public Ops {
     launch_overlapping("rms_norm", rms_norm, static_cast<unsigned>(n_rows), kThreads, 0, stream_,
                        n.data(), x, weights_.norm(norm), config_.norm_eps, config_.dim);
     report(name, layer, n.data(), n_rows, config_.dim);
+  }
+
+  void report_qkv(const float* q, const float* k, const float* v, int layer,
+                  std::int64_t n_rows) const {
+    report("q", layer, q, n_rows, config_.q_dim());
+    report("k", layer, k, n_rows, config_.kv_dim());
+    report("v", layer, v, n_rows, config_.kv_dim());
+  }
+
+  void normalize(const float* x, const std::vector<float>& norm, std::int64_t n_rows) {
+    gemm_.set_activations(x, weights_.norm(norm), config_.norm_eps, static_cast<int>(n_rows),
+                          config_.dim);
+  }
+
+  void rope(float* x, int cols, std::span<const std::int32_t> positions) const {
+    launch_overlapping("rope", rope_rows, static_cast<unsigned>(positions.size()), kThreads, 0,
+                       stream_, x, positions.data(), inverse_frequencies_.data(), cols / 2,
+                       config_.head_dim / 2, config_.rope_pairing == RopePairing::kInterleaved);
   }
 
   // op's products with x (n_rows x cols), normalised if norm is not null.
@@ -304,8 +360,10 @@ class CudaOps final : public Ops {
   const Config& config_;
   const DeviceWeights& weights_;
   const Stream& stream_;
+  Gemm gemm_;
   const int n_multiprocessors_;
   DeviceBuffer<float> inverse_frequencies_;
+  DeviceBuffer<float> up_;  // of many rows
 };
 
 }  // namespace

@@ -6,8 +6,14 @@
 // leaves numbers of rms 4.6 of those of 24: 27 times the power, and 50 with Q4_1's offset: 5e-13.
 // 1e-11 leaves room for sums that cancel. q and k add the rounding of the angle in f32: at position
 // 117 that is 117 x 2^-24 = 7e-6, squared 5e-11.
+//
+// With more than 8 rows, numbers are rounded to the product's format, by at most u = 2^-11 (f16) or
+// 2^-8 (bf16) of them and evenly: less than u^2 / 3 of the power; quantised weights are rounded as
+// well. Errors of different products are independent, so a sum has the same share of its power. h
+// is a product of two sums, and silu's slope adds to it: four times.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <string>
@@ -15,6 +21,7 @@
 
 #include "device/cuda.h"
 #include "model/device_weights.h"
+#include "model/gemm_cuda.h"
 #include "model/ops_cuda.h"
 #include "tests/compare.h"
 #include "tests/error_of.h"
@@ -32,6 +39,13 @@ using Vector = std::vector<float>;
 
 constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
                             DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
+
+// Of a product with n_rows rows.
+double tolerance(DType type, std::int64_t n_rows) {
+  if (n_rows <= 8 || type == DType::kF32) return 1e-11;
+  if (type == DType::kBF16) return 0x1p-16 / 3;
+  return (type == DType::kF16 ? 1 : 2) * 0x1p-22 / 3;
+}
 
 bool is_float(DType type) { return dtype_info(type).block == 1; }
 
@@ -136,13 +150,14 @@ Results expected(const testing::TinyModel& tiny, std::int64_t n_rows, const Vect
 
 void check(const testing::TinyModel& tiny, std::int64_t n_rows, const Results& got) {
   const Results e = expected(tiny, n_rows, got.q);
+  const double limit = tolerance(tiny.model.weights.output.type, n_rows);
   CHECK(got.x == e.x);
-  CHECK(nmse(got.q, e.q) <= 1e-10);
-  CHECK(nmse(got.k, e.k) <= 1e-10);
-  CHECK(nmse(got.v, e.v) <= 1e-11);
-  CHECK(nmse(got.added, e.added) <= 1e-11);
-  CHECK(nmse(got.h, e.h) <= 1e-11);
-  CHECK(nmse(got.logits, e.logits) <= 1e-11);
+  CHECK(nmse(got.q, e.q) <= std::max(limit, 1e-10));
+  CHECK(nmse(got.k, e.k) <= std::max(limit, 1e-10));
+  CHECK(nmse(got.v, e.v) <= limit);
+  CHECK(nmse(got.added, e.added) <= limit);
+  CHECK(nmse(got.h, e.h) <= 4 * limit);
+  CHECK(nmse(got.logits, e.logits) <= limit);
 }
 
 bool same(const Results& a, const Results& b) {
@@ -191,11 +206,12 @@ void check_project(DType type, std::int64_t n_rows, int rows, int cols) {
 
 TEST_CASE("cuda ops: each op equals the definition, every format, both pairings") {
   for (DType type : kTypes)
-    for (std::int64_t n_rows : {1, 2, 17}) {
+    for (std::int64_t n_rows : {1, 2, 8, 9, 17}) {
       CAPTURE(dtype_info(type).name);
       CAPTURE(n_rows);
       testing::TinyOptions o = odd_shape(type);
-      o.pairing = n_rows == 2 ? RopePairing::kInterleaved : RopePairing::kHalves;
+      o.pairing =
+          n_rows % 2 == 0 || n_rows == 17 ? RopePairing::kInterleaved : RopePairing::kHalves;
       const testing::TinyModel tiny = testing::make_tiny_model(o);
       check(tiny, n_rows, run(tiny, n_rows));
     }
@@ -218,8 +234,46 @@ TEST_CASE("cuda ops: products that are staged in several chunks, and blocks of s
   check_project(DType::kF16, 4, all_blocks / 2 + 3, 2048 + 8);
 }
 
+TEST_CASE("cuda ops: the GEMM in tiles, into any address, saturated") {
+  for (DType type : kTypes)
+    for (std::size_t tile_bytes : {1, 3 * 64 * 2 + 5, 1 << 20}) {
+      CAPTURE(dtype_info(type).name);
+      CAPTURE(tile_bytes);
+      constexpr int kT = 10;
+      testing::TinyModel tiny = testing::make_tiny_model({.type = type, .n_layers = 1});
+      const Tensor& w = tiny.model.weights.output;  // 288 x 64
+      testing::Random random(4);
+      Vector x = random.normals(kT * w.cols), e;
+      const Stream stream;
+      const DeviceWeights device(tiny.model.weights, stream);
+      const auto dx = on_device(x, stream), y = on_device(Vector(kT * w.rows + 1, 2.0f), stream);
+      Gemm gemm(stream, tile_bytes);
+      gemm.set_activations(dx.data(), nullptr, 0, kT, static_cast<int>(w.cols));
+      gemm.multiply("y", y.data() + 1, device.matrix(w), true);
+      Vector got = on_host(y, stream);
+      CHECK(got[0] == 2);
+      got.erase(got.begin());
+      for (float& value : got) value -= 2;
+      for (int t = 0; t < kT; ++t)
+        append(e, reference::project(w, {x.begin() + t * w.cols, x.begin() + (t + 1) * w.cols}));
+      CHECK(nmse(got, e) <= tolerance(type, kT));
+
+      // Twice the same layer's plans, and activations beyond f16.
+      copy_to_device(dx.data(), Vector(x.size(), 1e6f).data(), x.size(), stream);
+      gemm.set_activations(dx.data(), nullptr, 0, kT, static_cast<int>(w.cols));
+      gemm.multiply("y", y.data(), device.matrix(w), false);
+      const float peak = type == DType::kF32 || type == DType::kBF16 ? 1e6f : 65504.0f;
+      const Vector row = reference::project(w, Vector(w.cols, peak));
+      e.clear();
+      for (int t = 0; t < kT; ++t) append(e, row);
+      got = on_host(y, stream);
+      got.pop_back();
+      CHECK(nmse(got, e) <= 2 * tolerance(type, kT) + 0x1p-18);
+    }
+}
+
 TEST_CASE("cuda ops: matrices of one op may differ in format") {
-  for (std::int64_t n_rows : {1, 5}) {
+  for (std::int64_t n_rows : {1, 5, 12}) {
     testing::TinyModel tiny = testing::make_tiny_model({.type = DType::kQ4_0, .n_layers = 1});
     const testing::TinyModel other =
         testing::make_tiny_model({.type = DType::kQ8_0, .n_layers = 1, .seed = 2});
@@ -232,14 +286,14 @@ TEST_CASE("cuda ops: matrices of one op may differ in format") {
 
 TEST_CASE("cuda ops: the same bits whatever the order of threads, and from a graph") {
   for (DType type : {DType::kBF16, DType::kQ4_1})
-    for (std::int64_t n_rows : {1, 6}) {
+    for (std::int64_t n_rows : {1, 6, 9}) {
       const testing::TinyModel tiny = testing::make_tiny_model(odd_shape(type));
       const Results first = run(tiny, n_rows);
       for (std::uint64_t seed : {2, 3}) {
         simt::set_seed(seed);
         CHECK(same(run(tiny, n_rows), first));
       }
-      CHECK(same(run(tiny, n_rows, {}, true), first));
+      if (n_rows <= 8) CHECK(same(run(tiny, n_rows, {}, true), first));
     }
   simt::set_seed(1);
 }
