@@ -17,6 +17,7 @@
 #include <cmath>
 #include <functional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/cuda.h"
@@ -273,15 +274,17 @@ TEST_CASE("cuda ops: the GEMM in tiles, into any address, saturated") {
 }
 
 TEST_CASE("cuda ops: matrices of one op may differ in format") {
-  for (std::int64_t n_rows : {1, 5, 12}) {
-    testing::TinyModel tiny = testing::make_tiny_model({.type = DType::kQ4_0, .n_layers = 1});
-    const testing::TinyModel other =
-        testing::make_tiny_model({.type = DType::kQ8_0, .n_layers = 1, .seed = 2});
-    LayerWeights& w = tiny.model.weights.layers[0];
-    const LayerWeights& from = other.model.weights.layers[0];
-    w.wv = from.wv, w.w_up = from.w_up;
-    check(tiny, n_rows, run(tiny, n_rows));
-  }
+  using Types = std::pair<DType, DType>;
+  for (auto [type, other_type] : {Types{DType::kQ4_0, DType::kQ8_0}, {DType::kBF16, DType::kF16}})
+    for (std::int64_t n_rows : {1, 5, 12}) {
+      testing::TinyModel tiny = testing::make_tiny_model({.type = type, .n_layers = 1});
+      const testing::TinyModel other =
+          testing::make_tiny_model({.type = other_type, .n_layers = 1, .seed = 2});
+      LayerWeights& w = tiny.model.weights.layers[0];
+      const LayerWeights& from = other.model.weights.layers[0];
+      w.wv = from.wv, w.w_up = from.w_up;
+      check(tiny, n_rows, run(tiny, n_rows));
+    }
 }
 
 TEST_CASE("cuda ops: the same bits whatever the order of threads, and from a graph") {
