@@ -36,6 +36,24 @@ OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
+# CUDA sources: for the GPU by nvcc, and for the emulator (tests/simt/simt.h) by $(CXX).
+NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cu)))
+CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
+SIMT := $(sort $(wildcard tests/simt/*.cpp))
+SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
+SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
+# What the emulator's tests are linked with: the host code that they need, and the kernels.
+SIMT_NEEDS := device/% model/config.cpp model/tensor.cpp
+SIMT_LINKED := $(patsubst %.cpp,$(BUILD)/%.o,$(filter $(SIMT_NEEDS),$(SOURCES))) $(BUILD)/tests/main.o \
+  $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+
+# Real code for Ampere and Hopper, and PTX for what comes after.
+NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 \
+  -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90 -lineinfo \
+  -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v
+SIMT_COMPILE = $(COMPILE) -Wno-unknown-pragmas -Itests/simt/include -x c++
+
 MODEL := weights/SmolLM2-135M-Instruct.Q4_1.gguf
 PROMPT := What is a glacier? Answer in three sentences.
 
@@ -52,16 +70,31 @@ demo:
 ## test        install what is missing, build, run every test
 test:
 	@tools/setup.sh build test weights
-	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests
-	@tests/tally.sh $(BUILD)/thaw-tests "tests/readme.sh $(BUILD)/thaw"
+	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
+	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests "tests/readme.sh $(BUILD)/thaw"
 
 ## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize:
 	@tools/setup.sh build test weights
 	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 WARN= sanitize-run
 
-sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests
-	@tests/tally.sh $(BUILD)/thaw-tests
+sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
+	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
+
+## race        the kernels' tests on the emulator under ThreadSanitizer
+race:
+	@tools/setup.sh build test
+	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= race-run
+
+race-run: $(BUILD)/thaw-simt-tests
+	@tests/tally.sh $(BUILD)/thaw-simt-tests
+
+## cuda-objects  compile every kernel for the GPU; needs nvcc, and no GPU
+cuda-objects: $(CUDA_OBJECTS)
+
+## kernels     registers, shared memory and spills of every kernel, from ptxas; a spill is an error
+kernels: $(CUDA_OBJECTS)
+	@tools/kernels.sh $(^:.o=.ptxas)
 
 ## fuzz        each fuzzer in tests/fuzz/ for FUZZ_SECONDS (20) seconds; needs clang
 fuzz:
@@ -113,6 +146,10 @@ $(BUILD)/thaw-tests: $(TEST_OBJECTS) $(OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
+$(BUILD)/thaw-simt-tests: $(SIMT_LINKED) $(SIMT_OBJECTS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
+
 $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%): $(BUILD)/%: $(BUILD)/tests/fuzz/%.o $(FUZZ_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -fsanitize=fuzzer -o $@ $^ $(LIBS)
@@ -127,6 +164,25 @@ $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) -MMD -MP -c -o $@ $<
 
+$(BUILD)/simt/%.o: %.cu $(BUILD)/flags
+	@mkdir -p $(@D)
+	@echo "emulate $<"
+	$(QUIET)$(SIMT_COMPILE) -MMD -MP -c -o $@ $<
+
+# ThreadSanitizer must not see the emulator's own work, only what it is told of CUDA's order.
+$(SIMT_OBJECTS): SAN_FLAGS := $(if $(filter thread,$(SAN)),-DSIMT_RACE,$(SAN_FLAGS))
+$(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
+	@mkdir -p $(@D)
+	@echo "compile $<"
+	$(QUIET)$(COMPILE) -Itests/simt/include -MMD -MP -c -o $@ $<
+
+$(BUILD)/cuda/%.o: %.cu Makefile
+	@mkdir -p $(@D)
+	@test -n "$(NVCC)" || { echo "nvcc is missing: the CUDA toolkit has it"; exit 1; }
+	@echo "nvcc $<"
+	$(QUIET)$(NVCC_COMPILE) -MMD -MP -MF $(@:.o=.d) -c -o $@ $< >$(@:.o=.ptxas) 2>&1 || \
+	  { cat $(@:.o=.ptxas); rm -f $@; exit 1; }
+
 # Pages that the binary carries, as C++ string literals.
 $(BUILD)/%.inc: %
 	@mkdir -p $(@D)
@@ -139,6 +195,8 @@ $(BUILD)/flags: force
 	@mkdir -p $(@D)
 	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@
 
--include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d
+-include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
+  $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
-.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run mutants install setup weights clean help force
+.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects kernels mutants \
+  install setup weights clean help force

@@ -1,0 +1,219 @@
+#include <algorithm>
+
+#include "device/error.h"
+#include "model/gemm_cuda.h"
+#include "model/gemv_cuda.cuh"
+
+namespace thaw {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr std::size_t kWorkspaceBytes = 32 << 20;  // at most: what NVIDIA advises for Hopper
+
+void check_blas(cublasStatus_t status, const char* what) {
+  require(status == CUBLAS_STATUS_SUCCESS, what, ": ", cublasLtGetStatusString(status));
+}
+
+// The format that weights are multiplied in.
+DType product_type(DType type) { return dtype_info(type).block == 1 ? type : DType::kF16; }
+int padded(DType type, int cols) {  // whole units of 16 bytes
+  const int unit = type == DType::kF32 ? 4 : 8;
+  return (cols + unit - 1) / unit * unit;
+}
+std::size_t bytes_of(DType type) { return type == DType::kF32 ? 4 : 2; }
+cudaDataType_t cuda_type(DType type) {
+  return type == DType::kF32 ? CUDA_R_32F : type == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
+}
+
+template <class T>
+__device__ inline T rounded(float x) {
+  if constexpr (std::is_same_v<T, __half>) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
+  return from_float<T>(x);
+}
+
+// Computes  n (T x padded) = x, or x / sqrt(mean(x^2) + eps) * norm, rounded to T; then zeros
+// Grid      T
+// Block     kThreads; threads take columns in turns
+// Shared    that of block_sum
+// Bytes     reads x, twice with a norm, and norm; writes n
+template <class T>
+__global__ void pack_rows(T* n, const float* x, const float* norm, float eps, int cols,
+                          int n_padded) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  x += static_cast<std::int64_t>(blockIdx.x) * cols;
+  n += static_cast<std::int64_t>(blockIdx.x) * n_padded;
+  float scale = 1;
+  if (norm != nullptr) {
+    float squares = 0;
+    for (int i = static_cast<int>(threadIdx.x); i < cols; i += kThreads) squares += x[i] * x[i];
+    scale = 1 / sqrtf(block_sum(squares) / static_cast<float>(cols) + eps);
+  }
+  for (int i = static_cast<int>(threadIdx.x); i < n_padded; i += kThreads) {
+    const float gain = norm == nullptr || i >= cols ? 1.0f : scale * norm[i];
+    n[i] = rounded<T>(i < cols ? x[i] * gain : 0.0f);
+  }
+}
+
+// Computes  tile (n x w.cols, f16) = rows first.. of w, rounded
+// Grid      n
+// Block     kThreads; threads take units of 16 bytes in turns
+// Shared    none
+// Bytes     reads the rows, writes the tile
+template <DType kType>
+__global__ void widen_rows(__half* tile, DeviceMatrix w, int first) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const WeightRow row = row_of(w, first + static_cast<int>(blockIdx.x));
+  tile += static_cast<std::int64_t>(blockIdx.x) * w.cols;
+  for (int u = static_cast<int>(threadIdx.x); u < w.units; u += kThreads) {
+    WeightUnit<kType> unit;
+    unit.load(row, u);
+#pragma unroll
+    for (int q = 0; q < unit.kElements / 4; q += 2) {
+      const float4 a = unit.codes(q), b = unit.codes(q + 1);
+      store_16(tile + u * unit.kElements + 4 * q,
+               make_uint4(pack2<__half>(unit.weight(a.x), unit.weight(a.y)),
+                          pack2<__half>(unit.weight(a.z), unit.weight(a.w)),
+                          pack2<__half>(unit.weight(b.x), unit.weight(b.y)),
+                          pack2<__half>(unit.weight(b.z), unit.weight(b.w))));
+    }
+  }
+}
+
+}  // namespace
+
+// y (n x rows) of x (n x inner) and w (rows x inner), all row-major, is to cuBLAS, which is
+// column-major, y^T (rows x n) = w^T transposed (inner x rows) times x^T (inner x n).
+struct Gemm::Plan {
+  cublasLtMatrixLayout_t w = nullptr, x = nullptr, y = nullptr;
+  cublasLtMatmulAlgo_t algorithm = {};
+
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() {
+    for (cublasLtMatrixLayout_t layout : {w, x, y})
+      if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
+  }
+};
+
+Gemm::Gemm(const Stream& stream, std::size_t tile_bytes)
+    : stream_(stream), tile_bytes_(tile_bytes) {
+  check_blas(cublasLtCreate(&handle_), "cublasLtCreate");
+  check_blas(cublasLtMatmulDescCreate(&transposed_, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+             "cublasLtMatmulDescCreate");
+  const cublasOperation_t t = CUBLAS_OP_T;
+  check_blas(cublasLtMatmulDescSetAttribute(transposed_, CUBLASLT_MATMUL_DESC_TRANSA, &t, sizeof t),
+             "cublasLtMatmulDescSetAttribute");
+}
+
+Gemm::~Gemm() {
+  if (transposed_ != nullptr) cublasLtMatmulDescDestroy(transposed_);
+  if (handle_ != nullptr) cublasLtDestroy(handle_);
+}
+
+void* Gemm::scratch(DeviceBuffer<std::byte>& buffer, std::size_t bytes) {
+  if (buffer.size() < bytes) {
+    buffer = {};  // the old one goes first
+    buffer = DeviceBuffer<std::byte>(bytes, "GEMM scratch");
+  }
+  return buffer.data();
+}
+
+void Gemm::set_activations(const float* x, const float* norm, float eps, int n_rows, int cols) {
+  x_ = x, norm_ = norm, eps_ = eps, n_rows_ = n_rows, cols_ = cols;
+  is_packed_ = false;
+}
+
+void Gemm::pack(DType type) {
+  if (is_packed_ && packed_type_ == type) return;
+  is_packed_ = true, packed_type_ = type;
+  const int n_padded = padded(type, cols_);
+  void* to = scratch(packed_, static_cast<std::size_t>(n_rows_) * n_padded * bytes_of(type));
+  const auto launch_pack = [&](auto* typed) {
+    launch_overlapping("pack", pack_rows<std::remove_pointer_t<decltype(typed)>>,
+                       static_cast<unsigned>(n_rows_), kThreads, 0, stream_, typed, x_, norm_, eps_,
+                       cols_, n_padded);
+  };
+  if (type == DType::kF32) launch_pack(static_cast<float*>(to));
+  if (type == DType::kF16) launch_pack(static_cast<__half*>(to));
+  if (type == DType::kBF16) launch_pack(static_cast<__nv_bfloat16*>(to));
+}
+
+// Rows first to first + n in the format of the product.
+const void* Gemm::widened(const DeviceMatrix& w, int first, int n) {
+  if (product_type(w.type) == w.type) return w.codes + static_cast<std::int64_t>(first) * w.units;
+  auto* tile =
+      static_cast<__half*>(scratch(tile_, static_cast<std::size_t>(n) * w.cols * sizeof(__half)));
+  with_type(w.type, [&](auto known) {
+    constexpr DType kType = decltype(known)::value;
+    if constexpr (WeightUnit<kType>::kHasScale)
+      launch_overlapping("widen", widen_rows<kType>, static_cast<unsigned>(n), kThreads, 0, stream_,
+                         tile, w, first);
+  });
+  return tile;
+}
+
+const Gemm::Plan& Gemm::plan(const Shape& shape) {
+  const auto [at, is_new] = plans_.try_emplace(shape);
+  Plan& p = at->second;
+  if (!is_new) return p;
+  const auto [type_index, n_rows, rows, inner, stride, alignment] = shape;
+  const cudaDataType_t type = cuda_type(static_cast<DType>(type_index));
+  const auto layout = [](cublasLtMatrixLayout_t* out, cudaDataType_t of, std::int64_t r,
+                         std::int64_t c, std::int64_t ld) {
+    check_blas(cublasLtMatrixLayoutCreate(out, of, static_cast<std::uint64_t>(r),
+                                          static_cast<std::uint64_t>(c), ld),
+               "cublasLtMatrixLayoutCreate");
+  };
+  layout(&p.w, type, inner, rows, inner), layout(&p.x, type, inner, n_rows, inner);
+  layout(&p.y, CUDA_R_32F, rows, n_rows, stride);
+  cublasLtMatmulPreference_t preference = nullptr;
+  check_blas(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
+  const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, auto value) {
+    cublasLtMatmulPreferenceSetAttribute(preference, which, &value, sizeof value);
+  };
+  prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, kWorkspaceBytes);
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, std::uint32_t{16});
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES, std::uint32_t{16});
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, static_cast<std::uint32_t>(alignment));
+  prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(alignment));
+  cublasLtMatmulHeuristicResult_t found = {};
+  int n_found = 0;
+  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
+      handle_, transposed_, p.w, p.x, p.y, p.y, preference, 1, &found, &n_found);
+  cublasLtMatmulPreferenceDestroy(preference);
+  require(status == CUBLAS_STATUS_SUCCESS && n_found == 1, "cuBLASLt: no way to multiply ", n_rows,
+          " x ", inner, " and ", rows, " x ", inner, ": ", cublasLtGetStatusString(status));
+  p.algorithm = found.algo;
+  scratch(workspace_, found.workspaceSize);
+  return p;
+}
+
+void Gemm::multiply(const char* name, float* y, const DeviceMatrix& w, bool add) {
+  require(w.cols == cols_, name, ": columns: expected ", cols_, ", found ", w.cols);
+  const DType type = product_type(w.type);
+  pack(type);
+  const int inner = padded(type, w.cols);
+  const bool is_tiled = type != w.type;
+  const auto row_size = static_cast<std::size_t>(inner) * bytes_of(type);
+  const int tile_rows =
+      is_tiled ? static_cast<int>(std::max<std::size_t>(1, tile_bytes_ / row_size)) : w.rows;
+  const float one = 1, beta = add ? 1 : 0;
+  for (int first = 0; first < w.rows; first += tile_rows) {
+    const int n = std::min(tile_rows, w.rows - first);
+    const void* tile = widened(w, first, n);
+    // The largest power of two, up to 16, that divides the address.
+    const auto address = reinterpret_cast<std::uintptr_t>(y + first) | 16;
+    const auto alignment = static_cast<std::int64_t>(address & -address);
+    const Plan& p = plan({static_cast<std::int64_t>(type), n_rows_, n, inner, w.rows, alignment});
+    const ProfileRange range(name);
+    check_blas(cublasLtMatmul(handle_, transposed_, &one, tile, p.w, packed_.data(), p.x, &beta,
+                              y + first, p.y, y + first, p.y, &p.algorithm, workspace_.data(),
+                              workspace_.size(), stream_.get()),
+               name);
+  }
+}
+
+}  // namespace thaw

@@ -1,0 +1,376 @@
+// The ops on the GPU: each is one kernel for one row of activations. A few rows are taken four at a
+// time, which reads the weights once for four; many go through the GEMM, and what one row has
+// fused into its kernel is kernels of its own.
+#include <algorithm>
+
+#include "device/error.h"
+#include "model/gemm_cuda.h"
+#include "model/gemv_cuda.cuh"
+#include "model/ops_cuda.h"
+
+namespace thaw {
+namespace {
+
+__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
+
+// A pair of a head by its angle   (RoFormer, 2104.09864, eq. 34)
+__device__ inline void rotate(float* first, float* second, int position, float inverse_frequency) {
+  float sin, cos;
+  sincosf(static_cast<float>(position) * inverse_frequency, &sin, &cos);
+  const float a = *first, b = *second;
+  *first = a * cos - b * sin;
+  *second = a * sin + b * cos;
+}
+
+// y (T x w.rows) = W x, or += W x, or = silu(W x) * y. A pair is two rows that follow each other.
+enum class Store { kSet, kAdd, kGate };
+struct Project {
+  DeviceMatrix w;
+  float* y;
+  Store store;
+
+  __host__ __device__ int n_pairs() const { return (w.rows + 1) / 2; }
+  __device__ WeightRow row(int pair, int i) const {
+    return row_of(w, min(2 * pair + i, w.rows - 1));
+  }
+  __device__ void finish(int pair, int t, float y0, float y1) const {
+    put(2 * pair, t, y0);
+    if (2 * pair + 1 < w.rows) put(2 * pair + 1, t, y1);
+  }
+  __device__ void put(int row, int t, float value) const {
+    float& out = y[static_cast<std::int64_t>(t) * w.rows + row];
+    if (store == Store::kAdd) value += out;
+    if (store == Store::kGate) value = silu(value) * out;
+    out = value;
+  }
+};
+
+// h (T x ffn_dim) = silu(Wgate x) * (Wup x). A pair is the same row of both.
+struct SwiGlu {
+  DeviceMatrix gate, up;
+  float* h;
+
+  __host__ __device__ int n_pairs() const { return gate.rows; }
+  __device__ WeightRow row(int pair, int i) const {
+    return i == 0 ? row_of(gate, pair) : row_of(up, pair);
+  }
+  __device__ void finish(int pair, int t, float y0, float y1) const {
+    h[static_cast<std::int64_t>(t) * gate.rows + pair] = silu(y0) * y1;
+  }
+};
+
+// q, k, v = Wq x, Wk x, Wv x, with RoPE on q and k. A pair is what RoPE rotates together, of v two
+// rows that follow each other. A matrix of 0 rows is left out.
+struct QkvRope {
+  DeviceMatrix wq, wk, wv;
+  float *q, *k, *v;
+  const std::int32_t* positions;     // T
+  const float* inverse_frequencies;  // half
+  int half;                          // head_dim / 2
+  bool interleaved;
+
+  struct Place {
+    int which;        // 0: q, 1: k, 2: v
+    int first, step;  // the pair's rows are first and first + step
+    int frequency;
+  };
+  __device__ Place place(int pair) const {
+    const int q_pairs = wq.rows / 2, k_pairs = wk.rows / 2;
+    const int which = pair < q_pairs ? 0 : pair < q_pairs + k_pairs ? 1 : 2;
+    const int p = pair - (which > 0 ? q_pairs : 0) - (which > 1 ? k_pairs : 0);
+    if (which == 2 || interleaved) return {which, 2 * p, 1, p % half};
+    return {which, p / half * 2 * half + p % half, half, p % half};
+  }
+
+  __host__ __device__ int n_pairs() const { return (wq.rows + wk.rows + wv.rows) / 2; }
+  __device__ WeightRow row(int pair, int i) const {
+    const Place at = place(pair);
+    const int r = at.first + i * at.step;
+    return at.which == 0 ? row_of(wq, r) : at.which == 1 ? row_of(wk, r) : row_of(wv, r);
+  }
+  __device__ void finish(int pair, int t, float a, float b) const {
+    const Place at = place(pair);
+    float* out = at.which == 0 ? q : at.which == 1 ? k : v;
+    const int n_cols = at.which == 0 ? wq.rows : at.which == 1 ? wk.rows : wv.rows;
+    out += static_cast<std::int64_t>(t) * n_cols + at.first;
+    out[0] = a, out[at.step] = b;
+    if (at.which < 2) rotate(out, out + at.step, positions[t], inverse_frequencies[at.frequency]);
+  }
+};
+
+constexpr int kThreads = 128;
+constexpr int kMaxGemvRows = 8;  // more go through the GEMM
+
+// Computes  x (T x dim) = rows of the table, widened; NaN for a token that it does not have
+// Grid      T
+// Block     kThreads; threads take units of 16 bytes in turns
+// Shared    none
+// Bytes     reads T rows of the table, writes x
+template <DType kType>
+__global__ void embed_rows(float* x, const std::int32_t* tokens, DeviceMatrix table) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int token = tokens[blockIdx.x];
+  const bool is_known = token >= 0 && token < table.rows;
+  const WeightRow row = row_of(table, is_known ? token : 0);
+  x += static_cast<std::int64_t>(blockIdx.x) * table.cols;
+  for (int u = static_cast<int>(threadIdx.x); u < table.units; u += kThreads) {
+    WeightUnit<kType> w;
+    w.load(row, u);
+#pragma unroll
+    for (int q = 0; q < w.kElements / 4; ++q) {
+      const float4 c = w.codes(q);
+      const float values[4] = {w.weight(c.x), w.weight(c.y), w.weight(c.z), w.weight(c.w)};
+      for (int j = 0; j < 4; ++j) {
+        const int col = u * w.kElements + 4 * q + j;
+        if (col < table.cols) x[col] = is_known ? values[j] : __uint_as_float(0x7fc00000u);
+      }
+    }
+  }
+}
+
+// Computes  n (T x dim) = x / sqrt(mean(x^2) + eps) * w   (Zhang and Sennrich, 1910.07467)
+// Grid      T
+// Block     kThreads; threads take columns in turns
+// Shared    that of block_sum
+// Bytes     reads x twice, and w; writes n
+__global__ void rms_norm(float* n, const float* x, const float* w, float eps, int dim) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::int64_t row = static_cast<std::int64_t>(blockIdx.x) * dim;
+  float squares = 0;
+  for (int i = static_cast<int>(threadIdx.x); i < dim; i += kThreads)
+    squares += x[row + i] * x[row + i];
+  const float scale = 1 / sqrtf(block_sum(squares) / static_cast<float>(dim) + eps);
+  for (int i = static_cast<int>(threadIdx.x); i < dim; i += kThreads)
+    n[row + i] = x[row + i] * scale * w[i];
+}
+
+// Computes  RoPE on every head of x (T x 2 n_pairs), in place; half = head_dim / 2
+// Grid      T
+// Block     kThreads; threads take pairs in turns
+// Shared    none
+// Bytes     reads and writes x
+__global__ void rope_rows(float* x, const std::int32_t* positions, const float* inverse_frequencies,
+                          int n_pairs, int half, bool interleaved) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  x += static_cast<std::int64_t>(blockIdx.x) * 2 * n_pairs;
+  for (int p = static_cast<int>(threadIdx.x); p < n_pairs; p += kThreads) {
+    float* first = x + (interleaved ? 2 * p : p / half * 2 * half + p % half);
+    rotate(first, first + (interleaved ? 1 : half), positions[blockIdx.x],
+           inverse_frequencies[p % half]);
+  }
+}
+
+// Computes  h (n) = silu(h) * up
+// Grid      n / kThreads, rounded up
+// Block     kThreads; an element each
+// Shared    none
+// Bytes     reads h and up, writes h
+__global__ void swiglu(float* h, const float* up, std::int64_t n) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const std::int64_t i = static_cast<std::int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (i < n) h[i] = silu(h[i]) * up[i];
+}
+
+// Later rows of activations and outputs of an op.
+Project advanced(Project op, std::int64_t n_rows) {
+  op.y += n_rows * op.w.rows;
+  return op;
+}
+SwiGlu advanced(SwiGlu op, std::int64_t n_rows) {
+  op.h += n_rows * op.gate.rows;
+  return op;
+}
+QkvRope advanced(QkvRope op, std::int64_t n_rows) {
+  op.q += n_rows * op.wq.rows, op.k += n_rows * op.wk.rows, op.v += n_rows * op.wv.rows;
+  op.positions += n_rows;
+  return op;
+}
+
+class CudaOps final : public Ops {
+ public:
+  CudaOps(const Config& config, const DeviceWeights& weights, const Stream& stream)
+      : config_(config),
+        weights_(weights),
+        stream_(stream),
+        gemm_(stream),
+        n_multiprocessors_(device_facts().n_multiprocessors) {
+    const std::vector<float> frequencies = rope_inverse_frequencies(config);
+    inverse_frequencies_ = DeviceBuffer<float>(frequencies.size(), "RoPE frequencies");
+    copy_to_device(inverse_frequencies_.data(), frequencies.data(), frequencies.size(), stream);
+    stream.synchronize();  // the frequencies' host memory ends here
+  }
+
+  void embed(float* x, std::span<const std::int32_t> tokens, const Weights& weights) override {
+    const DeviceMatrix& table = weights_.matrix(weights.embedding);
+    if (tokens.empty()) return;
+    with_type(table.type, [&](auto type) {
+      launch_overlapping("embed", embed_rows<decltype(type)::value>,
+                         static_cast<unsigned>(tokens.size()), kThreads, 0, stream_, x,
+                         tokens.data(), table);
+    });
+    report("embed", -1, x, static_cast<std::int64_t>(tokens.size()), table.cols);
+  }
+
+  void qkv(float* q, float* k, float* v, const float* x, const LayerWeights& w,
+           std::span<const std::int32_t> positions) override {
+    const auto n_rows = static_cast<std::int64_t>(positions.size());
+    report_norm("attn_norm", w.index, x, w.attn_norm, n_rows);
+    const DeviceMatrix all[] = {weights_.matrix(w.wq), weights_.matrix(w.wk),
+                                weights_.matrix(w.wv)};
+    if (n_rows > kMaxGemvRows) {
+      normalize(x, w.attn_norm, n_rows);
+      float* outputs[] = {q, k, v};
+      for (int i = 0; i < 3; ++i) gemm_.multiply("qkv", outputs[i], all[i], false);
+      rope(q, config_.q_dim(), positions), rope(k, config_.kv_dim(), positions);
+      return report_qkv(q, k, v, w.index, n_rows);
+    }
+    const bool fused = all[0].type == all[1].type && all[1].type == all[2].type;
+    for (int i = 0; i < (fused ? 1 : 3); ++i) {  // which matrix is not left out
+      QkvRope op{all[0],
+                 all[1],
+                 all[2],
+                 q,
+                 k,
+                 v,
+                 positions.data(),
+                 inverse_frequencies_.data(),
+                 config_.head_dim / 2,
+                 config_.rope_pairing == RopePairing::kInterleaved};
+      DeviceMatrix* matrices[] = {&op.wq, &op.wk, &op.wv};
+      for (int j = 0; j < 3; ++j)
+        if (!fused && j != i) matrices[j]->rows = 0;
+      multiply("qkv", op, all[i].type, x, weights_.norm(w.attn_norm), n_rows, config_.dim);
+    }
+    report_qkv(q, k, v, w.index, n_rows);
+  }
+
+  void project_add(float* x, const float* h, const Tensor& w, std::int64_t n_rows) override {
+    const DeviceMatrix& matrix = weights_.matrix(w);
+    if (n_rows > kMaxGemvRows) {
+      gemm_.set_activations(h, nullptr, 0, static_cast<int>(n_rows), matrix.cols);
+      return gemm_.multiply("project_add", x, matrix, true);
+    }
+    multiply("project_add", Project{matrix, x, Store::kAdd}, matrix.type, h, nullptr, n_rows,
+             matrix.cols);
+  }
+
+  void gate_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) override {
+    report_norm("ffn_norm", w.index, x, w.ffn_norm, n_rows);
+    const DeviceMatrix &gate = weights_.matrix(w.w_gate), &up = weights_.matrix(w.w_up);
+    const float* norm = weights_.norm(w.ffn_norm);
+    if (n_rows > kMaxGemvRows) {
+      const auto n = static_cast<std::size_t>(n_rows * config_.ffn_dim);
+      if (up_.size() < n) up_ = {}, up_ = DeviceBuffer<float>(n, "up");
+      normalize(x, w.ffn_norm, n_rows);
+      gemm_.multiply("gate_up", h, gate, false);
+      gemm_.multiply("gate_up", up_.data(), up, false);
+      launch_overlapping("swiglu", swiglu, static_cast<unsigned>((n + kThreads - 1) / kThreads),
+                         kThreads, 0, stream_, h, up_.data(), static_cast<std::int64_t>(n));
+    } else if (gate.type == up.type) {
+      multiply("gate_up", SwiGlu{gate, up, h}, gate.type, x, norm, n_rows, config_.dim);
+    } else {
+      multiply("up", Project{up, h, Store::kSet}, up.type, x, norm, n_rows, config_.dim);
+      multiply("gate", Project{gate, h, Store::kGate}, gate.type, x, norm, n_rows, config_.dim);
+    }
+    report("ffn_hidden", w.index, h, n_rows, config_.ffn_dim);
+  }
+
+  void logits(float* logits, const float* x, const Weights& weights, std::int64_t n_rows) override {
+    report_norm("final_norm", -1, x, weights.final_norm, n_rows);
+    const DeviceMatrix& matrix = weights_.matrix(weights.output);
+    if (n_rows > kMaxGemvRows) {
+      normalize(x, weights.final_norm, n_rows);
+      gemm_.multiply("logits", logits, matrix, false);
+    } else {
+      multiply("logits", Project{matrix, logits, Store::kSet}, matrix.type, x,
+               weights_.norm(weights.final_norm), n_rows, config_.dim);
+    }
+    report("logits", -1, logits, n_rows, config_.vocab_size);
+  }
+
+  void report(std::string_view name, int layer, const float* data, std::int64_t rows,
+              std::int64_t cols) const override {
+    if (!observed()) return;
+    std::vector<float> host(static_cast<std::size_t>(rows * cols));
+    copy_to_host(host.data(), data, host.size(), stream_);
+    Ops::report(name, layer, host.data(), rows, cols);
+  }
+
+ private:
+  // No op needs the normalised rows on their own; an observer does.
+  void report_norm(std::string_view name, int layer, const float* x, const std::vector<float>& norm,
+                   std::int64_t n_rows) const {
+    if (!observed() || n_rows == 0) return;
+    const DeviceBuffer<float> n(static_cast<std::size_t>(n_rows * config_.dim), "norm");
+    launch_overlapping("rms_norm", rms_norm, static_cast<unsigned>(n_rows), kThreads, 0, stream_,
+                       n.data(), x, weights_.norm(norm), config_.norm_eps, config_.dim);
+    report(name, layer, n.data(), n_rows, config_.dim);
+  }
+
+  void report_qkv(const float* q, const float* k, const float* v, int layer,
+                  std::int64_t n_rows) const {
+    report("q", layer, q, n_rows, config_.q_dim());
+    report("k", layer, k, n_rows, config_.kv_dim());
+    report("v", layer, v, n_rows, config_.kv_dim());
+  }
+
+  void normalize(const float* x, const std::vector<float>& norm, std::int64_t n_rows) {
+    gemm_.set_activations(x, weights_.norm(norm), config_.norm_eps, static_cast<int>(n_rows),
+                          config_.dim);
+  }
+
+  void rope(float* x, int cols, std::span<const std::int32_t> positions) const {
+    launch_overlapping("rope", rope_rows, static_cast<unsigned>(positions.size()), kThreads, 0,
+                       stream_, x, positions.data(), inverse_frequencies_.data(), cols / 2,
+                       config_.head_dim / 2, config_.rope_pairing == RopePairing::kInterleaved);
+  }
+
+  // op's products with x (n_rows x cols), normalised if norm is not null.
+  template <class Op>
+  void multiply(const char* name, const Op& op, DType type, const float* x, const float* norm,
+                std::int64_t n_rows, int cols) const {
+    with_type(type, [&](auto known) {
+      constexpr DType kType = decltype(known)::value;
+      for (std::int64_t t = 0; t < n_rows;) {
+        const int n = static_cast<int>(std::min<std::int64_t>(4, n_rows - t));
+        const GemvInput in{x + t * cols, norm, config_.norm_eps, n, cols, 0};
+        n == 1 ? launch_gemv<kType, 1>(name, advanced(op, t), in)
+               : launch_gemv<kType, 4>(name, advanced(op, t), in);
+        t += n;
+      }
+    });
+  }
+
+  template <DType kType, int kT, class Op>
+  void launch_gemv(const char* name, const Op& op, GemvInput in) const {
+    constexpr int kSpan = WeightUnit<kType>::kElements * kWarp;
+    constexpr int kPairs = kGemvThreads / kWarp * kGemvRows<kT> / 2;  // of a block's group
+    in.chunk = std::min(kGemvStaged / kT, (in.cols + kSpan - 1) / kSpan * kSpan);
+    const int max_blocks = n_multiprocessors_ * kGemvBlocks<kT>;
+    const int n_groups = (op.n_pairs() + kPairs - 1) / kPairs;
+    launch_overlapping(name, gemv<kType, kT, Op>,
+                       static_cast<unsigned>(std::min(n_groups, max_blocks)), kGemvThreads,
+                       static_cast<std::size_t>(in.chunk) * kT * sizeof(float), stream_, op, in);
+  }
+
+  const Config& config_;
+  const DeviceWeights& weights_;
+  const Stream& stream_;
+  Gemm gemm_;
+  const int n_multiprocessors_;
+  DeviceBuffer<float> inverse_frequencies_;
+  DeviceBuffer<float> up_;  // of many rows
+};
+
+}  // namespace
+
+std::unique_ptr<Ops> make_cuda_ops(const Config& config, const DeviceWeights& weights,
+                                   const Stream& stream) {
+  return std::make_unique<CudaOps>(config, weights, stream);
+}
+
+}  // namespace thaw

@@ -1,0 +1,86 @@
+// Atomics are relaxed, as CUDA's are; only fences order other memory. ThreadSanitizer knows no
+// fences, so their rule is spelled out for it: what a thread did before a fence is visible to one
+// that passes a fence after it saw an atomic that the first thread wrote behind its fence.
+#pragma once
+
+#include <cstring>
+
+namespace simt {
+
+#ifdef __SANITIZE_THREAD__
+void before_atomic(void* at);  // releases, once this thread has passed a fence
+void after_atomic(void* at);   // remembers what the next fence acquires
+void fence();
+#else
+inline void before_atomic(void*) {}
+inline void after_atomic(void*) {}
+inline void fence() {}
+#endif
+
+// *at = change(*at); returns the old value. T is a type of 4 or 8 bytes.
+template <class T, class Change>
+T update(T* at, const Change& change) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8);
+  before_atomic(at);
+  T old, wanted;
+  __atomic_load(at, &old, __ATOMIC_RELAXED);
+  do {
+    wanted = change(old);
+  } while (
+      !__atomic_compare_exchange(at, &old, &wanted, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
+  after_atomic(at);
+  return old;
+}
+
+template <class T>
+struct Same {
+  using Type = T;
+};
+template <class T>
+using same = typename Same<T>::Type;  // not deduced from this argument
+
+}  // namespace simt
+
+template <class T>
+T atomicAdd(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return static_cast<T>(old + x); });
+}
+template <class T>
+T atomicSub(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return static_cast<T>(old - x); });
+}
+template <class T>
+T atomicMax(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return old < x ? x : old; });
+}
+template <class T>
+T atomicMin(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return x < old ? x : old; });
+}
+template <class T>
+T atomicAnd(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return old & x; });
+}
+template <class T>
+T atomicOr(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return old | x; });
+}
+template <class T>
+T atomicXor(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return old ^ x; });
+}
+template <class T>
+T atomicExch(T* at, simt::same<T> x) {
+  return simt::update(at, [&](T) { return x; });
+}
+template <class T>
+T atomicCAS(T* at, simt::same<T> expected, simt::same<T> x) {
+  return simt::update(at, [&](T old) { return old == expected ? x : old; });
+}
+inline unsigned atomicInc(unsigned* at, unsigned last) {
+  return simt::update(at, [&](unsigned old) { return old >= last ? 0 : old + 1; });
+}
+
+inline void __threadfence() { simt::fence(); }
+inline void __threadfence_block() { simt::fence(); }
+inline void __threadfence_system() { simt::fence(); }
