@@ -9,6 +9,8 @@
 #include <immintrin.h>
 #endif
 
+#include "device/codes_cpu.h"
+#include "device/tile_cpu.h"
 #include "kvstore/ghost.h"
 
 namespace thaw {
@@ -41,25 +43,14 @@ Codes unpack(const std::byte* packet, int i) {
   }
 }
 
-// Code u becomes the odd number 2u + 1 - 2^b.
-template <int kBits>
-Codes odd(Codes u) {
-  constexpr int k = 1 << kBits;
-  return _mm256_add_epi8(_mm256_add_epi8(u, u), _mm256_set1_epi8(1 - k));
-}
-
 // sum += a.b of neighbouring bytes; a unsigned, b signed.
 Codes add_products(Codes sum, Codes a, Codes b) {
   return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
 }
 
-void widen_add(std::int32_t* out, Codes sum) {  // 16 sums
-  auto* to = reinterpret_cast<__m256i*>(out);
-  const auto add = [](__m256i* at, __m256i x) {
-    _mm256_storeu_si256(at, _mm256_add_epi32(_mm256_loadu_si256(at), x));
-  };
-  add(to, _mm256_cvtepi16_epi32(_mm256_castsi256_si128(sum)));
-  add(to + 1, _mm256_cvtepi16_epi32(_mm256_extracti128_si256(sum, 1)));
+void widen_add(i32x8* out, Codes sum) {  // 16 sums
+  out[0] += reinterpret_cast<i32x8>(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(sum)));
+  out[1] += reinterpret_cast<i32x8>(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(sum, 1)));
 }
 
 Codes zero() { return _mm256_setzero_si256(); }
@@ -98,12 +89,6 @@ Codes unpack(const std::byte* packet, int i) {
   return out;
 }
 
-template <int kBits>
-Codes odd(Codes u) {
-  for (std::uint8_t& byte : u.bytes) byte = static_cast<std::uint8_t>(2 * byte + 1 - (1 << kBits));
-  return u;
-}
-
 Codes add_products(Codes sum, const Codes& a, const Codes& b) {
   for (int i = 0; i < 16; ++i) {
     const int products = a.bytes[2 * i] * static_cast<std::int8_t>(b.bytes[2 * i]) +
@@ -113,8 +98,8 @@ Codes add_products(Codes sum, const Codes& a, const Codes& b) {
   return sum;
 }
 
-void widen_add(std::int32_t* out, const Codes& sum) {
-  for (int i = 0; i < 16; ++i) out[i] += sum.sums[i];
+void widen_add(i32x8* out, const Codes& sum) {
+  for (int i = 0; i < 16; ++i) out[i / 8][i % 8] += sum.sums[i];
 }
 
 #endif
@@ -122,7 +107,7 @@ void widen_add(std::int32_t* out, const Codes& sum) {
 // dots[h][j] = sum over dimensions of q_h u_j, for 32 tokens. A 16-bit sum of n packets holds at
 // most n * 8 * 127 * (2^b - 1): 4 packets of 3 bits, or 2 of 4 bits, are sure to fit.
 template <int kBits, int kN>
-void key_dots(std::int32_t (*dots)[kGhostGroup], const GhostQuery* q, const std::byte* codes,
+void key_dots(i32x8 (*dots)[4], const GhostQuery* q, const std::byte* codes,
               int n_packets) {
   constexpr int kPackets = kBits == 4 ? 2 : 4;
   for (int first = 0; first < n_packets; first += kPackets) {
@@ -138,24 +123,30 @@ void key_dots(std::int32_t (*dots)[kGhostGroup], const GhostQuery* q, const std:
           sum[h][i % 2] = add_products(sum[h][i % 2], u, spread(q[h].pairs[packet * 4 + i / 2]));
       }
     }
-    for (int h = 0; h < kN; ++h) widen_add(dots[h], sum[h][0]), widen_add(dots[h] + 16, sum[h][1]);
+    for (int h = 0; h < kN; ++h) widen_add(dots[h], sum[h][0]), widen_add(dots[h] + 2, sum[h][1]);
   }
 }
 
-// sums[h][i] = sum over 32 tokens of w_h v_i for 16 dimensions, v odd integers, w 8 bits: 16-bit
-// sums hold 8 pairs of tokens at 2 bits (8 * 2 * 255 * 3), 4 at 4 bits.
+// sums[h][i] = sum over 32 tokens of w_h u_i for 16 dimensions, w 8 bits: a 16-bit sum holds at
+// most 2 * 255 * (2^b - 1) a pair of tokens, so all 16 pairs of 2 bits, or 4 of 4 bits.
 template <int kBits, int kN>
-void value_sums(std::int32_t (*sums)[16], const std::uint32_t (*weights)[kGhostGroup / 2],
+void value_sums(i32x8 (*sums)[2], const std::uint32_t (*weights)[kGhostGroup / 2],
                 const std::byte* codes) {
-  constexpr int kPairs = kBits == 4 ? 4 : 8;
+  constexpr int kPairs = kBits == 4 ? 4 : 16, kStep = 8 / kBits;
   for (int first = 0; first < kGhostGroup / 2; first += kPairs) {
     Codes sum[kN];
     for (Codes& s : sum) s = zero();
+#pragma GCC unroll 1  // or all weights are spread, and spilled, beforehand
+    for (int at = first; at < first + kPairs; at += kStep) {
 #pragma GCC unroll 8
-    for (int i = 0; i < kPairs; ++i) {
-      const Codes v = odd<kBits>(unpack<kBits>(codes + first / 8 * 32 * kBits, first % 8 + i));
+      for (int i = 0; i < kStep; ++i) {
+        const Codes u = unpack<kBits>(codes + at * 4 * kBits, i);
 #pragma GCC unroll 4
-      for (int h = 0; h < kN; ++h) sum[h] = add_products(sum[h], spread(weights[h][first + i]), v);
+        for (int h = 0; h < kN; ++h) {
+          sum[h] = add_products(sum[h], spread(weights[h][at + i]), u);
+          keep(sum[h]);
+        }
+      }
     }
     for (int h = 0; h < kN; ++h) widen_add(sums[h], sum[h]);
   }
@@ -164,19 +155,26 @@ void value_sums(std::int32_t (*sums)[16], const std::uint32_t (*weights)[kGhostG
 template <int kBits, int kN>
 void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const std::byte* group,
                    const GhostFormat& f, float unit) {
-  std::int32_t dots[kN][kGhostGroup] = {};
+  i32x8 dots[kN][kGhostGroup / 8] = {};
   key_dots<kBits, kN>(dots, q, group, f.padded_dim() / 8);
   float scales[kGhostGroup];
   widen_scales(scales, group + f.key_bytes() + f.value_bytes());
   for (int h = 0; h < kN; ++h) {
     const float scale = q[h].scale * unit, offset = q[h].offset;
-    for (int j = 0; j < kGhostGroup; ++j)
-      scores[h * stride + j] += scale * scales[j] * (static_cast<float>(dots[h][j]) + offset);
+    for (int j = 0; j < kGhostGroup; j += 8) {
+      float* to = scores + h * stride + j;
+      store8(to, load8(to) + scale * load8(scales + j) * (to_float(dots[h][j / 8]) + offset));
+    }
   }
 }
 
-// Rounds a group's weights, times the values' scales, to 8 bits; returns what a unit is worth.
-float round_weights(std::uint32_t* pairs, const float* weights, const float* scales) {
+// A group's weights, times the values' scales, rounded to 8 bits.
+struct Weights {
+  std::uint32_t pairs[kGhostGroup / 2];  // two of them in the low half, and again in the high one
+  float unit, sum;                       // what 1 is worth; sum of all in units
+};
+
+void round_weights(Weights& out, const float* weights, const float* scales) {
   float w[kGhostGroup], largest = 0;
 #pragma omp simd reduction(max : largest)
   for (int j = 0; j < kGhostGroup; ++j) {
@@ -184,36 +182,43 @@ float round_weights(std::uint32_t* pairs, const float* weights, const float* sca
     largest = w[j] > largest ? w[j] : largest;
   }
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
-  std::int32_t rounded[kGhostGroup];
-#pragma omp simd
-  for (int j = 0; j < kGhostGroup; ++j)
-    rounded[j] = static_cast<std::int32_t>(w[j] * inverse + 0.5f);
-  for (int j = 0; j < kGhostGroup; j += 2) {
-    const auto pair = static_cast<std::uint32_t>(rounded[j] | rounded[j + 1] << 8);
-    pairs[j / 2] = pair | pair << 16;
+  std::uint32_t rounded[kGhostGroup], sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int j = 0; j < kGhostGroup; ++j) {
+    rounded[j] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w[j] * inverse + 0.5f));
+    sum += rounded[j];
   }
-  return largest / 255.0f;
+  for (int i = 0; i < kGhostGroup / 2; ++i)
+    out.pairs[i] = (rounded[2 * i] | rounded[2 * i + 1] << 8) * 0x10001u;
+  out.unit = largest / 255.0f;
+  out.sum = static_cast<float>(sum);
 }
 
 template <int kBits, int kN>
 void sum_queries(float* out, std::size_t stride, const float* weights, std::size_t weight_stride,
                  const std::byte* group, const GhostFormat& f, float value_unit) {
   const std::byte* values = group + f.key_bytes();
-  float scales[kGhostGroup], unit[kN];
+  float scales[kGhostGroup];
   widen_scales(scales, values + f.value_bytes() + f.scale_bytes());
-  std::uint32_t rounded[kN][kGhostGroup / 2];
-  float any = 0;
-  for (int h = 0; h < kN; ++h) {  // an odd code is twice what it stands for
-    unit[h] = 0.5f * value_unit * round_weights(rounded[h], weights + h * weight_stride, scales);
+  Weights w;
+  std::uint32_t pairs[kN][kGhostGroup / 2];
+  float unit[kN], offset[kN], any = 0;
+  for (int h = 0; h < kN; ++h) {
+    round_weights(w, weights + h * weight_stride, scales);
+    std::copy_n(w.pairs, kGhostGroup / 2, pairs[h]);
+    unit[h] = value_unit * w.unit;
+    offset[h] = -unit[h] * (0.5f * (1 << kBits) - 0.5f) * w.sum;
     any += unit[h];
   }
   if (any == 0) return;
   for (int dim = 0; dim < f.padded_dim(); dim += 16) {
-    std::int32_t sums[kN][16] = {};
-    value_sums<kBits, kN>(sums, rounded, values + dim * 4 * kBits);
+    i32x8 sums[kN][2] = {};
+    value_sums<kBits, kN>(sums, pairs, values + dim * 4 * kBits);
     for (int h = 0; h < kN; ++h)
-      for (int i = 0; i < 16; ++i)
-        out[h * stride + dim + i] += unit[h] * static_cast<float>(sums[h][i]);
+      for (int half = 0; half < 2; ++half) {
+        float* to = out + h * stride + dim + half * 8;
+        store8(to, load8(to) + unit[h] * to_float(sums[h][half]) + offset[h]);
+      }
   }
 }
 

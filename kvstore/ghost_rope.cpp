@@ -10,9 +10,8 @@
 namespace thaw {
 namespace {
 
-constexpr int kQueries = 6;
-constexpr double kMiddle = (kGhostGroup - 1) / 2.0;
-// Pairs whose angle changes by less from the middle of a group to its ends are cubics there: off by
+constexpr double kMiddle = (GhostRope::kSpan - 1) / 2.0;
+// Pairs whose angle changes by less from the middle of a span to its ends are cubics there: off by
 // at most 0.35^4 / 24 = 6e-4 of their size.
 constexpr double kSlow = 0.35;
 
@@ -31,45 +30,44 @@ GhostRope::GhostRope(const KvRope& rope, int head_dim) {
   const auto slow = std::stable_partition(
       pairs_.begin(), pairs_.end(), [](const Pair& p) { return p.frequency * kMiddle > kSlow; });
   n_fast_ = static_cast<int>(slow - pairs_.begin());
-  rows_.resize(static_cast<std::size_t>(n_rows()) * kGhostGroup);
-  for (int i = 0; i < half; ++i) {
+  cubic_.resize(static_cast<std::size_t>(4 * half));
+  for (int i = n_fast_; i < half; ++i) {
     const double theta = pairs_[i].frequency;
-    for (const double c : {theta, theta * theta / 2, theta * theta * theta / 6})
-      cubic_.push_back(static_cast<float>(c));
-    for (int j = 0; j < kGhostGroup; ++j)
-      within_.push_back(static_cast<float>(std::cos(theta * (j - kMiddle))));
-    for (int j = 0; j < kGhostGroup; ++j)
-      within_.push_back(static_cast<float>(std::sin(theta * (j - kMiddle))));
+    const double terms[] = {theta, theta * theta / 2, theta * theta * theta / 6, 1};
+    for (int power = 0; power < 4; ++power)
+      cubic_[power * half + i] = static_cast<float>(terms[power]);
   }
-  for (int i = 0; i < n_fast_; ++i) {
-    std::copy_n(&within_[2 * i * kGhostGroup], kGhostGroup, &rows_[i * kGhostGroup]);
-    std::copy_n(&within_[(2 * i + 1) * kGhostGroup], kGhostGroup,
-                &rows_[(n_fast_ + i) * kGhostGroup]);
+  for (int place = 0; place < kSpan; ++place) add_angles(within_, place - kMiddle);
+  rows_.resize(static_cast<std::size_t>(n_rows()) * kSpan);
+  for (int place = 0; place < kSpan; ++place) {
+    const float* angles = &within_[static_cast<std::size_t>(2 * half) * place];
+    for (int i = 0; i < n_fast_; ++i) {
+      rows_[i * kSpan + place] = angles[i];
+      rows_[(n_fast_ + i) * kSpan + place] = angles[half + i];
+    }
+    for (int power = 0; power < 4; ++power)
+      rows_[(2 * n_fast_ + power) * kSpan + place] =
+          static_cast<float>(std::pow(place - kMiddle, power));
   }
-  for (int power = 0; power < 4; ++power)
-    for (int j = 0; j < kGhostGroup; ++j)
-      rows_[(2 * n_fast_ + power) * kGhostGroup + j] =
-          static_cast<float>(std::pow(j - kMiddle, power));
+}
+
+// Cosines of all pairs' angles after so many tokens, then sines.
+void GhostRope::add_angles(std::vector<float>& out, double tokens) const {
+  for (const Pair& p : pairs_) out.push_back(static_cast<float>(std::cos(p.frequency * tokens)));
+  for (const Pair& p : pairs_) out.push_back(static_cast<float>(std::sin(p.frequency * tokens)));
 }
 
 void GhostRope::grow(int n_tokens) {
-  const int n_groups = (n_tokens + kGhostGroup - 1) / kGhostGroup;
-  for (int group = static_cast<int>(middle_.size()) / std::max(1, 2 * n_pairs()); group < n_groups;
-       ++group) {
-    const double position = group * kGhostGroup + kMiddle;
-    for (const Pair& p : pairs_)
-      middle_.push_back(static_cast<float>(std::cos(p.frequency * position)));
-    for (const Pair& p : pairs_)
-      middle_.push_back(static_cast<float>(std::sin(p.frequency * position)));
-  }
+  for (; n_spans_ * kSpan < n_tokens; ++n_spans_) add_angles(middle_, n_spans_ * kSpan + kMiddle);
 }
 
 // direction: 1 or -1.
 void GhostRope::turn_by(float* out, const float* x, int token, float direction) const {
-  const float* cosine = &middle_[static_cast<std::size_t>(token / kGhostGroup) * 2 * n_pairs()];
-  const float *sine = cosine + n_pairs(), *within = &within_[token % kGhostGroup];
+  const auto n = static_cast<std::size_t>(n_pairs());
+  const float *cosine = &middle_[token / kSpan * 2 * n], *sine = cosine + n;
+  const float *within_cos = &within_[token % kSpan * 2 * n], *within_sin = within_cos + n;
   for (int i = 0; i < n_pairs(); ++i) {
-    const float c = within[2 * i * kGhostGroup], s = within[(2 * i + 1) * kGhostGroup];
+    const float c = within_cos[i], s = within_sin[i];
     const float cos = cosine[i] * c - sine[i] * s;
     const float sin = direction * (sine[i] * c + cosine[i] * s);
     const Pair& p = pairs_[i];
@@ -95,43 +93,47 @@ void GhostRope::prepare(GhostQuery& query, const float* q, const float* centre) 
   }
 }
 
-// phi is the angle of the group's middle, plus theta s with s the place from there: both terms
+// phi is the angle of the middle of a span, plus theta s with s the place from there: both terms
 // above, turned by the former, meet cos theta s and sin theta s, or their cubics.
-void GhostRope::score_centre(float* scores, std::size_t stride, const GhostQuery* queries,
-                             int n_queries, int group) const {
-  constexpr int kMost = GhostQuery::kMaxDim + 4;
-  if (n_queries > kQueries) {
-    score_centre(scores + kQueries * stride, stride, queries + kQueries, n_queries - kQueries,
-                 group);
-    n_queries = kQueries;
-  }
-  float turned[kQueries * kMost];
-  const float* cosine = &middle_[static_cast<std::size_t>(group) * 2 * n_pairs()];
-  const float* sine = cosine + n_pairs();
-  for (int h = 0; h < n_queries; ++h) {
-    const float *along = queries[h].along, *across = queries[h].across;
-    float* rows = turned + h * kMost;
-    for (int i = 0; i < n_fast_; ++i) {
-      rows[i] = along[i] * cosine[i] + across[i] * sine[i];
-      rows[n_fast_ + i] = across[i] * cosine[i] - along[i] * sine[i];
-    }
-    float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const {
+  const int n = n_pairs();
+  const float* cosine = &middle_[static_cast<std::size_t>(span) * 2 * n];
+  const float *sine = cosine + n, *along = query.along, *across = query.across;
+  const float *first = cubic_.data(), *second = first + n, *third = second + n, *none = third + n;
+  float even[GhostQuery::kMaxDim / 2], odd[GhostQuery::kMaxDim / 2];
+  float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
 #pragma omp simd reduction(+ : c0, c1, c2, c3)
-    for (int i = n_fast_; i < n_pairs(); ++i) {
-      const float a = along[i] * cosine[i] + across[i] * sine[i];
-      const float b = across[i] * cosine[i] - along[i] * sine[i];
-      c0 += a;
-      c1 += b * cubic_[3 * i];
-      c2 -= a * cubic_[3 * i + 1];
-      c3 -= b * cubic_[3 * i + 2];
-    }
-    float* cubic = rows + 2 * n_fast_;
-    cubic[0] = c0, cubic[1] = c1, cubic[2] = c2, cubic[3] = c3;
-    std::fill_n(scores + h * stride, kGhostGroup, 0.0f);
+  for (int i = 0; i < n; ++i) {
+    const float a = along[i] * cosine[i] + across[i] * sine[i];
+    const float b = across[i] * cosine[i] - along[i] * sine[i];
+    even[i] = a, odd[i] = b;
+    c0 += a * none[i];
+    c1 += b * first[i];
+    c2 -= a * second[i];
+    c3 -= b * third[i];
   }
-  for (int j = 0; j < kGhostGroup; j += kTileCols)
-    tile_multiply(scores + j, static_cast<std::int64_t>(stride), turned, kMost, n_queries,
-                  &rows_[j], kGhostGroup, n_rows());
+  std::copy_n(even, n_fast_, row);
+  std::copy_n(odd, n_fast_, row + n_fast_);
+  row += 2 * n_fast_;
+  row[0] = c0, row[1] = c1, row[2] = c2, row[3] = c3;
+}
+
+void GhostRope::score_centre(float* scores, std::size_t stride, const GhostQuery* queries,
+                             int n_queries, int first_span, int n_spans) const {
+  constexpr int kMost = GhostQuery::kMaxDim + 4;
+  float turned[kTileRows * kMost], sums[kTileRows * kSpan];
+  for (int first = 0; first < n_spans * n_queries; first += kTileRows) {
+    const int n = std::min(kTileRows, n_spans * n_queries - first);
+    for (int r = 0; r < n; ++r)
+      turn_query(turned + r * kMost, queries[(first + r) % n_queries],
+                 first_span + (first + r) / n_queries);
+    std::fill_n(sums, n * kSpan, 0.0f);
+    for (int j = 0; j < kSpan; j += kTileCols)
+      tile_multiply(sums + j, kSpan, turned, kMost, n, &rows_[j], kSpan, n_rows());
+    for (int r = first; r < first + n; ++r)
+      std::copy_n(sums + (r - first) * kSpan, kSpan,
+                  scores + r % n_queries * stride + r / n_queries * kSpan);
+  }
 }
 
 std::int64_t GhostRope::bytes() const {

@@ -18,10 +18,12 @@ struct KvRope {
   bool interleaved = false;  // pair i: elements 2i and 2i + 1; otherwise i and i + head_dim / 2
 };
 
-// Tables for the angles of a group's 32 tokens, shared by all heads and layers. Pairs that turn
-// little within a group (most do) are a cubic of the place in it, all of them together.
+// Tables for the angles of a span of tokens, shared by all heads and layers. Pairs that turn little
+// within a span (most do) are a cubic of the place in it, all of them together.
 class GhostRope {
  public:
+  static constexpr int kSpan = 128;  // tokens; four groups of ghosts
+
   GhostRope(const KvRope& rope, int head_dim);
 
   void grow(int n_tokens);  // the other calls take tokens below n_tokens
@@ -31,9 +33,10 @@ class GhostRope {
 
   // Sets what score_centre() takes of a query (head_dim) and of its head's centre at position 0.
   void prepare(GhostQuery& query, const float* q, const float* centre) const;
-  // scores[h * stride + j] = q_h . turn(centre, 32 group + j) for 32 tokens, h < n_queries.
+  // scores[h * stride + j] = q_h . turn(centre, kSpan first_span + j) for h < n_queries and
+  // j < kSpan n_spans; off by at most 6e-4 of the part of |q_h| |centre| in pairs that turn little.
   void score_centre(float* scores, std::size_t stride, const GhostQuery* queries, int n_queries,
-                    int group) const;
+                    int first_span, int n_spans) const;
   std::int64_t bytes() const;
 
  private:
@@ -41,17 +44,19 @@ class GhostRope {
     int first, second;  // elements of a head
     double frequency;
   };
+  void turn_query(float* row, const GhostQuery& query, int span) const;
+  void add_angles(std::vector<float>& out, double tokens) const;
   void turn_by(float* out, const float* x, int token, float direction) const;
   int n_pairs() const { return static_cast<int>(pairs_.size()); }
   int n_rows() const { return 2 * n_fast_ + 4; }
 
   std::vector<Pair> pairs_;  // fast ones first
   int n_fast_ = 0;
-  std::vector<float> cubic_;   // per pair: theta, theta^2 / 2, theta^3 / 6
-  std::vector<float> within_;  // cos and sin of each pair at 32 places in a group: pair x {cos,
-                               // sin} x 32
-  std::vector<float> rows_;    // what score_centre() multiplies: n_rows x 32
-  std::vector<float> middle_;  // cos, then sin, of each pair at the middle of each group
+  std::vector<float> cubic_;   // {theta, theta^2 / 2, theta^3 / 6, 1} x pair; 0 for fast ones
+  std::vector<float> within_;  // angles from the middle of a span to each of its places
+  std::vector<float> rows_;    // what score_centre() multiplies: n_rows x kSpan
+  std::vector<float> middle_;  // angles at the middle of each span
+  int n_spans_ = 0;
 };
 
 }  // namespace thaw

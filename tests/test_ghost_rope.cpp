@@ -58,7 +58,7 @@ TEST_CASE("ghost rope: a vector turns as RoPE turns it, and back") {
 }
 
 // Of a slow pair's share of a score the cubic leaves out at most 0.35^4 / 24 of |q| |mu|.
-TEST_CASE("ghost rope: scores of the turned centre, for any number of queries and any group") {
+TEST_CASE("ghost rope: scores of the turned centre, for any number of queries and any spans") {
   testing::Random random(2);
   for (const int dim : {2, 6, 64, 80, 128, 256}) {
     for (const double theta : {1.0, 10000.0, 500000.0}) {
@@ -71,9 +71,10 @@ TEST_CASE("ghost rope: scores of the turned centre, for any number of queries an
         std::vector<GhostQuery> queries(static_cast<std::size_t>(n_queries));
         for (int h = 0; h < n_queries; ++h)
           prepare_query(queries[h], &q[h * dim], centre.data(), rope, format);
-        const int group = random.below(1250), stride = 35;
+        const int n_spans = 1 + random.below(3), n_tokens = n_spans * GhostRope::kSpan;
+        const int span = random.below(300), stride = 3 * GhostRope::kSpan + 3;
         std::vector<float> scores(static_cast<std::size_t>(n_queries * stride), -7.0f);
-        rope.score_centre(scores.data(), stride, queries.data(), n_queries, group);
+        rope.score_centre(scores.data(), stride, queries.data(), n_queries, span, n_spans);
         for (int h = 0; h < n_queries; ++h) {
           double bound = 0;  // sum over pairs of |q| |mu|
           for (int i = 0; i < dim / 2; ++i) {
@@ -82,11 +83,11 @@ TEST_CASE("ghost rope: scores of the turned centre, for any number of queries an
             bound += std::hypot(q[h * dim + a], q[h * dim + b]) * std::hypot(centre[a], centre[b]);
           }
           for (int j = 0; j < stride; ++j) {
-            if (j >= kGhostGroup) {
+            if (j >= n_tokens) {
               CHECK(scores[h * stride + j] == -7.0f);
               continue;
             }
-            const auto mu = turned(description, centre.data(), dim, group * kGhostGroup + j);
+            const auto mu = turned(description, centre.data(), dim, span * GhostRope::kSpan + j);
             double expected = 0;
             for (int i = 0; i < dim; ++i) expected += q[h * dim + i] * mu[i];
             CHECK(std::fabs(scores[h * stride + j] - expected) <=

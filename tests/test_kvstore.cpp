@@ -152,10 +152,10 @@ TEST_CASE("ghost: the example of docs/kvstore.md, by hand") {
   CHECK(key[1] == doctest::Approx(-0.5 * 0.824).epsilon(1.0 / 64));
   GhostQuery query;
   GhostRope rope({}, 2);  // no RoPE: the centre is the same everywhere
-  rope.grow(kGhostGroup);
+  rope.grow(GhostRope::kSpan);
   prepare_query(query, q, mean, rope, format);
-  float scores[kGhostGroup];
-  rope.score_centre(scores, kGhostGroup, &query, 1, 0);
+  float scores[GhostRope::kSpan];
+  rope.score_centre(scores, GhostRope::kSpan, &query, 1, 0, 1);
   score_ghosts(scores, kGhostGroup, &query, 1, group.data(), format, centre.key_unit);
   CHECK(scores[5] == doctest::Approx(-1.0).epsilon(0.02));  // 8 bits of query and scale
   const PolicyParams p;

@@ -133,9 +133,10 @@ Head score(const Scene& s, const KvView& view, int head) {
       std::vector<float> key(static_cast<std::size_t>(dim));
       read_ghost_key(key.data(), view.ghosts.group(kv_head, t / kGhostGroup), view.ghosts.format,
                      t % kGhostGroup, view.ghosts.centres[kv_head]);
-      float centre[kGhostGroup];  // tests/test_ghost_rope.cpp holds it to its definition
-      view.ghosts.rope->score_centre(centre, kGhostGroup, &ghost, 1, t / kGhostGroup);
-      estimate = centre[t % kGhostGroup] + dot(rotated, {key.begin(), key.end()});
+      constexpr int kSpan = GhostRope::kSpan;
+      float centre[kSpan];  // tests/test_ghost_rope.cpp holds it to its definition
+      view.ghosts.rope->score_centre(centre, kSpan, &ghost, 1, t / kSpan, 1);
+      estimate = centre[t % kSpan] + dot(rotated, {key.begin(), key.end()});
     }
     h.estimate.push_back(estimate);
     h.max = std::fmax(h.max, estimate);
