@@ -61,7 +61,7 @@ float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n)
 template <DType kType, int kRows>
 void dot_blocks(float* out, const Activations& x, std::int64_t t, const std::byte* w,
                 std::int64_t stride) {
-  constexpr std::int64_t kAhead = 2048;  // bytes; the hardware's prefetcher stops at every page
+  constexpr std::int64_t kAhead = 4096;  // bytes; the hardware's prefetcher stops at every page
   constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
   const std::int64_t n_blocks = x.cols() / kBlock;
   const std::int16_t* codes = x.codes(t);
