@@ -2,7 +2,8 @@
 // a token becomes one, and what attention computes from them.
 //
 // A key k of a KV head becomes x = R (k - mu), with mu the mean of the first keys of its head,
-// turned by RoPE as k is (kvstore/ghost_rope.h), and R a random rotation, which makes every coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
+// turned by RoPE as k is (kvstore/ghost_rope.h), and R a random rotation, which makes every
+// coordinate alike (QuIP, 2307.13304; QuaRot, 2404.00456).
 // With sigma = rms(x), x is rounded to b bits on a uniform grid of step(b) sigma, the best for a
 // Gaussian (Max, 1960): code u in [0, 2^b), y = step (u - 2^(b-1) + 1/2). One scale a token is
 // kept, in 8 bits: for keys step |x|^2 / <x,y>, so that the estimate of q.k is unbiased over
