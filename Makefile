@@ -53,7 +53,7 @@ SIMT := $(sort $(wildcard tests/simt/*.cpp))
 SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
 # What the emulator's tests are linked with: the host code that they need, and the kernels.
-SIMT_NEEDS := device/% model/config.cpp model/tensor.cpp
+SIMT_NEEDS := device/% kvstore/% attention/% model/%
 SIMT_LINKED := $(patsubst %.cpp,$(BUILD)/%.o,$(filter $(SIMT_NEEDS),$(SOURCES))) $(BUILD)/tests/main.o \
   $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
 
