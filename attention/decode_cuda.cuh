@@ -127,7 +127,7 @@ __device__ void join_splits(const DecodeProblem& p, int kv_head, int first) {
     __threadfence();  // what the others wrote before they counted is seen from here on
   }
   if (!__syncthreads_or(last)) return;  // the others learn whether theirs is the last block
-  if (threadIdx.x == 0) *n_arrived = 0;
+  if (threadIdx.x == 0) atomicExch(n_arrived, 0u);  // for the next launch; others only count
   const int n_splits = static_cast<int>(gridDim.x);
   for (int n = static_cast<int>(threadIdx.x); n < kQ * p.head_dim; n += kDecodeThreads) {
     const int query = first + n / p.head_dim, d = n % p.head_dim;
