@@ -42,20 +42,25 @@ TESTS := $(sort $(wildcard tests/*.cpp))
 FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
+WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
 TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
 # CUDA sources: for the GPU by nvcc, and for the emulator (tests/simt/simt.h) by $(CXX).
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+CUDA_LIB = $(firstword $(wildcard $(patsubst %/bin/nvcc,%/lib64,$(NVCC))) /usr/lib)
+CUDA_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublasLt \
+  $(if $(wildcard $(CUDA_LIB)/libcudart_static.a),-lcudart_static -ldl -lrt,-lcudart)
 CUDA_SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cu)))
 CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
 SIMT := $(sort $(wildcard tests/simt/*.cpp))
 SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
 # What the emulator's tests are linked with: the host code that they need, and the kernels.
-SIMT_NEEDS := device/% model/config.cpp model/tensor.cpp
-SIMT_LINKED := $(patsubst %.cpp,$(BUILD)/%.o,$(filter $(SIMT_NEEDS),$(SOURCES))) $(BUILD)/tests/main.o \
-  $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+SIMT_NEEDS := device/% kvstore/% attention/% model/%
+EMULATED := $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o)
+SIMT_LINKED := $(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA)) $(BUILD)/tests/main.o \
+  $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
 
 # Real code for Ampere and Hopper, and PTX for what comes after.
 NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 \
@@ -68,6 +73,12 @@ PROMPT := What is a glacier? Answer in three sentences.
 
 ## all         build/thaw, for this machine (the default; ARCH=x86-64-v3 for another)
 all: $(BUILD)/thaw
+
+## cuda        build/thaw-cuda, which also runs on NVIDIA GPUs; needs nvcc
+cuda: $(BUILD)/thaw-cuda
+
+## emulate     build/thaw-emulated: the GPU's code on the CPU, by the emulator of the tests; very slow
+emulate: $(BUILD)/thaw-emulated
 
 ## demo        install what is missing, build, and stream an answer of a small model
 demo:
@@ -144,12 +155,16 @@ help:
 $(BUILD)/thaw: $(BUILD)/main.o $(OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
-	@if command -v nvcc >/dev/null; then \
-	  echo "thaw: CUDA is left out: nvcc is here, but this version of thaw runs on the CPU only"; \
-	else \
-	  echo "thaw: CUDA is left out: no nvcc (Debian has it in nvidia-cuda-toolkit), and this" \
-	    "version of thaw runs on the CPU only"; \
-	fi
+	@echo "thaw: CUDA is left out:" \
+	  "$(if $(NVCC),make cuda builds build/thaw-cuda with it,no nvcc (Debian has it in nvidia-cuda-toolkit))"
+
+$(BUILD)/thaw-cuda: $(BUILD)/main.o $(WITH_CUDA) $(CUDA_OBJECTS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS) $(CUDA_LIBS)
+
+$(BUILD)/thaw-emulated: $(BUILD)/main.o $(WITH_CUDA) $(EMULATED) $(SIMT_OBJECTS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
 $(BUILD)/thaw-tests: $(TEST_OBJECTS) $(OBJECTS)
 	@echo "link $@"
@@ -221,5 +236,5 @@ $(BUILD)/flags: force
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
-.PHONY: all demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects kernels mutants \
+.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects kernels mutants \
   install setup weights clean help force

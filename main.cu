@@ -9,6 +9,7 @@
 #include "cli/terminal.h"
 #include "device/error.h"
 #include "device/mapped_file.h"
+#include "model/backend.h"
 
 namespace thaw {
 namespace {
@@ -41,7 +42,8 @@ std::string version() {
 #else
   const char* instructions = "baseline";
 #endif
-  return join("thaw ", kVersion, "\nbackends: cpu (built for ", instructions, ")\n");
+  return join("thaw ", kVersion, "\nbackends: cpu (built for ", instructions, ")",
+              has_cuda() ? ", cuda" : "", "\n");
 }
 
 const Command& find_command(const std::string& name) {

@@ -88,17 +88,22 @@ double kv_bytes(const KvStore& kv, const KvCounters& before, const KvCounters& a
 class Bench {
  public:
   Bench(const Options& o, const Model& model)
-      : o_(o), model_(model), transformer_(model, o.common.threads) {
+      : o_(o), model_(model), transformer_(model, make_backend(o.common, model, o.policies)) {
     const int n_tokens = capacity();
     for (const std::string& policy : o.policies) {
       KvFlags flags = o.common.kv;
       flags.policy = policy;
-      stores_.push_back(make_kv_store(flags, model.config, n_tokens));
+      stores_.push_back(make_kv_store(transformer_.backend(), flags, model.config, n_tokens));
     }
     tokens_ = o.file ? read_tokens(n_tokens) : arbitrary_tokens(n_tokens);
   }
 
-  ThreadPool& pool() { return transformer_.pool(); }
+  std::string backend() { return transformer_.backend().name(); }
+  // GB/s that the memory gives, of the CPU; another's is not measured.
+  std::optional<double> peak() {
+    if (backend() != "cpu") return {};
+    return measure_read_bandwidth(transformer_.pool());
+  }
 
   std::vector<Result> run() {
     std::vector<Result> results;
@@ -184,18 +189,21 @@ class Bench {
   std::vector<TokenId> tokens_;
 };
 
-std::string to_json(const Options& o, const std::vector<Result>& results, double peak) {
+std::string to_json(const Options& o, const std::vector<Result>& results,
+                    const std::string& backend, std::optional<double> peak) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   for (const Result& r : results) {
     const Mean rate = mean_of(r.rates);
     nlohmann::ordered_json row = {{"test", r.test},       {"tok_s", rate.mean}, {"sd", rate.sd},
                                   {"gb_s", nullptr},      {"pct_peak", nullptr},
                                   {"policy", r.policy},   {"threads", o.common.threads},
-                                  {"backend", "cpu"}};
-    if (r.bytes > 0) row["gb_s"] = r.gb_s(), row["pct_peak"] = 100 * r.gb_s() / peak;
+                                  {"backend", backend}};
+    if (r.bytes > 0) row["gb_s"] = r.gb_s();
+    if (r.bytes > 0 && peak) row["pct_peak"] = 100 * r.gb_s() / *peak;
     list.push_back(row);
   }
-  return json_line({{"model", *o.common.model}, {"read_gb_s", peak}, {"results", list}});
+  const nlohmann::ordered_json read = peak ? nlohmann::ordered_json(*peak) : nullptr;
+  return json_line({{"model", *o.common.model}, {"read_gb_s", read}, {"results", list}});
 }
 
 // Repetition by repetition, in the middle of their ratios.
@@ -205,7 +213,8 @@ double median_ratio(const Result& r, const Result& base) {
   return quantile(ratios, 0.5);
 }
 
-std::string to_text(const Options& o, const std::vector<Result>& results, double peak) {
+std::string to_text(const Options& o, const std::vector<Result>& results,
+                    const std::string& backend, std::optional<double> peak) {
   const std::size_t n = o.policies.size();
   TableRow header = {"test", "policy", "tok/s", "sd", "median", "GB/s", "% of peak"};
   if (n > 1) header.push_back("/ " + o.policies.front());
@@ -215,11 +224,13 @@ std::string to_text(const Options& o, const std::vector<Result>& results, double
     const Mean rate = mean_of(r.rates);
     rows.push_back({r.test, r.policy, fixed(rate.mean, 2), fixed(rate.sd, 2),
                     fixed(quantile(r.rates, 0.5), 2), r.bytes > 0 ? fixed(r.gb_s(), 2) : "-",
-                    r.bytes > 0 ? fixed(100 * r.gb_s() / peak, 1) : "-"});
+                    r.bytes > 0 && peak ? fixed(100 * r.gb_s() / *peak, 1) : "-"});
     if (n > 1) rows.back().push_back(fixed(median_ratio(r, results[i / n * n]), 2));
   }
-  return join("read bandwidth ", fixed(peak, 1), " GB/s, ", o.common.threads, " threads\n\n",
-              markdown_table(header, rows, 2));
+  const std::string machine =
+      peak ? join("read bandwidth ", fixed(*peak, 1), " GB/s, ", o.common.threads, " threads")
+           : "backend " + backend;
+  return join(machine, "\n\n", markdown_table(header, rows, 2));
 }
 
 }  // namespace
@@ -229,9 +240,10 @@ int run_bench(const Args& args) {
   if (!parse(args, o)) return 0;
   const Model model = load_model(*o.common.model);
   Bench bench(o, model);
-  const double peak = measure_read_bandwidth(bench.pool());
+  const std::optional<double> peak = bench.peak();
   const std::vector<Result> results = bench.run();
-  write_stdout(o.common.json ? to_json(o, results, peak) : to_text(o, results, peak));
+  write_stdout(o.common.json ? to_json(o, results, bench.backend(), peak)
+                             : to_text(o, results, bench.backend(), peak));
   return 0;
 }
 

@@ -259,8 +259,12 @@ class Sink {
 Generation stream(const Options& o, const Model& model, const Tokenizer& tokenizer,
                   const std::vector<TokenId>& prompt, int context,
                   const std::atomic<bool>& interrupted, Recovery& recovery, Sink& sink) {
-  Transformer transformer(model, o.common.threads);
-  const std::unique_ptr<KvStore> kv = make_kv_store(o.common.kv, model.config, context);
+  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}));
+  if (o.common.verbose)
+    std::cerr << "run      " << transformer.backend().name() << ", " << o.common.threads
+              << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";
+  const std::unique_ptr<KvStore> kv =
+      make_kv_store(transformer.backend(), o.common.kv, model.config, context);
   Sampler sampler(o.sampler);
   TextStream text(o.stops, [&](std::string_view piece) { sink.write(piece); });
   Progress progress(o.common.quiet);
@@ -302,10 +306,7 @@ int run_generate(const Args& args) {
   const int context = context_tokens(o.common, model.config);
   const Input input = read_prompt(o);
   const std::vector<TokenId> prompt = encode_prompt(o, tokenizer, input, model.config, context);
-  if (o.common.verbose) {
-    std::cerr << "model    " << describe(model.config) << "\nrun      cpu, " << o.common.threads
-              << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";
-  }
+  if (o.common.verbose) std::cerr << "model    " << describe(model.config) << "\n";
   const std::atomic<bool>& interrupted = catch_interrupt();
   Recovery recovery(o.recovery.params(o.common.kv.policy));
   Sink sink(o.common.json);

@@ -156,8 +156,9 @@ class Dump {
 // Names of the files written, or nothing when interrupted.
 std::vector<std::string> write_files(const Options& o, const Model& model,
                                      const std::vector<TokenId>& ids) {
-  Transformer transformer(model, o.common.threads, o.batch);
-  const auto kv = make_kv_store(o.common.kv, model.config, static_cast<int>(ids.size()));
+  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}), o.batch);
+  const auto kv = make_kv_store(transformer.backend(), o.common.kv, model.config,
+                                static_cast<int>(ids.size()));
   std::unique_ptr<Dump> dump;
   std::unique_ptr<NpyWriter> logits_file;
   const auto n_tokens = static_cast<std::int64_t>(ids.size());

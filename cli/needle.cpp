@@ -153,7 +153,7 @@ class Reader {
         model_(model),
         tokenizer_(tokenizer),
         interrupted_(interrupted),
-        transformer_(model, common.threads),
+        transformer_(model, make_backend(common, model, {common.kv.policy})),
         progress_(common.quiet) {}
 
   // Stops early when interrupted.
@@ -178,7 +178,8 @@ class Reader {
   void examine(const NeedleSpec& spec, NeedleRun& run) {
     const NeedleText text = make_needle_text(tokenizer_, spec);
     const int n_tokens = static_cast<int>(text.tokens.size());
-    const auto kv = make_kv_store(common_.kv, model_.config, n_tokens + 2 * longest_turn(text));
+    const auto kv = make_kv_store(transformer_.backend(), common_.kv, model_.config,
+                                  n_tokens + 2 * longest_turn(text));
     Recovery recovery(o_.recovery.params(common_.kv.policy));
     read(*kv, text.tokens, recovery);
     run.alarms += static_cast<int>(recovery.firings().size());
@@ -355,7 +356,8 @@ int run_needle(const Args& args) {
     KvFlags& kv = variants.back().kv;
     kv.policy = policy;
     if (policy == "full") kv.hot_fraction = {}, kv.hot_tokens = {}, kv.hot_bytes = {};
-    make_kv_store(kv, model.config, o.contexts.back());  // what does not fit fails now
+    make_kv_store(*make_cpu_backend(model, 1), kv, model.config,
+                  o.contexts.back());  // what does not fit fails now
   }
 
   const std::atomic<bool>& interrupted = catch_interrupt();

@@ -17,6 +17,21 @@ namespace {
 constexpr int kMaxThreads = 256;
 constexpr int kMaxContext = 1 << 24;
 
+// What auto comes down to, and why.
+std::string automatic_backend(const CommonOptions& o, const std::string& not_full) {
+  if (!has_cuda()) return "cpu";
+  std::string backend = "cpu", why;
+  try {
+    const std::string device = cuda_device_name();
+    if (not_full.empty()) backend = "cuda";
+    why = not_full.empty() ? device : join("--policy ", not_full, " runs on the CPU only");
+  } catch (const Error& error) {
+    why = error.what();
+  }
+  if (!o.quiet) std::cerr << "backend  " << backend << ": " << why << "\n";
+  return backend;
+}
+
 }  // namespace
 
 int CommonOptions::default_threads() {
@@ -42,8 +57,11 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
   flags.section("Machine");
   flags.integer(o.threads, "-t, --threads", "CPU threads; by default the physical cores", 1,
                 kMaxThreads);
-  flags.choice(o.backend, "--backend", {"auto", "cpu", "cuda"},
-               "where to compute; this build has: cpu");
+  flags.choice(
+      o.backend, "--backend", {"auto", "cpu", "cuda", "checked"},
+      join("where to compute; checked: cuda and cpu side by side, and the first op that "
+           "differs is an error; cuda and checked have only --policy full; this build has: ",
+           has_cuda() ? "cpu, cuda" : "cpu"));
 }
 
 void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help,
@@ -60,11 +78,13 @@ void add_output_flags(Flags& flags, CommonOptions& o) {
   flags.toggle(o.verbose, "-v, --verbose", "more about the run on standard error");
 }
 
-void check_common(const CommonOptions& o) {
+void check_common(CommonOptions& o) {
   if (o.model.value_or("").empty())
     throw UsageError("expected a model: -m FILE.gguf or -m DIRECTORY");
-  if (o.backend == "cuda")
-    throw UsageError("--backend cuda: this build has no CUDA backend; it has: cpu");
+  const bool cuda = o.backend == "cuda" || o.backend == "checked";
+  require(has_cuda() || !cuda, "--backend ", o.backend,
+          ": this build has no CUDA backend; it has: cpu");
+  if (cuda && !o.kv.policy_given) o.kv.policy = "full";
 }
 
 int context_tokens(const CommonOptions& o, const Config& config) {
@@ -88,12 +108,26 @@ std::string describe(const Config& c) {
               c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.context_length);
 }
 
-std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& c, int capacity) {
+std::unique_ptr<Backend> make_backend(const CommonOptions& o, const Model& model,
+                                      const std::vector<std::string>& policies) {
+  std::string not_full;
+  for (const std::string& policy : policies)
+    if (policy != "full") not_full = policy;
+  const std::string backend = o.backend == "auto" ? automatic_backend(o, not_full) : o.backend;
+  if (backend == "cpu") return make_cpu_backend(model, o.threads);
+  require(not_full.empty(), "--policy ", not_full,
+          ": runs on the CPU backend only; expected --policy full or --backend cpu");
+  return backend == "cuda" ? make_cuda_backend(model, o.threads)
+                           : make_checked_backend(model, o.threads);
+}
+
+std::unique_ptr<KvStore> make_kv_store(Backend& backend, const KvFlags& flags, const Config& c,
+                                       int capacity) {
   for (const auto& [name, tokens] : {std::pair("--window", flags.window), {"--sinks", flags.sinks}})
     if (tokens.value_or(0) > capacity)
       throw UsageError(
           join(name, ": expected at most the context of ", capacity, " tokens, found ", *tokens));
-  return make_kv_store(kv_shape(c, capacity, flags.type()), flags.options());
+  return backend.make_kv_store(kv_shape(c, capacity, flags.type()), flags.options());
 }
 
 }  // namespace thaw

@@ -9,6 +9,7 @@
 #include "cli/flags.h"
 #include "cli/kv_flags.h"
 #include "kvstore/kvstore.h"
+#include "model/backend.h"
 #include "model/config.h"
 #include "model/model.h"
 
@@ -32,10 +33,11 @@ void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
 // --context and the store's flags; commands without a --context take add_kv_flags(flags, kv).
 void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help,
                   std::vector<std::string>* policies = nullptr);  // as in cli/kv_flags.h
-void add_output_flags(Flags& flags, CommonOptions& options);  // json, quiet, verbose
+void add_output_flags(Flags& flags, CommonOptions& options);      // json, quiet, verbose
 
-// Throws UsageError when no model is named or the backend is not in this build.
-void check_common(const CommonOptions& options);
+// Throws UsageError when no model is named, and Error when the backend is not in this build. A
+// backend that has only --policy full makes it the default.
+void check_common(CommonOptions& options);
 
 // The store's capacity in tokens: --context, or the model's. Warns on standard error when it is
 // beyond what the model was trained for.
@@ -47,7 +49,13 @@ void require_finite(std::span<const float> logits, const Model& model);
 // One line about a model, for --verbose.
 std::string describe(const Config& config);
 
-// The store that the KV flags ask for, for `capacity` tokens.
-std::unique_ptr<KvStore> make_kv_store(const KvFlags& flags, const Config& config, int capacity);
+// The backend that --backend asks for; what auto takes is said on standard error. policies: those
+// that its stores will have. Throws Error when there is no device, or it does not have a policy.
+std::unique_ptr<Backend> make_backend(const CommonOptions& options, const Model& model,
+                                      const std::vector<std::string>& policies);
+
+// The backend's store that the KV flags ask for, for `capacity` tokens.
+std::unique_ptr<KvStore> make_kv_store(Backend& backend, const KvFlags& flags, const Config& config,
+                                       int capacity);
 
 }  // namespace thaw

@@ -116,8 +116,9 @@ Windows plan_windows(const PerplexityOptions& o, const Tokenizer& tokenizer, int
 Score score(const PerplexityOptions& o, const Model& model, const Tokenizer& tokenizer,
             const std::vector<TokenId>& ids, const Windows& w) {
   const int n_tokens = static_cast<int>(ids.size());
-  const auto kv = make_kv_store(o.common.kv, model.config, std::min(w.length, n_tokens) + w.bos);
-  Transformer transformer(model, o.common.threads, kBatch);
+  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}), kBatch);
+  const auto kv = make_kv_store(transformer.backend(), o.common.kv, model.config,
+                                std::min(w.length, n_tokens) + w.bos);
   const std::atomic<bool>& interrupted = catch_interrupt();
   Progress progress(o.common.quiet);
   Score result;

@@ -156,20 +156,25 @@ int run_policies(const PerplexityOptions& o, const Model& model, const Tokenizer
       window_sizes(o, model, tokenizer, input, static_cast<int>(ids.size()));
   const auto n_windows = decode_windows(windows, static_cast<int>(ids.size())).size();
   Points points{parse_sweep(o.sweeps), {}, {}};
-  std::vector<std::unique_ptr<KvStore>> stores;
+  std::vector<std::string> policies;
   for (std::size_t i = 0; i < points.sweep.points.size(); ++i) {
     points.options.push_back(at_point(o.common, points.sweep, i));
-    stores.push_back(make_kv_store(points.options.back().kv, model.config, windows.context));
+    policies.push_back(points.options.back().kv.policy);
   }
+  Transformer transformer(model, make_backend(o.common, model, policies));
+  std::vector<std::unique_ptr<KvStore>> stores;
+  for (const CommonOptions& options : points.options)
+    stores.push_back(
+        make_kv_store(transformer.backend(), options.kv, model.config, windows.context));
   KvFlags everything;
   everything.policy = "full";
   const std::unique_ptr<KvStore> full =
-      o.no_full ? nullptr : make_kv_store(everything, model.config, windows.context);
+      o.no_full ? nullptr
+                : make_kv_store(transformer.backend(), everything, model.config, windows.context);
   std::optional<OutputFile> csv, picture;
   if (o.csv) csv.emplace(*o.csv);
   if (o.plot) picture.emplace(*o.plot);
 
-  Transformer transformer(model, o.common.threads);
   const std::atomic<bool>& interrupted = catch_interrupt();
   Progress progress(o.common.quiet);
   const auto start = std::chrono::steady_clock::now();

@@ -129,11 +129,13 @@ void release(Memory memory, void* data) noexcept {
 
 void copy_bytes(void* to, const void* from, std::size_t bytes, cudaMemcpyKind kind,
                 const Stream& stream) {
-  if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, kind, stream.get()), "copy");
+  if (bytes > 0 && !stream.muted())
+    check(cudaMemcpyAsync(to, from, bytes, kind, stream.get()), "copy");
 }
 
 void fill_device(void* device, int byte, std::size_t bytes, const Stream& stream) {
-  if (bytes > 0) check(cudaMemsetAsync(device, byte, bytes, stream.get()), "fill");
+  if (bytes > 0 && !stream.muted())
+    check(cudaMemsetAsync(device, byte, bytes, stream.get()), "fill");
 }
 
 LaunchConfig::LaunchConfig(dim3 grid, dim3 block, std::size_t shared_bytes, const Stream& stream,

@@ -80,8 +80,23 @@ class Stream {
   void wait(const Event& event) const;  // later work waits for what the event was recorded behind
   void synchronize() const;             // the host waits for all work so far
 
+  // While one lives, launches, copies and fills on the stream do nothing: code that queues them
+  // runs for what else it does, and a graph stands in for what it queues.
+  class Muted {
+   public:
+    explicit Muted(Stream& stream) : stream_(stream) { stream_.muted_ = true; }
+    ~Muted() { stream_.muted_ = false; }
+    Muted(const Muted&) = delete;
+    Muted& operator=(const Muted&) = delete;
+
+   private:
+    Stream& stream_;
+  };
+  bool muted() const { return muted_; }
+
  private:
   CudaHandle<cudaStream_t, cudaStreamDestroy> handle_;
+  bool muted_ = false;
 };
 
 // A point in a stream. Waiting for one that was never recorded does not wait.
@@ -216,6 +231,7 @@ void launch_with(const LaunchConfig& config, const char* name, void (*kernel)(Pa
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
             std::size_t shared_bytes, const Stream& stream, Args&&... args) {
+  if (stream.muted()) return;
   launch_with(LaunchConfig(grid, block, shared_bytes, stream, false), name, kernel,
               std::forward<Args>(args)...);
 }
@@ -227,6 +243,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
 template <class... Params, class... Args>
 void launch_overlapping(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block,
                         std::size_t shared_bytes, const Stream& stream, Args&&... args) {
+  if (stream.muted()) return;
   launch_with(LaunchConfig(grid, block, shared_bytes, stream, true), name, kernel,
               std::forward<Args>(args)...);
 }

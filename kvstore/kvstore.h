@@ -69,6 +69,8 @@ struct LaneView {
   std::span<const std::uint32_t> hot_mask;  // bit t % 32 of word t / 32: token t is hot
 };
 
+struct DeviceView;  // kvstore/device_view.h
+
 // The tokens of one layer that attention reads. Keys already carry RoPE.
 struct KvView {
   KvType type = KvType::kF16;
@@ -76,6 +78,7 @@ struct KvView {
   int n_kv_heads = 0;
   int head_dim = 0;
   KvRows cold;  // every token, oldest first
+  const DeviceView* device = nullptr;  // the same of a store in device memory; kernels read it
 
   int lane_heads = 0;  // KV heads that share statistics and decisions: 1, or n_kv_heads
   // Decode under a policy that freezes; empty where all tokens are attended exactly.
@@ -180,6 +183,9 @@ class KvStore {
   // Mean over layers and heads of the last step's ghost mass and attention entropy.
   virtual float ghost_mass() const = 0;
 };
+
+// Throws Error when sizes are not positive, do not fit 64 bits, or do not fit the type.
+void check_shape(const KvShape& shape);
 
 // Throws Error when shape and options do not fit each other. The second form takes its memory from
 // the sources given: fast for the hot tier and ghosts, cold for the cold tier.

@@ -18,13 +18,6 @@ std::int64_t KvShape::bytes_per_token() const {
          static_cast<std::int64_t>(kv_row_bytes(type, head_dim));
 }
 
-namespace {
-
-constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
-constexpr int kWakeSteps = 64;   // how far back the window rung wakes
-constexpr float kAlarmEpsilon = 0.25f;
-constexpr int kCheckSteps = 64;  // decode steps between checks of every token
-
 void check_shape(const KvShape& s) {
   require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
           "KV store: expected positive sizes, found ", s.n_layers, " layers, ", s.n_kv_heads,
@@ -39,6 +32,13 @@ void check_shape(const KvShape& s) {
           "KV store: ", kv_type_name(s.type), ": expected a head_dim that 32 divides, found ",
           s.head_dim);
 }
+
+namespace {
+
+constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
+constexpr int kWakeSteps = 64;   // how far back the window rung wakes
+constexpr float kAlarmEpsilon = 0.25f;
+constexpr int kCheckSteps = 64;  // decode steps between checks of every token
 
 class TieredKvStore final : public KvStore {
  public:

@@ -2,15 +2,12 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <span>
-#include <vector>
 
-#include "attention/attention.h"
 #include "kvstore/kvstore.h"
+#include "model/backend.h"
 #include "model/model.h"
-#include "model/ops.h"
 
 namespace thaw {
 
@@ -19,11 +16,14 @@ KvShape kv_shape(const Config& config, int capacity, KvType type = KvType::kF16)
 
 class Transformer {
  public:
-  // Keeps a reference to `model`, which must outlive this. n_threads: at least 1; results
-  // do not depend on it. max_rows: most tokens of one forward() call; scratch memory grows with it.
+  // Keeps a reference to `model`, which must outlive this. max_rows: most tokens of one forward()
+  // call; scratch memory grows with it.
+  Transformer(const Model& model, std::unique_ptr<Backend> backend, int max_rows = 512);
+  // On the CPU. n_threads: at least 1; results do not depend on it.
   Transformer(const Model& model, int n_threads, int max_rows = 512);
 
-  // Runs `tokens` (1 .. max_rows; in decode 1) at positions kv.length() ...; appends them to kv.
+  // Runs `tokens` (1 .. max_rows; in decode 1) at positions kv.length() ...; appends them to kv,
+  // a store that backend() made.
   // Returns logits of the last n_logits rows (0 .. T), n_logits x vocab_size, valid until the next
   // call. Throws Error on a token outside the vocabulary, or when the store is full or gets no
   // memory (nothing is changed then).
@@ -36,20 +36,17 @@ class Transformer {
   // Every named intermediate of every forward() from now on; {} to stop.
   void observe(Observer observer);
 
-  ThreadPool& pool() { return pool_; }
+  Backend& backend() { return *backend_; }
+  ThreadPool& pool() { return backend_->pool(); }
   const Config& config() const { return model_.config; }
   int max_rows() const { return max_rows_; }
 
  private:
-  void reserve(int n_rows, int n_logits);
+  void run_layers(const Scratch& a, KvStore& kv, int n_logits);
 
   const Model& model_;
   int max_rows_;
-  ThreadPool pool_;
-  std::unique_ptr<Ops> ops_;
-  std::unique_ptr<Attention> attention_;
-  std::vector<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // scratch, max_rows x width
-  std::vector<std::int32_t> positions_;
+  std::unique_ptr<Backend> backend_;
   AttentionStats stats_;
 };
 

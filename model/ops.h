@@ -51,15 +51,14 @@ class Ops {
                       std::int64_t n_rows) = 0;
 
   // Called with every named intermediate; an empty function (the default) costs nothing.
-  void observe(Observer observer) { observer_ = std::move(observer); }
+  virtual void observe(Observer observer) { observer_ = std::move(observer); }
   // Tells the observer, which reads host memory: a backend that has its own copies first.
   virtual void report(std::string_view name, int layer, const float* data, std::int64_t rows,
                       std::int64_t cols) const {
     if (observer_) observer_({name, layer, data, rows, cols});
   }
 
- protected:
-  bool observed() const { return static_cast<bool>(observer_); }
+  virtual bool observed() const { return static_cast<bool>(observer_); }
 
  private:
   Observer observer_;

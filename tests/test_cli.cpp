@@ -143,9 +143,10 @@ TEST_CASE("cli: every number and choice is checked, and the message names the fl
   rejects("--frequency-penalty", {"nan"}, "a number");
   rejects("--penalty-window", {"-2"}, "a whole number from -1 to 16777216");
   rejects("--kv-type", {"q5_0", "F16"}, "one of f16|bf16|f32|q8_0|q4_0");
-  rejects("--backend", {"gpu"}, "one of auto|cpu|cuda");
+  rejects("--backend", {"gpu"}, "one of auto|cpu|cuda|checked");
   rejects("--policy", {"Thaw", "none"}, "one of full|window|h2o|budget|asr|thaw");
-  check_fails({"generate", "-m", "x", "--backend", "cuda"}, 2, "this build has no CUDA backend");
+  for (const char* backend : {"cuda", "checked"})
+    check_fails({"generate", "-m", "x", "--backend", backend}, 1, "this build has no CUDA backend");
 }
 
 TEST_CASE("cli: values may be attached, empty, or look like flags") {

@@ -1,0 +1,298 @@
+#include <algorithm>
+#include <vector>
+
+#include "device/error.h"
+#include "device/kernel.cuh"
+#include "kvstore/device_view.h"
+#include "kvstore/full_store_cuda.h"
+#include "kvstore/row_cuda.cuh"
+#include "kvstore/tiers.h"
+
+namespace thaw {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kBlock = 32;  // numbers that a warp stores at a time: a block of q8_0 and q4_0
+
+// Where a step's tokens stand, in device memory.
+struct StepPlace {
+  std::int32_t first;   // the first of them
+  std::int32_t kv_len;  // behind the last
+};
+
+// Computes  *place = value
+// Grid      1
+// Block     kWarp
+// Shared    none
+// Bytes     writes 8
+__global__ void set_place(StepPlace* place, StepPlace value) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  if (threadIdx.x == 0) *place = value;
+}
+
+// 32 numbers, one a lane, as a block of q8_0: d = max|x| / 127.
+__device__ inline void store_q8_0(std::byte* out, float x) {
+  const float largest = warp_max(fabsf(x));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const std::uint32_t d = pack2<__half>(largest / 127.0f, 0);
+  const int lane = lane_index(), code = __float2int_rn(x * inverse);
+  if (lane == 0) *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(d);
+  reinterpret_cast<std::int8_t*>(out + 2)[lane] = static_cast<std::int8_t>(code);
+}
+
+// As a block of q4_0: d = (the first x of largest magnitude) / -8.
+__device__ inline void store_q4_0(std::byte* out, float x) {
+  const int lane = lane_index();
+  const float magnitude = warp_max(fabsf(x));
+  const unsigned where = __ballot_sync(kAllLanes, fabsf(x) == magnitude);
+  const float first = __shfl_sync(kAllLanes, x, max(__ffs(static_cast<int>(where)) - 1, 0));
+  const float d = (magnitude > 0 ? first : 0.0f) / -8.0f;
+  const float inverse = d != 0 ? 1.0f / d : 0.0f;
+  const int code = min(15, static_cast<int>(fmaf(x, inverse, 8.5f)));
+  const int other = __shfl_down_sync(kAllLanes, code, kBlock / 2);
+  if (lane == 0)
+    *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(pack2<__half>(d, 0));
+  if (lane < kBlock / 2) out[2 + lane] = static_cast<std::byte>(code | other << 4);
+}
+
+// Numbers first to first + 31 of a row, where it has them; all lanes call.
+template <KvType kType>
+__device__ inline void store_numbers(std::byte* row, const float* in, int first, int n) {
+  const int i = first + lane_index();
+  const float x = i < n ? in[i] : 0.0f;
+  if constexpr (kType == KvType::kQ8_0) return store_q8_0(row + first / kBlock * 34, x);
+  if constexpr (kType == KvType::kQ4_0) return store_q4_0(row + first / kBlock * 18, x);
+  if (i >= n) return;
+  if constexpr (kType == KvType::kF32) reinterpret_cast<float*>(row)[i] = x;
+  if constexpr (kType == KvType::kF16) reinterpret_cast<__half*>(row)[i] = from_float<__half>(x);
+  if constexpr (kType == KvType::kBF16)
+    reinterpret_cast<__nv_bfloat16*>(row)[i] = from_float<__nv_bfloat16>(x);
+}
+
+// Computes  the stored rows of a step's tokens: k and v rounded to the store's type
+// Grid      T x k/v heads
+// Block     kThreads; warps take 32 numbers of the key and the value in turns
+// Shared    none
+// Bytes     reads k and v, writes their rows
+template <KvType kType>
+__global__ void append_rows(DeviceRows rows, const float* k, const float* v, const StepPlace* place,
+                            int head_dim) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int t = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
+  auto* key = const_cast<std::byte*>(rows.key(head, place->first + t));
+  const std::int64_t from = (static_cast<std::int64_t>(t) * gridDim.y + head) * head_dim;
+  const int n_blocks = (head_dim + kBlock - 1) / kBlock;
+  for (int b = warp_index(); b < 2 * n_blocks; b += kThreads / kWarp) {
+    const bool is_value = b >= n_blocks;
+    store_numbers<kType>(key + (is_value ? rows.value_offset : 0), (is_value ? v : k) + from,
+                         (is_value ? b - n_blocks : b) * kBlock, head_dim);
+  }
+}
+
+class CudaKvStore final : public KvStore {
+ public:
+  CudaKvStore(const KvShape& shape, const KvOptions& options, const Stream& stream);
+
+  void begin(int n_tokens, Phase phase) override;
+  void append(int layer, const float* k, const float* v, int n_tokens) override;
+  KvView view(int layer) const override;
+  int stats_rows(int) const override { return 0; }
+  void settle(int layer, const AttentionStats& stats) override;
+  void rewind(int position) override;
+  void clear() override { rewind(0), counters_ = {}; }
+  double reset(Rung) override { return 0; }  // nothing sleeps
+  void check() const override;
+  void record(KvRecorder* recorder) override { recorder_ = recorder; }
+
+  int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
+  const KvShape& shape() const override { return shape_; }
+  const KvOptions& options() const override { return options_; }
+  KvUsage usage() const override;
+  const KvCounters& counters() const override { return counters_; }
+  float ghost_mass() const override { return 0; }
+
+ private:
+  std::size_t page_bytes() const {
+    return kTierTokens * static_cast<std::size_t>(shape_.bytes_per_token());
+  }
+  int room() const { return static_cast<int>(pages_.size()) * kTierTokens; }  // tokens
+  void reserve(int n_tokens);
+  void finish_step();
+
+  KvShape shape_;
+  KvOptions options_;
+  const Stream& stream_;
+  std::vector<DeviceBuffer<std::byte>> pages_;
+  DeviceBuffer<const std::byte*> table_;       // of the pages; room for all
+  PinnedBuffer<const std::byte*> host_table_;  // the same, which copies read
+  DeviceBuffer<StepPlace> place_;
+  std::vector<DeviceView> views_;  // a layer
+  std::vector<int> appended_;      // tokens held, a layer
+  std::vector<char> unsettled_;    // a layer: appended, and not settled yet
+  Phase phase_ = Phase::kPrefill;
+  KvCounters counters_;
+  KvStep line_;  // of the running decode step
+  KvRecorder* recorder_ = nullptr;
+};
+
+void check_options(const KvOptions& o) {
+  require(o.policy.policy == Policy::kFull, "--policy ",
+          kPolicyNames[static_cast<int>(o.policy.policy)],
+          ": runs on the CPU backend only; expected --policy full or --backend cpu");
+  require(o.cold_file.empty(),
+          "--cold-file: expected --backend cpu: on the GPU every token is in "
+          "device memory, found ",
+          o.cold_file);
+}
+
+CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const Stream& stream)
+    : shape_(shape),
+      options_(options),
+      stream_(stream),
+      place_(1, "KV store"),
+      appended_(static_cast<std::size_t>(shape.n_layers)),
+      unsettled_(static_cast<std::size_t>(shape.n_layers)) {
+  const auto n_pages = static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens);
+  table_ = DeviceBuffer<const std::byte*>(n_pages, "KV store");
+  host_table_ = PinnedBuffer<const std::byte*>(n_pages, "KV store");
+  pages_.reserve(n_pages);
+  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
+  const std::size_t row = kv_row_bytes(shape.type, shape.head_dim);
+  for (int layer = 0; layer < shape.n_layers; ++layer) {
+    DeviceView view;
+    view.rows.pages = table_.data();
+    view.rows.row_bytes = row;
+    view.rows.value_offset = kTierTokens * row;
+    view.rows.head_stride = 2 * kTierTokens * row;
+    view.rows.offset = static_cast<std::size_t>(layer) * shape.n_kv_heads * view.rows.head_stride;
+    view.rows.page_rows = kTierTokens;
+    view.kv_len = &place_.data()->kv_len;
+    views_.push_back(view);
+  }
+}
+
+// What begin() had taken when memory ran out is given back.
+void CudaKvStore::reserve(int n_tokens) {
+  const std::size_t had = pages_.size();
+  const auto wanted = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  try {
+    while (pages_.size() < wanted) {
+      pages_.emplace_back(page_bytes(), "KV store");
+      host_table_.data()[pages_.size() - 1] = pages_.back().data();
+    }
+  } catch (const Error& error) {
+    const int fits = std::min(room(), shape_.capacity);
+    pages_.resize(had);
+    fail(error.what(), "; ", n_tokens, " tokens were asked for, ", fits, " would fit");
+  }
+  if (wanted > had)
+    copy_to_device(table_.data() + had, host_table_.data() + had, wanted - had, stream_);
+}
+
+void CudaKvStore::begin(int n_tokens, Phase phase) {
+  const int first = length();
+  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
+          n_tokens);
+  require(n_tokens <= shape_.capacity - first, "KV store: expected at most ", shape_.capacity,
+          " tokens, found ", std::int64_t{first} + n_tokens);
+  for (const int n : appended_)
+    require(n == first, "KV store: the last step reached only some layers; rewind first");
+  reserve(first + n_tokens);
+  launch_overlapping("begin", set_place, 1, kWarp, 0, stream_, place_.data(),
+                     StepPlace{first, first + n_tokens});
+  phase_ = phase;
+  line_ = {static_cast<std::int32_t>(counters_.steps),
+           first + n_tokens,
+           std::move(line_.layers),
+           0,
+           0,
+           0};
+  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
+}
+
+void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
+  int& n = appended_.at(static_cast<std::size_t>(layer));
+  require(n + n_tokens <= room(), "KV store: append without begin");
+  const DeviceRows& rows = views_[static_cast<std::size_t>(layer)].rows;
+  with_kv_type(shape_.type, [&](auto type) {
+    launch_overlapping(
+        "append", append_rows<decltype(type)::value>,
+        dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)), kThreads,
+        0, stream_, rows, k, v, place_.data(), shape_.head_dim);
+  });
+  n += n_tokens;
+  unsettled_[static_cast<std::size_t>(layer)] = 1;
+}
+
+KvView CudaKvStore::view(int layer) const {
+  KvView view;
+  view.type = shape_.type;
+  view.kv_len = appended_.at(static_cast<std::size_t>(layer));
+  view.n_kv_heads = view.lane_heads = shape_.n_kv_heads;
+  view.head_dim = shape_.head_dim;
+  view.device = &views_[static_cast<std::size_t>(layer)];
+  return view;
+}
+
+void CudaKvStore::settle(int layer, const AttentionStats&) {
+  const auto i = static_cast<std::size_t>(layer);
+  require(unsettled_.at(i) != 0, "KV store: layer ", layer, ": settled without an append");
+  unsettled_[i] = 0;
+  if (phase_ == Phase::kDecode) {
+    counters_.visible += appended_[i];
+    counters_.attended += appended_[i];
+    counters_.cold_bytes_visible += static_cast<double>(appended_[i]) *
+                                    static_cast<double>(shape_.bytes_per_token()) / shape_.n_layers;
+    line_.layers[i].hot = static_cast<float>(appended_[i]);
+  }
+  if (layer + 1 == shape_.n_layers) finish_step();
+}
+
+void CudaKvStore::finish_step() {
+  if (phase_ == Phase::kDecode) {
+    ++counters_.steps;
+    line_.hot_bytes = usage().resident;
+    if (recorder_) recorder_->step(line_);
+  }
+  if (options_.check) check();
+}
+
+void CudaKvStore::rewind(int position) {
+  require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
+          length(), ", found ", position);
+  for (int& n : appended_) n = position;
+  std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  if (recorder_)
+    recorder_->event(
+        {KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1, position, 0, 0, 0});
+}
+
+void CudaKvStore::check() const {
+  for (const int n : appended_)
+    require(n <= room(), "KV check: expected at most ", room(), " tokens, found ", n);
+  std::vector<const std::byte*> table(pages_.size());
+  copy_to_host(table.data(), table_.data(), table.size(), stream_);
+  for (std::size_t i = 0; i < table.size(); ++i)
+    require(table[i] == pages_[i].data(), "KV check: page ", i, ": the device's table is wrong");
+}
+
+KvUsage CudaKvStore::usage() const {
+  KvUsage u;
+  u.full = u.resident = length() * shape_.bytes_per_token();
+  u.hot = std::ssize(pages_) * static_cast<std::int64_t>(page_bytes());
+  u.bookkeeping = static_cast<std::int64_t>(table_.bytes());
+  return u;
+}
+
+}  // namespace
+
+std::unique_ptr<KvStore> make_cuda_kv_store(const KvShape& shape, const KvOptions& options,
+                                            const Stream& stream) {
+  check_options(options);
+  check_shape(shape);
+  return std::make_unique<CudaKvStore>(shape, options, stream);
+}
+
+}  // namespace thaw

@@ -1,0 +1,118 @@
+#include <algorithm>
+#include <numeric>
+
+#include "attention/attention_cuda.h"
+#include "device/error.h"
+#include "kvstore/full_store_cuda.h"
+#include "model/backend_cuda.h"
+#include "model/ops_cuda.h"
+
+namespace thaw {
+namespace {
+
+constexpr std::size_t kMaxRecordings = 16;
+
+}  // namespace
+
+CudaBackend::CudaBackend(const Model& model, int n_threads)
+    : Backend(n_threads),
+      config_((device_facts(), model.config)),  // the first to say that there is no device
+      weights_(model.weights, stream_),
+      ops_(make_cuda_ops(model.config, weights_, stream_)),
+      attention_(make_cuda_attention(stream_)) {}
+
+std::unique_ptr<KvStore> CudaBackend::make_kv_store(const KvShape& shape,
+                                                    const KvOptions& options) {
+  return make_cuda_kv_store(shape, options, stream_);
+}
+
+float* CudaBackend::grown(DeviceBuffer<float>& buffer, std::int64_t rows, std::int64_t cols,
+                          const char* what) {
+  const auto n = static_cast<std::size_t>(rows * cols);
+  if (buffer.size() < n) {
+    recordings_.clear();  // they refer to the memory that is given back
+    buffer = {};
+    buffer = DeviceBuffer<float>(n, what);
+  }
+  return buffer.data();
+}
+
+Scratch CudaBackend::begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) {
+  for (const std::int32_t token : tokens)
+    require(token >= 0 && token < config_.vocab_size, "embed: token: expected 0 to ",
+            config_.vocab_size - 1, ", found ", token);
+  const auto n_rows = static_cast<std::int64_t>(tokens.size());
+  Scratch a = {};
+  a.x = grown(x_, n_rows, config_.dim, "x");
+  a.q = grown(q_, n_rows, config_.q_dim(), "q");
+  a.k = grown(k_, n_rows, config_.kv_dim(), "k");
+  a.v = grown(v_, n_rows, config_.kv_dim(), "v");
+  a.attn_out = grown(attn_out_, n_rows, config_.q_dim(), "attn_out");
+  a.h = grown(h_, n_rows, config_.ffn_dim, "ffn_hidden");
+  a.logits = grown(logits_, n_logits, config_.vocab_size, "logits");
+  send_ids(tokens, first_position);
+  n_rows_ = tokens.size(), has_logits_ = n_logits > 0;
+  a.tokens = {ids_.data(), tokens.size()};
+  a.positions = {ids_.data() + tokens.size(), tokens.size()};
+  return a;
+}
+
+void CudaBackend::send_ids(std::span<const std::int32_t> tokens, int first_position) {
+  const std::size_t n = tokens.size();
+  ids_read_.synchronize();  // the copy of the last pass's has read host_ids_
+  if (ids_.size() < 2 * n) {
+    recordings_.clear();  // likewise
+    host_ids_ = {}, ids_ = {};
+    host_ids_ = PinnedBuffer<std::int32_t>(2 * n, "tokens");
+    ids_ = DeviceBuffer<std::int32_t>(2 * n, "tokens");
+  }
+  std::copy(tokens.begin(), tokens.end(), host_ids_.data());
+  std::iota(host_ids_.data() + n, host_ids_.data() + 2 * n, first_position);
+  copy_to_device(ids_.data(), host_ids_.data(), 2 * n, stream_);
+  ids_read_.record(stream_);
+}
+
+CudaBackend::Recording* CudaBackend::find_recording(const KvView& view) {
+  for (Recording& r : recordings_)
+    if (r.view == *view.device && r.type == view.type && r.has_logits == has_logits_) return &r;
+  return nullptr;
+}
+
+void CudaBackend::run(const KvStore& kv, const std::function<void()>& pass) {
+  const KvView view = kv.view(0);
+  if (!uses_graphs_ || n_rows_ != 1 || ops_->observed() || view.device == nullptr) return pass();
+  Recording* recording = find_recording(view);
+  if (recording == nullptr) {  // a pass that takes its memory
+    if (recordings_.size() == kMaxRecordings) recordings_.erase(recordings_.begin());
+    recordings_.push_back({*view.device, view.type, has_logits_, {}});
+    return pass();
+  }
+  if (recording->graph) {
+    const Stream::Muted muted(stream_);
+    pass();
+  } else {
+    recording->graph = Graph(stream_, pass);
+  }
+  recording->graph.launch(stream_);
+}
+
+std::span<const float> CudaBackend::fetch(const Scratch& a, std::size_t n) {
+  if (n == 0) return {};
+  if (host_logits_.size() < n) {
+    host_logits_ = {};
+    host_logits_ = PinnedBuffer<float>(n, "logits");
+  }
+  copy_to_host(host_logits_.data(), a.logits, n, stream_);
+  stream_.synchronize();  // the pass is done, and its logits are here
+  return {host_logits_.data(), n};
+}
+
+bool has_cuda() { return true; }
+
+std::string cuda_device_name() { return device_facts().name; }
+
+std::unique_ptr<Backend> make_cuda_backend(const Model& model, int n_threads) {
+  return std::make_unique<CudaBackend>(model, n_threads);
+}
+
+}  // namespace thaw

@@ -1,0 +1,207 @@
+// Attention on the GPU against the definition: odd shapes, every type of store.
+//
+// Tolerances are on the error's power relative to the result's (NMSE). Up to 8 rows all is f32, as
+// on the CPU (tests/test_attention.cpp): 1e-10. Through tensor cores, queries and probabilities are
+// rounded by at most u = 2^-11 (f16) or 2^-8 (bf16) of them, and evenly: u^2 / 3 of the power. A
+// score of q and k with standard deviation 1.5 then errs by 1.5^2 u / sqrt(3), and so does its
+// probability, relatively; its own rounding adds u / sqrt(3). Errors of different tokens are
+// independent, so o has the same share of its power: (1.5^4 + 1) u^2 / 3. Quantised keys and values
+// are rounded to f16 as well, which doubles it. Twice that leaves room for chance.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <vector>
+
+#include "attention/attention_cuda.h"
+#include "kvstore/row.h"
+#include "tests/compare.h"
+#include "tests/error_of.h"
+#include "tests/reference.h"
+#include "tests/simt/device_pages.h"
+#include "tests/simt/simt.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+using testing::error_of;
+
+namespace {
+
+using Vector = std::vector<float>;
+
+constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
+                             KvType::kQ4_0};
+
+struct Case {
+  int n_rows, kv_len, n_kv_heads, group, head_dim;
+  KvType type = KvType::kF16;
+
+  int n_heads() const { return n_kv_heads * group; }
+  int width() const { return n_heads() * head_dim; }
+};
+
+double tolerance(const Case& c) {
+  if (c.n_rows <= 8 || c.type == KvType::kF32) return 1e-10;
+  const double u = c.type == KvType::kBF16 ? 0x1p-8 : 0x1p-11;
+  const bool unpacked = c.type == KvType::kQ8_0 || c.type == KvType::kQ4_0;
+  return 2 * (std::pow(1.5, 4) + 1) * u * u / 3 * (unpacked ? 2 : 1);
+}
+
+std::unique_ptr<KvStore> filled_store(const Case& c) {
+  testing::Random random(7);
+  KvOptions full;
+  full.policy.policy = Policy::kFull;
+  auto kv = make_kv_store({2, c.n_kv_heads, c.head_dim, c.kv_len + 5, c.type}, full);
+  kv->begin(c.kv_len, Phase::kPrefill);
+  const std::int64_t n = std::int64_t{c.kv_len} * c.n_kv_heads * c.head_dim;
+  for (int layer = 0; layer < 2; ++layer)
+    kv->append(layer, random.normals(n, 1.5f).data(), random.normals(n, 1.5f).data(), c.kv_len);
+  return kv;
+}
+
+Vector queries(const Case& c) {
+  return testing::Random(11).normals(std::int64_t{c.n_rows} * c.width(), 1.5f);
+}
+
+Vector attend(const Case& c, const KvStore& kv, const Vector& q) {
+  const Stream stream;
+  const testing::DevicePages pages(kv, 1, stream);
+  const auto attention = make_cuda_attention(stream);
+  DeviceBuffer<float> dq(q.size(), "q"), o(q.size(), "o");
+  copy_to_device(dq.data(), q.data(), q.size(), stream);
+  AttentionStats stats;
+  attention->attend(o.data(), dq.data(), c.n_rows, c.n_heads(), pages.view(), stats, 0);
+  Vector got(q.size());
+  copy_to_host(got.data(), o.data(), got.size(), stream);
+  return got;
+}
+
+Vector expected(const Case& c, const KvStore& kv, const Vector& q) {
+  const KvRows rows = kv.view(1).cold;
+  reference::Matrix k, v;
+  for (int t = 0; t < c.kv_len; ++t) {
+    k.emplace_back(c.n_kv_heads * c.head_dim), v.emplace_back(c.n_kv_heads * c.head_dim);
+    for (int head = 0; head < c.n_kv_heads; ++head) {
+      load_row(&k[t][head * c.head_dim], rows.key(head, t), c.head_dim, c.type);
+      load_row(&v[t][head * c.head_dim], rows.value(head, t), c.head_dim, c.type);
+    }
+  }
+  Vector all;
+  for (int t = 0; t < c.n_rows; ++t) {
+    const Vector row(q.begin() + t * c.width(), q.begin() + (t + 1) * c.width());
+    const auto r = reference::attend(row, k, v, c.kv_len - c.n_rows + t + 1, c.n_heads(),
+                                     c.n_kv_heads, c.head_dim);
+    all.insert(all.end(), r.o.begin(), r.o.end());
+  }
+  return all;
+}
+
+void check(const Case& c) {
+  CAPTURE(c.n_rows);
+  CAPTURE(c.kv_len);
+  CAPTURE(c.n_kv_heads);
+  CAPTURE(c.group);
+  CAPTURE(c.head_dim);
+  CAPTURE(kv_type_name(c.type));
+  const auto kv = filled_store(c);
+  const Vector q = queries(c);
+  CHECK(testing::nmse(attend(c, *kv, q), expected(c, *kv, q)) <= tolerance(c));
+}
+
+}  // namespace
+
+TEST_CASE("cuda attention: decode equals the definition, every type, group and head size") {
+  for (const KvType type : kTypes)
+    for (const int head_dim : {32, 64, 96, 128}) check({1, 75, 1, 4, head_dim, type});
+  for (const int head_dim : {8, 24, 80, 160, 256}) check({1, 67, 2, 3, head_dim});
+  for (const int group : {1, 3, 4, 7, 9}) check({1, 131, 2, group, 64});
+  for (const int kv_len : {1, 2, 31, 32, 33, 257, 1000}) check({1, kv_len, 1, 3, 64});
+  for (const int n_rows : {2, 5, 8}) check({n_rows, 40, 2, 3, 64});
+  check({8, 8, 1, 1, 128});
+}
+
+TEST_CASE("cuda attention: prefill equals the definition, every type, group and head size") {
+  for (const KvType type : kTypes)
+    for (const int head_dim : {64, 96, 128}) check({17, 80, 1, 3, head_dim, type});
+  for (const int head_dim : {8, 72, 80, 160}) check({12, 70, 1, 2, head_dim});
+  for (const int group : {1, 3, 4, 7}) check({9, 131, 2, group, 64, KvType::kBF16});
+  for (const int n_rows : {16, 63, 64, 65, 70}) check({n_rows, n_rows, 1, 1, 64});
+  check({70, 203, 1, 3, 80});
+}
+
+TEST_CASE("cuda attention: scores far apart do not overflow, and the largest wins") {
+  for (const int n_rows : {1, 20}) {
+    const Case c{n_rows, 150, 1, 1, 64};
+    KvOptions full;
+    full.policy.policy = Policy::kFull;
+    const auto kv = make_kv_store({2, 1, 64, 160, KvType::kF16}, full);
+    kv->begin(150, Phase::kPrefill);
+    for (int layer = 0; layer < 2; ++layer)
+      for (int t = 0; t < 150; ++t)
+        kv->append(layer, Vector(64, t == 90 ? 100.0f : -100.0f).data(),
+                   Vector(64, static_cast<float>(t)).data(), 1);
+    const Vector q(static_cast<std::size_t>(n_rows) * 64, 100.0f);
+    CHECK(attend(c, *kv, q) == Vector(q.size(), 90.0f));
+  }
+}
+
+TEST_CASE("cuda attention: the same bits in any order of blocks, threads and splits") {
+  for (const Case& c : {Case{1, 700, 2, 3, 64}, Case{3, 150, 1, 4, 128}, Case{20, 90, 1, 3, 64}}) {
+    const auto kv = filled_store(c);
+    const Vector q = queries(c), first = attend(c, *kv, q);
+    for (std::uint64_t seed = 2; seed < 6; ++seed) {
+      simt::set_seed(seed);
+      CHECK(attend(c, *kv, q) == first);
+    }
+  }
+  simt::set_seed(1);
+}
+
+TEST_CASE("cuda attention: a graph serves every length, and reads keys and values once") {
+  const Case c{1, 200, 2, 4, 64};
+  const auto kv = filled_store(c);
+  const Vector q = queries(c);
+  const Stream stream;
+  const testing::DevicePages pages(*kv, 1, stream);
+  const auto attention = make_cuda_attention(stream);
+  DeviceBuffer<float> dq(q.size(), "q"), o(q.size(), "o");
+  copy_to_device(dq.data(), q.data(), q.size(), stream);
+  AttentionStats stats;
+  const auto run = [&] {
+    attention->attend(o.data(), dq.data(), 1, c.n_heads(), pages.view(), stats, 0);
+  };
+  run();  // takes its memory
+  const Graph graph(stream, run);
+  for (const int kv_len : {200, 31, 1}) {
+    auto* device_len = const_cast<std::int32_t*>(pages.view().device->kv_len);
+    copy_to_device(device_len, &kv_len, 1, stream);
+    simt::counts().clear();
+    graph.launch(stream);
+    Vector got(q.size());
+    copy_to_host(got.data(), o.data(), got.size(), stream);
+    CHECK(testing::nmse(got, expected({1, kv_len, 2, 4, 64}, *kv, q)) <= 1e-10);
+    CHECK(simt::counts()["attend"].runs == 1);
+    if (kv_len == 200) CHECK(simt::counts()["attend"].bytes == 200 * 2 * 2 * 64 * 2);
+  }
+}
+
+TEST_CASE("cuda attention: shapes that do not fit are refused") {
+  const Case c{1, 4, 2, 1, 64};
+  const auto kv = filled_store(c);
+  const Stream stream;
+  const testing::DevicePages pages(*kv, 1, stream);
+  const auto attention = make_cuda_attention(stream);
+  const DeviceBuffer<float> x(8 * 128, "x");
+  AttentionStats stats;
+  const auto run = [&](int n_rows, int n_heads, const KvView& view, int stats_rows) {
+    return error_of(
+        [&] { attention->attend(x.data(), x.data(), n_rows, n_heads, view, stats, stats_rows); });
+  };
+  CHECK(run(5, 2, pages.view(), 0) == "attend: rows: expected 1 to kv_len = 4, found 5");
+  CHECK(run(1, 3, pages.view(), 0) == "attend: n_heads: expected a multiple of 2, found 3");
+  CHECK(run(1, 2, pages.view(), 1) ==
+        "attend: expected a store in device memory under --policy full");
+  KvView odd = pages.view();
+  odd.head_dim = 10;
+  CHECK(run(1, 2, odd, 0) ==
+        "attend: head_dim: expected a multiple of 8 up to 256 on the GPU, found 10");
+}

@@ -1,0 +1,205 @@
+// Whole models on the GPU: the same tokens as on the CPU, the same bits every time, errors instead
+// of hangs.
+//
+// Tolerance on logits, NMSE: the prompt's 14 products and 2 attentions are rounded to f16,
+// by 1.6e-7 and 4.8e-7 of the power (test_ops.cu, test_attention.cu), 3.2e-6 in all; what later
+// layers make of it is 3 times as much: 1e-5. bf16 has 64 times the power.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "device/error.h"
+#include "model/backend_cuda.h"
+#include "model/forward.h"
+#include "tests/compare.h"
+#include "tests/error_of.h"
+#include "tests/simt/simt.h"
+#include "tests/tiny_model.h"
+
+using namespace thaw;
+using testing::error_of;
+
+namespace {
+
+using Tokens = std::vector<std::int32_t>;
+using Logits = std::vector<float>;
+
+// ThreadSanitizer is slow, and sees what is unordered in any order.
+#ifdef __SANITIZE_THREAD__
+constexpr int kOrders = 3, kEveryCall = 23, kGraphPrompt = 10;
+constexpr DType kTypes[] = {DType::kBF16, DType::kQ4_1};
+#else
+constexpr int kOrders = 32, kEveryCall = 1, kGraphPrompt = 120;  // and its steps open a page
+constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
+                            DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
+#endif
+
+testing::TinyOptions options(DType type) {
+  testing::TinyOptions o{.type = type, .dim = 64, .n_layers = 2};
+  o.n_heads = 3, o.n_kv_heads = 1, o.head_dim = 32, o.ffn_dim = 64, o.vocab_size = 96;
+  return o;
+}
+
+Tokens prompt(int n, int vocab_size) {
+  Tokens tokens;
+  for (int i = 0; i < n; ++i) tokens.push_back((7 * i + 3) % vocab_size);
+  return tokens;
+}
+
+KvOptions full_options() {
+  KvOptions o;
+  o.policy.policy = Policy::kFull;
+  return o;
+}
+
+// A transformer with a store.
+struct Machine {
+  Transformer transformer;
+  std::unique_ptr<KvStore> kv;
+
+  Machine(const Model& model, std::unique_ptr<Backend> backend, KvType type = KvType::kF16)
+      : transformer(model, std::move(backend), 16),
+        kv(transformer.backend().make_kv_store(kv_shape(model.config, 300, type), full_options())) {
+  }
+};
+
+// The prompt, then n tokens greedily; logits of every step one after the other.
+Tokens generate(Machine& m, const Tokens& prompt, int n, Logits* all = nullptr) {
+  std::span<const float> logits = m.transformer.prefill(prompt, *m.kv);
+  Tokens tokens;
+  for (int i = 0; i < n; ++i) {
+    if (all) all->insert(all->end(), logits.begin(), logits.end());
+    const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    tokens.push_back(static_cast<std::int32_t>(best));
+    logits = m.transformer.forward({&tokens.back(), 1}, *m.kv, 1, Phase::kDecode);
+  }
+  return tokens;
+}
+
+}  // namespace
+
+TEST_CASE("cuda forward: every format writes what the CPU writes") {
+  for (DType type : kTypes) {
+    CAPTURE(dtype_info(type).name);
+    const testing::TinyModel tiny = testing::make_tiny_model(options(type));
+    Machine cpu(tiny.model, make_cpu_backend(tiny.model, 1));
+    Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1));
+    const Tokens text = prompt(20, 96);  // 16 rows by tensor cores, and 4
+    CHECK(generate(cuda, text, 8) == generate(cpu, text, 8));
+    CHECK(cuda.kv->length() == 28);
+    cuda.kv->rewind(10), cpu.kv->rewind(10);
+    Logits a, b;
+    CHECK(generate(cuda, prompt(4, 96), 4, &a) == generate(cpu, prompt(4, 96), 4, &b));
+    CHECK(testing::nmse(a, b) <= (type == DType::kBF16 ? 6.4e-4 : 1e-5));
+    cuda.kv->check();
+  }
+}
+
+TEST_CASE("cuda forward: every type of store") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
+  for (KvType type : {KvType::kBF16, KvType::kF32, KvType::kQ8_0, KvType::kQ4_0}) {
+    CAPTURE(kv_type_name(type));
+    Machine cpu(tiny.model, make_cpu_backend(tiny.model, 1), type);
+    Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1), type);
+    Logits a, b;
+    CHECK(generate(cuda, prompt(7, 96), 4, &a) == generate(cpu, prompt(7, 96), 4, &b));
+    // Two layers of f32; where a number lies between two codes, its rounding may differ: rarely.
+    CHECK(testing::nmse(a, b) <= 1e-6);
+  }
+}
+
+TEST_CASE("cuda forward: checked finds nothing, and an op that errs by its name") {
+  for (DType type : {DType::kBF16, DType::kQ4_1}) {
+    const testing::TinyModel tiny = testing::make_tiny_model(options(type));
+    Machine checked(tiny.model, make_checked_backend(tiny.model, 1));
+    CHECK(generate(checked, prompt(20, 96), 2).size() == 2);
+  }
+  // The device has its own copy of the weights: the CPU's are changed behind its back.
+  testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
+  Machine checked(tiny.model, make_checked_backend(tiny.model, 1));
+  const Tensor& w = tiny.model.weights.layers[1].w_down;
+  auto* weight = reinterpret_cast<float*>(const_cast<std::byte*>(w.row(5)));
+  weight[3] += 10;
+  const std::string error = error_of([&] { generate(checked, prompt(2, 96), 1); });
+  CHECK(error.starts_with("checked: layer 1: project_add: row "));
+  CHECK(error.find("element 5: expected ") != std::string::npos);
+}
+
+TEST_CASE("cuda forward: the same bits in any order of streams, blocks and threads") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kQ4_0));
+  Logits first;
+  for (std::uint64_t seed = 1; seed <= kOrders; ++seed) {
+    simt::set_seed(seed);
+    Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1));
+    Logits logits;
+    generate(cuda, prompt(10, 96), 2, &logits);
+    if (seed == 1) first = logits;
+    if (logits != first) FAIL("seed " << seed);
+  }
+  simt::set_seed(1);
+}
+
+TEST_CASE("cuda forward: twenty steps by graph are twenty steps without, and one launch each") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kQ8_0));
+  const auto make = [&](bool graphs) {
+    auto backend = std::make_unique<CudaBackend>(tiny.model, 1);
+    backend->use_graphs(graphs);
+    return backend;
+  };
+  Machine with(tiny.model, make(true)), without(tiny.model, make(false));
+  auto other =
+      with.transformer.backend().make_kv_store(kv_shape(tiny.model.config, 300), full_options());
+  Logits a, b;
+  CHECK(generate(with, prompt(kGraphPrompt, 96), 20, &a) ==
+        generate(without, prompt(kGraphPrompt, 96), 20, &b));
+  CHECK(a == b);
+  // The other store has its own graph.
+  const Tokens few = prompt(3, 96);
+  for (const std::int32_t& token : few) {
+    with.transformer.forward({&token, 1}, *other, 1, Phase::kDecode);
+    const auto x = with.transformer.forward({&token, 1}, *with.kv, 1, Phase::kDecode);
+    const auto y = without.transformer.forward({&token, 1}, *without.kv, 1, Phase::kDecode);
+    CHECK(Logits(x.begin(), x.end()) == Logits(y.begin(), y.end()));
+  }
+  simt::fail_call(0);
+  with.transformer.forward({&few[0], 1}, *with.kv, 1, Phase::kDecode);
+  const int by_graph = simt::fail_call(0);
+  without.transformer.forward({&few[0], 1}, *without.kv, 1, Phase::kDecode);
+  CHECK(by_graph == 8);  // tokens, embed, begin, the graph, logits, and what waits for them
+  CHECK(simt::fail_call(0) == by_graph - 1 + 2 * 6 + 1);
+}
+
+TEST_CASE("cuda forward: errors leave the store as it was") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF16));
+  Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1));
+  cuda.transformer.prefill(prompt(6, 96), *cuda.kv);
+  CHECK(error_of([&] {
+          cuda.transformer.prefill(Tokens{5, 96}, *cuda.kv);
+        }) == "embed: token: expected 0 to 95, found 96");
+  CHECK(cuda.kv->length() == 6);
+  CHECK(generate(cuda, prompt(2, 96), 1).size() == 1);
+}
+
+TEST_CASE("cuda forward: any call that fails is one clear error") {
+  testing::TinyOptions o = options(DType::kF16);
+  o.n_layers = 1;
+  const testing::TinyModel tiny = testing::make_tiny_model(o);
+  const auto everything = [&] {
+    Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1));
+    generate(cuda, prompt(9, 96), 2);
+  };
+  simt::fail_call(0);
+  everything();
+  const int n_calls = simt::fail_call(0);
+  CHECK(n_calls > 80);
+  for (int call = 1; call <= n_calls; call += kEveryCall) {
+    simt::fail_call(call);
+    const std::string error = error_of(everything);
+    simt::fail_call(0);
+    forget_failure();
+    if (error.empty()) FAIL("call " << call << " of " << n_calls << " failed, and nobody noticed");
+    if (error.find('\n') != std::string::npos) FAIL("call " << call << ": " << error);
+  }
+}
