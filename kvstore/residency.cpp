@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "device/error.h"
+#include "kvstore/bounds.h"
 
 namespace thaw {
 namespace {
@@ -39,13 +40,8 @@ void Residency::grow(int kv_len) {
   score_.resize(n);
 }
 
-// h2o keeps half of its room for the newest (2306.14048); window all of it.
 int Residency::first_recent(const Moment& now) const {
-  int recent = params_.window;
-  if (params_.policy == Policy::kH2o)
-    recent = std::max(recent, std::min(now.bound / 2, now.bound - params_.sinks));
-  if (params_.policy == Policy::kWindow) recent = now.bound - params_.sinks;
-  return now.kv_len - recent;
+  return KvBounds::first_recent(params_, now.kv_len, now.bound);
 }
 
 bool Residency::always(const Moment& now, std::int32_t token) const {

@@ -1,11 +1,10 @@
 // The store: tiers, lanes and the policy, step by step.
 #include <algorithm>
-#include <cmath>
 #include <limits>
-#include <numeric>
 #include <optional>
 
 #include "device/error.h"
+#include "kvstore/bounds.h"
 #include "kvstore/kvstore.h"
 #include "kvstore/lane.h"
 #include "kvstore/residency.h"
@@ -75,13 +74,7 @@ class TieredKvStore final : public KvStore {
   std::span<const Residency> lanes(int layer) const;
   void make_lanes();
   void check_options() const;
-  std::int64_t rows_in_bytes() const;
-  int centre_tokens() const;
-  int least() const { return params().sinks + params().window + 1; }
-  double promised(int kv_len) const;
-  int bound(int layer, int kv_len) const;
   Moment moment(int layer, int kv_len) const;
-  void share_budget(int kv_len);
   void make_residency(int kv_len);
   void seed(int kv_len);
   void count(int layer, const AttentionStats& stats);
@@ -90,13 +83,13 @@ class TieredKvStore final : public KvStore {
 
   KvShape shape_;
   KvOptions options_;
+  KvBounds bounds_;
   std::unique_ptr<PageSource> fast_, slow_;
   ColdTier cold_;
   GhostTier ghosts_;
   std::optional<HotArena> arena_;
   std::vector<Residency> lanes_;  // layer x lane; none for full
   std::vector<float> entropy_;    // budget: of each layer's attention to the prompt
-  std::vector<int> budget_;       // budget: most hot tokens of each layer
   std::vector<int> appended_;     // tokens held, per layer
   std::vector<char> unsettled_;   // per layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
@@ -113,6 +106,7 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
                              std::unique_ptr<PageSource> fast, std::unique_ptr<PageSource> cold)
     : shape_((check_shape(shape), shape)),
       options_(options),
+      bounds_(shape_, options_),
       fast_(std::move(fast)),
       slow_(std::move(cold)),
       cold_(*slow_, shape, options.check),
@@ -121,9 +115,8 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
                   ? GhostFormat{options.policy.ghost_key_bits, options.policy.ghost_value_bits,
                                 shape.head_dim}
                   : GhostFormat{0, 0, shape.head_dim},
-              centre_tokens()),
+              bounds_.centre_tokens()),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
-      budget_(static_cast<std::size_t>(shape.n_layers)),
       appended_(static_cast<std::size_t>(shape.n_layers)),
       unsettled_(static_cast<std::size_t>(shape.n_layers)) {
   line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
@@ -144,32 +137,8 @@ void TieredKvStore::make_lanes() {
       lanes_.emplace_back(*arena_, shape_, params(), layer, lane * lane_heads(), lane_heads());
 }
 
-// Rows of every lane that --hot-bytes holds, in whole pages.
-std::int64_t TieredKvStore::rows_in_bytes() const {
-  const std::int64_t page = kHotPageRows * shape_.bytes_per_token();
-  return options_.hot_bytes / page * kHotPageRows;
-}
-
-// All tokens are hot until there are ghosts, so no more can be asked for than the promise holds.
-int TieredKvStore::centre_tokens() const {
-  std::int64_t n = options_.centre_tokens;
-  if (options_.hot_tokens > 0) n = std::min<std::int64_t>(n, options_.hot_tokens);
-  if (options_.hot_bytes > 0) n = std::min(n, rows_in_bytes());
-  return static_cast<int>(n);
-}
-
 void TieredKvStore::check_options() const {
-  const auto enough = [&](const char* what, double given, std::int64_t tokens) {
-    require(tokens >= least(), what, ": expected room for at least ", least(), " tokens a layer (",
-            params().sinks, " sinks, a window of ", params().window, ", and the newest), found ",
-            given, what == std::string_view("--hot-bytes") ? join(", room for ", tokens) : "");
-  };
-  if (full()) return;
-  if (options_.hot_tokens > 0) enough("--hot-tokens", options_.hot_tokens, options_.hot_tokens);
-  if (options_.hot_bytes > 0)
-    enough("--hot-bytes", static_cast<double>(options_.hot_bytes), rows_in_bytes());
-  require(shape_.head_dim <= GhostQuery::kMaxDim || params().ghost_key_bits == 0 ||
-              params().policy != Policy::kThaw,
+  require(shape_.head_dim <= GhostQuery::kMaxDim || !bounds_.has_ghosts(),
           "--ghost: expected a head_dim of at most ", GhostQuery::kMaxDim, ", found ",
           shape_.head_dim);
 }
@@ -186,58 +155,17 @@ std::span<const Residency> TieredKvStore::lanes(int layer) const {
   return std::span(lanes_).subspan(static_cast<std::size_t>(layer) * n, n);
 }
 
-// Most hot tokens of a layer, mean over layers, for a context of kv_len.
-double TieredKvStore::promised(int kv_len) const {
-  if (options_.hot_bytes > 0) return static_cast<double>(rows_in_bytes());
-  if (options_.hot_tokens > 0) return options_.hot_tokens;
-  if (options_.hot_fraction > 0) return std::ceil(options_.hot_fraction * kv_len);
-  return params().policy == Policy::kWindow ? params().sinks + params().window : kv_len;
-}
-
-int TieredKvStore::bound(int layer, int kv_len) const {
-  double rows = params().policy == Policy::kBudget ? budget_[static_cast<std::size_t>(layer)]
-                                                   : promised(kv_len);
-  rows = std::max(rows, static_cast<double>(least()));
-  if (ghosts_.view(layer).format.present() && options_.hot_fraction > 0)
-    rows = std::max(rows, static_cast<double>(ghosts_.centre_tokens()));
-  return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
-}
-
 Moment TieredKvStore::moment(int layer, int kv_len) const {
   Moment now;
   now.kv_len = kv_len;
   now.step = static_cast<int>(counters_.steps);
-  now.bound = bound(layer, kv_len);
+  now.bound = bounds_.bound(layer, kv_len);
   now.epsilon = params().epsilon * (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
   const GhostView ghosts = ghosts_.view(layer);
   now.can_freeze = !ghosts.format.present() || kv_len >= ghosts_.centre_tokens();
   now.cold = cold_.rows(layer, kv_len);
   now.recorder = recorder_;
   return now;
-}
-
-// budget: each layer's part of the total is proportional to its entropy, but holds what is always
-// hot and is no more than the context; what a layer cannot use goes to the others. So a layer gets
-// clamp(x layer_share, least, kv_len), with x found by bisection.
-void TieredKvStore::share_budget(int kv_len) {
-  if (params().policy != Policy::kBudget) return;
-  const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;  // bytes are promised in whole pages
-  const double fewest = (least() + unit - 1) / unit * unit;
-  const double total =
-      std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
-  const float sum = std::accumulate(entropy_.begin(), entropy_.end(), 0.0f);
-  const auto rows = [&](std::size_t layer, double x) {
-    return std::max(fewest, std::min<double>(x * layer_share(entropy_[layer], sum), kv_len));
-  };
-  double low = 0, high = double{sum} * kv_len / *std::min_element(entropy_.begin(), entropy_.end());
-  for (int i = 0; i < 64; ++i) {
-    const double middle = (low + high) / 2;
-    double given = 0;
-    for (std::size_t layer = 0; layer < entropy_.size(); ++layer) given += rows(layer, middle);
-    (given <= total ? low : high) = middle;
-  }
-  for (std::size_t layer = 0; layer < entropy_.size(); ++layer)
-    budget_[layer] = static_cast<int>((rows(layer, low) + 1e-6) / unit) * unit;
 }
 
 void TieredKvStore::seed(int kv_len) {
@@ -256,7 +184,7 @@ void TieredKvStore::make_residency(int kv_len) {
   if (!seeded_ && params().policy == Policy::kBudget && kv_len > 0)
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       entropy_[static_cast<std::size_t>(layer)] = std::max(1e-6f, lanes(layer)[0].entropy());
-  share_budget(kv_len + 1);
+  bounds_.share(kv_len + 1, entropy_);
   if (exact_steps_ == 0 && !seeded_) seed(kv_len);
   arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
     return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
@@ -371,7 +299,7 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
                                                         : 0.0f;
     ++i;
   }
-  line.budget = static_cast<float>(bound(layer, kv_len));
+  line.budget = static_cast<float>(bounds_.bound(layer, kv_len));
   line_.cold_bytes_read += bytes;
   counters_.cold_bytes_read += bytes;
 }
@@ -422,7 +350,7 @@ void TieredKvStore::rewind(int position) {
     exact_steps_ = alarm_steps_ = 0, seeded_ = false;
     std::fill(entropy_.begin(), entropy_.end(), 1.0f);
   }
-  share_budget(position);
+  bounds_.share(position, entropy_);
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer))
       seeded_ = lane.cut(moment(layer, position), position) && seeded_;

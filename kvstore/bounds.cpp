@@ -1,0 +1,94 @@
+#include "kvstore/bounds.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <string_view>
+
+#include "device/error.h"
+#include "kvstore/lane.h"
+
+namespace thaw {
+
+KvBounds::KvBounds(const KvShape& shape, const KvOptions& options)
+    : shape_(shape), options_(options), budget_(static_cast<std::size_t>(shape.n_layers)) {
+  if (params().policy != Policy::kFull) check();
+}
+
+void KvBounds::check() const {
+  const auto enough = [&](const char* what, double given, std::int64_t tokens) {
+    require(tokens >= least(), what, ": expected room for at least ", least(), " tokens a layer (",
+            params().sinks, " sinks, a window of ", params().window, ", and the newest), found ",
+            given, what == std::string_view("--hot-bytes") ? join(", room for ", tokens) : "");
+  };
+  if (options_.hot_tokens > 0) enough("--hot-tokens", options_.hot_tokens, options_.hot_tokens);
+  if (options_.hot_bytes > 0)
+    enough("--hot-bytes", static_cast<double>(options_.hot_bytes), rows_in_bytes());
+}
+
+// Rows of every lane that --hot-bytes holds, in whole pages.
+std::int64_t KvBounds::rows_in_bytes() const {
+  const std::int64_t page = kHotPageRows * shape_.bytes_per_token();
+  return options_.hot_bytes / page * kHotPageRows;
+}
+
+int KvBounds::centre_tokens() const {
+  std::int64_t n = options_.centre_tokens;
+  if (options_.hot_tokens > 0) n = std::min<std::int64_t>(n, options_.hot_tokens);
+  if (options_.hot_bytes > 0) n = std::min(n, rows_in_bytes());
+  return static_cast<int>(n);
+}
+
+bool KvBounds::has_ghosts() const {
+  return params().policy == Policy::kThaw && params().ghost_key_bits > 0;
+}
+
+double KvBounds::promised(int kv_len) const {
+  if (options_.hot_bytes > 0) return static_cast<double>(rows_in_bytes());
+  if (options_.hot_tokens > 0) return options_.hot_tokens;
+  if (options_.hot_fraction > 0) return std::ceil(options_.hot_fraction * kv_len);
+  return params().policy == Policy::kWindow ? params().sinks + params().window : kv_len;
+}
+
+int KvBounds::bound(int layer, int kv_len) const {
+  double rows = params().policy == Policy::kBudget ? budget_[static_cast<std::size_t>(layer)]
+                                                   : promised(kv_len);
+  rows = std::max(rows, static_cast<double>(least()));
+  if (has_ghosts() && options_.hot_fraction > 0)
+    rows = std::max(rows, static_cast<double>(centre_tokens()));
+  return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
+}
+
+int KvBounds::first_recent(const PolicyParams& params, int kv_len, int bound) {
+  int recent = params.window;
+  if (params.policy == Policy::kH2o)
+    recent = std::max(recent, std::min(bound / 2, bound - params.sinks));
+  if (params.policy == Policy::kWindow) recent = bound - params.sinks;
+  return kv_len - recent;
+}
+
+// Each layer's part of the total is proportional to its entropy, but holds what is always hot and
+// is no more than the context; what a layer cannot use goes to the others. So a layer gets
+// clamp(x layer_share, least, kv_len), with x found by bisection.
+void KvBounds::share(int kv_len, const std::vector<float>& entropy) {
+  if (params().policy != Policy::kBudget) return;
+  const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;  // bytes are promised in whole pages
+  const double fewest = (least() + unit - 1) / unit * unit;
+  const double total =
+      std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
+  const float sum = std::accumulate(entropy.begin(), entropy.end(), 0.0f);
+  const auto rows = [&](std::size_t layer, double x) {
+    return std::max(fewest, std::min<double>(x * layer_share(entropy[layer], sum), kv_len));
+  };
+  double low = 0, high = double{sum} * kv_len / *std::min_element(entropy.begin(), entropy.end());
+  for (int i = 0; i < 64; ++i) {
+    const double middle = (low + high) / 2;
+    double given = 0;
+    for (std::size_t layer = 0; layer < entropy.size(); ++layer) given += rows(layer, middle);
+    (given <= total ? low : high) = middle;
+  }
+  for (std::size_t layer = 0; layer < entropy.size(); ++layer)
+    budget_[layer] = static_cast<int>((rows(layer, low) + 1e-6) / unit) * unit;
+}
+
+}  // namespace thaw

@@ -1,0 +1,40 @@
+// How many tokens may be hot: what the options promise, by layer and length of context.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "kvstore/kvstore.h"
+
+namespace thaw {
+
+class KvBounds {
+ public:
+  // Throws Error when less is promised than what is always hot. Keeps references.
+  KvBounds(const KvShape& shape, const KvOptions& options);
+
+  int least() const { return params().sinks + params().window + 1; }  // that a layer needs
+  // All tokens are hot until there are ghosts, so no more can be asked for than the promise holds.
+  int centre_tokens() const;
+  bool has_ghosts() const;
+  // Most hot tokens of a layer, mean over layers, for a context of kv_len.
+  double promised(int kv_len) const;
+  // Most hot tokens of a lane.
+  int bound(int layer, int kv_len) const;
+  // Tokens from here on are always hot. h2o keeps half of its room for the newest (2306.14048);
+  // window all of it.
+  static int first_recent(const PolicyParams& params, int kv_len, int bound);
+  // budget: divides the total by the entropy of each layer's attention to the prompt.
+  void share(int kv_len, const std::vector<float>& entropy);
+
+ private:
+  const PolicyParams& params() const { return options_.policy; }
+  std::int64_t rows_in_bytes() const;
+  void check() const;
+
+  const KvShape& shape_;
+  const KvOptions& options_;
+  std::vector<int> budget_;  // budget: most hot tokens of each layer
+};
+
+}  // namespace thaw
