@@ -90,8 +90,9 @@ demo:
 ## test        install what is missing, build, run every test
 test:
 	@tools/setup.sh build test weights
-	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests "tests/readme.sh $(BUILD)/thaw"
+	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests $(BUILD)/thaw-emulated
+	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests "tests/readme.sh $(BUILD)/thaw" \
+	  "tests/emulated.sh $(BUILD)/thaw-emulated"
 
 ## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize:
@@ -236,5 +237,5 @@ $(BUILD)/flags: force
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
-.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects kernels mutants \
-  install setup weights clean help force
+.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects \
+  kernels mutants install setup weights clean help force

@@ -193,22 +193,13 @@ void CudaKvStore::reserve(int n_tokens) {
 
 void CudaKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
-  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
-          n_tokens);
-  require(n_tokens <= shape_.capacity - first, "KV store: expected at most ", shape_.capacity,
-          " tokens, found ", std::int64_t{first} + n_tokens);
-  for (const int n : appended_)
-    require(n == first, "KV store: the last step reached only some layers; rewind first");
+  check_step(shape_, appended_, n_tokens, phase);
   reserve(first + n_tokens);
   launch_overlapping("begin", set_place, 1, kWarp, 0, stream_, place_.data(),
                      StepPlace{first, first + n_tokens});
   phase_ = phase;
-  line_ = {static_cast<std::int32_t>(counters_.steps),
-           first + n_tokens,
-           std::move(line_.layers),
-           0,
-           0,
-           0};
+  const int kv_len = first + n_tokens;
+  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
 }
 

@@ -43,9 +43,12 @@ Codes unpack(const std::byte* packet, int i) {
   }
 }
 
-// sum += a.b of neighbouring bytes; a unsigned, b signed.
+// sum += a.b of neighbouring bytes; a unsigned, b signed. Sums are kept in this order: compilers
+// would rather add products as a tree, and spill them.
 Codes add_products(Codes sum, Codes a, Codes b) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+  sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(a, b));
+  keep(sum);
+  return sum;
 }
 
 void widen_add(i32x8* out, Codes sum) {  // 16 sums
@@ -127,11 +130,16 @@ void key_dots(i32x8 (*dots)[4], const GhostQuery* q, const std::byte* codes,
   }
 }
 
+// A group's weights, times the values' scales, rounded to 8 bits.
+struct Weights {
+  std::uint32_t pairs[kGhostGroup / 2];  // two of them in the low half, and again in the high one
+  float unit, sum;                       // what 1 is worth; sum of all in units
+};
+
 // sums[h][i] = sum over 32 tokens of w_h u_i for 16 dimensions, w 8 bits: a 16-bit sum holds at
 // most 2 * 255 * (2^b - 1) a pair of tokens, so all 16 pairs of 2 bits, or 4 of 4 bits.
 template <int kBits, int kN>
-void value_sums(i32x8 (*sums)[2], const std::uint32_t (*weights)[kGhostGroup / 2],
-                const std::byte* codes) {
+void value_sums(i32x8 (*sums)[2], const Weights* weights, const std::byte* codes) {
   constexpr int kPairs = kBits == 4 ? 4 : 16, kStep = 8 / kBits;
   for (int first = 0; first < kGhostGroup / 2; first += kPairs) {
     Codes sum[kN];
@@ -142,10 +150,8 @@ void value_sums(i32x8 (*sums)[2], const std::uint32_t (*weights)[kGhostGroup / 2
       for (int i = 0; i < kStep; ++i) {
         const Codes u = unpack<kBits>(codes + at * 4 * kBits, i);
 #pragma GCC unroll 4
-        for (int h = 0; h < kN; ++h) {
-          sum[h] = add_products(sum[h], spread(weights[h][at + i]), u);
-          keep(sum[h]);
-        }
+        for (int h = 0; h < kN; ++h)
+          sum[h] = add_products(sum[h], spread(weights[h].pairs[at + i]), u);
       }
     }
     for (int h = 0; h < kN; ++h) widen_add(sums[h], sum[h]);
@@ -167,12 +173,6 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
     }
   }
 }
-
-// A group's weights, times the values' scales, rounded to 8 bits.
-struct Weights {
-  std::uint32_t pairs[kGhostGroup / 2];  // two of them in the low half, and again in the high one
-  float unit, sum;                       // what 1 is worth; sum of all in units
-};
 
 void round_weights(Weights& out, const float* weights, const float* scales) {
   float w[kGhostGroup], largest = 0;
@@ -200,20 +200,18 @@ void sum_queries(float* out, std::size_t stride, const float* weights, std::size
   const std::byte* values = group + f.key_bytes();
   float scales[kGhostGroup];
   widen_scales(scales, values + f.value_bytes() + f.scale_bytes());
-  Weights w;
-  std::uint32_t pairs[kN][kGhostGroup / 2];
+  Weights w[kN];
   float unit[kN], offset[kN], any = 0;
   for (int h = 0; h < kN; ++h) {
-    round_weights(w, weights + h * weight_stride, scales);
-    std::copy_n(w.pairs, kGhostGroup / 2, pairs[h]);
-    unit[h] = value_unit * w.unit;
-    offset[h] = -unit[h] * (0.5f * (1 << kBits) - 0.5f) * w.sum;
+    round_weights(w[h], weights + h * weight_stride, scales);
+    unit[h] = value_unit * w[h].unit;
+    offset[h] = -unit[h] * (0.5f * (1 << kBits) - 0.5f) * w[h].sum;
     any += unit[h];
   }
   if (any == 0) return;
   for (int dim = 0; dim < f.padded_dim(); dim += 16) {
     i32x8 sums[kN][2] = {};
-    value_sums<kBits, kN>(sums, pairs, values + dim * 4 * kBits);
+    value_sums<kBits, kN>(sums, w, values + dim * 4 * kBits);
     for (int h = 0; h < kN; ++h)
       for (int half = 0; half < 2; ++half) {
         float* to = out + h * stride + dim + half * 8;

@@ -33,7 +33,7 @@ GhostRope::GhostRope(const KvRope& rope, int head_dim) {
   cubic_.resize(static_cast<std::size_t>(4 * half));
   for (int i = n_fast_; i < half; ++i) {
     const double theta = pairs_[i].frequency;
-    const double terms[] = {theta, theta * theta / 2, theta * theta * theta / 6, 1};
+    const double terms[] = {1, theta, theta * theta / 2, theta * theta * theta / 6};
     for (int power = 0; power < 4; ++power)
       cubic_[power * half + i] = static_cast<float>(terms[power]);
   }
@@ -99,7 +99,7 @@ void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const 
   const int n = n_pairs();
   const float* cosine = &middle_[static_cast<std::size_t>(span) * 2 * n];
   const float *sine = cosine + n, *along = query.along, *across = query.across;
-  const float *first = cubic_.data(), *second = first + n, *third = second + n, *none = third + n;
+  const float *unit = cubic_.data(), *linear = unit + n, *square = linear + n, *cube = square + n;
   float even[GhostQuery::kMaxDim / 2], odd[GhostQuery::kMaxDim / 2];
   float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
 #pragma omp simd reduction(+ : c0, c1, c2, c3)
@@ -107,10 +107,10 @@ void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const 
     const float a = along[i] * cosine[i] + across[i] * sine[i];
     const float b = across[i] * cosine[i] - along[i] * sine[i];
     even[i] = a, odd[i] = b;
-    c0 += a * none[i];
-    c1 += b * first[i];
-    c2 -= a * second[i];
-    c3 -= b * third[i];
+    c0 += a * unit[i];
+    c1 += b * linear[i];
+    c2 -= a * square[i];
+    c3 -= b * cube[i];
   }
   std::copy_n(even, n_fast_, row);
   std::copy_n(odd, n_fast_, row + n_fast_);

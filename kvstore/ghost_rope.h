@@ -52,7 +52,7 @@ class GhostRope {
 
   std::vector<Pair> pairs_;  // fast ones first
   int n_fast_ = 0;
-  std::vector<float> cubic_;   // {theta, theta^2 / 2, theta^3 / 6, 1} x pair; 0 for fast ones
+  std::vector<float> cubic_;   // {1, theta, theta^2 / 2, theta^3 / 6} x pair; 0 for fast ones
   std::vector<float> within_;  // angles from the middle of a span to each of its places
   std::vector<float> rows_;    // what score_centre() multiplies: n_rows x kSpan
   std::vector<float> middle_;  // angles at the middle of each span

@@ -186,6 +186,8 @@ class KvStore {
 
 // Throws Error when sizes are not positive, do not fit 64 bits, or do not fit the type.
 void check_shape(const KvShape& shape);
+// Throws Error when a step of n_tokens cannot begin; appended: tokens that each layer holds.
+void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase);
 
 // Throws Error when shape and options do not fit each other. The second form takes its memory from
 // the sources given: fast for the hot tier and ghosts, cold for the cold tier.

@@ -32,6 +32,16 @@ void check_shape(const KvShape& s) {
           s.head_dim);
 }
 
+void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase) {
+  const int first = *std::min_element(appended.begin(), appended.end());
+  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
+          n_tokens);
+  require(n_tokens <= shape.capacity - first, "KV store: expected at most ", shape.capacity,
+          " tokens, found ", std::int64_t{first} + n_tokens);
+  for (const int n : appended)
+    require(n == first, "KV store: the last step reached only some layers; rewind first");
+}
+
 namespace {
 
 constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
@@ -193,12 +203,7 @@ void TieredKvStore::make_residency(int kv_len) {
 
 void TieredKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
-  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
-          n_tokens);
-  require(n_tokens <= shape_.capacity - first, "KV store: expected at most ", shape_.capacity,
-          " tokens, found ", std::int64_t{first} + n_tokens);
-  for (const int n : appended_)
-    require(n == first, "KV store: the last step reached only some layers; rewind first");
+  check_step(shape_, appended_, n_tokens, phase);
   const int kv_len = first + n_tokens;
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);

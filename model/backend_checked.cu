@@ -2,14 +2,17 @@
 // shows in the op that makes it, and not in those that follow.
 //
 // An element may be off by a tolerance times (rms of its row + its own size). Errors of sums are
-// independent and normal; 8 deviations hold for every element of a run. The CPU takes activations
-// of quantised weights as codes, NMSE 4.9e-10, or 2.2e-5 of the row, of normal numbers: 8 times
-// that is 2^-12. Real activations have some numbers far above the rest, and codes err by a share of
-// the largest: 8 times more. With more than 8 rows the GPU rounds both factors of a product to 16
-// bits, by u / sqrt(3) of them each (u = 2^-11 or 2^-8): 8 u; where large terms cancel, a result is
-// small beside them: 4 times that. In attention the rounding of queries is multiplied by the size
-// of scores, with a deviation of 4 in real models: 32 u as well. f32 sums err by less than 2^-12,
-// angles of RoPE by position 2^-23.
+// independent and normal; 8 deviations hold for every element of a run. A deviation is a share of
+// what a product's terms would give if they were independent:
+//   codes    the CPU takes activations of quantised weights as codes: a block's err evenly within
+//            its largest / 32767, and the largest is at most the root of the block's squares, so
+//            sqrt(32 / 12) / 32767 = 5.0e-5, whatever the activations
+//   rounded  with more than 8 rows the GPU rounds both factors to 16 bits, by u / sqrt(3) of them
+//            (u = 2^-11 or 2^-8): 0.82 u
+// Terms that cancel give less. That a row keeps a fifth of it is assumed, not derived; SmolLM2's
+// do. So 40 deviations: 2^-9, and 32 u. In attention the rounding of queries is multiplied by the
+// size of scores, with a deviation of 4 in real models: 8 * 4 u, the same. f32 sums err by less than
+// 2^-12, angles of RoPE by position 2^-23.
 #include <cmath>
 #include <vector>
 

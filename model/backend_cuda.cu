@@ -80,7 +80,8 @@ CudaBackend::Recording* CudaBackend::find_recording(const KvView& view) {
 
 void CudaBackend::run(const KvStore& kv, const std::function<void()>& pass) {
   const KvView view = kv.view(0);
-  if (!uses_graphs_ || n_rows_ != 1 || ops_->observed() || view.device == nullptr) return pass();
+  const bool waits = ops_->observed() || kv.options().check;  // for what the device has, midway
+  if (!uses_graphs_ || n_rows_ != 1 || waits || view.device == nullptr) return pass();
   Recording* recording = find_recording(view);
   if (recording == nullptr) {  // a pass that takes its memory
     if (recordings_.size() == kMaxRecordings) recordings_.erase(recordings_.begin());

@@ -27,7 +27,7 @@ class CudaBackend final : public Backend {
   // vocabulary, with nothing changed.
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override;
   // A pass of one row is recorded as a graph the second time that a store sees it, and launched as
-  // a whole from then on, unless somebody observes.
+  // a whole from then on, unless somebody observes or the store checks itself.
   void run(const KvStore& kv, const std::function<void()>& pass) override;
   // Waits for the stream.
   std::span<const float> fetch(const Scratch& a, std::size_t n) override;
