@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Runs each argument as a command and ends with one line, "N passed, N failed", the sum over all.
 # A command's own count (that line, or doctest's summary) is taken; one that prints none counts as one
-# case by its exit status.
+# case by its exit status. The end of what a failed command printed comes once more before that line.
 set -uo pipefail
 export THAW_REQUIRE_WEIGHTS=1  # a test whose weights are missing fails instead of being left out
 
 output=$(mktemp)
 trap 'rm -f "$output"' EXIT
-passed=0 failed=0
+passed=0 failed=0 failures=
 for command in "$@"; do
   echo "== $command"
   bash -c "$command" 2>&1 | tee "$output"
@@ -24,6 +24,8 @@ for command in "$@"; do
   esac
   passed=$((passed + ${count% *}))
   failed=$((failed + ${count#* }))
+  [ "${count#* }" -eq 0 ] || failures+="== failed: $command"$'\n'"$(tail -n 30 "$output")"$'\n'
 done
+printf %s "$failures"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]
