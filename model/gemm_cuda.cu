@@ -100,18 +100,19 @@ struct Gemm::Plan {
 
 Gemm::Gemm(const Stream& stream, std::size_t tile_bytes)
     : stream_(stream), tile_bytes_(tile_bytes) {
-  check_blas(cublasLtCreate(&handle_), "cublasLtCreate");
-  check_blas(cublasLtMatmulDescCreate(&transposed_, CUBLAS_COMPUTE_32F, CUDA_R_32F),
+  cublasLtHandle_t handle = nullptr;
+  check_blas(cublasLtCreate(&handle), "cublasLtCreate");
+  handle_.reset(handle);
+  cublasLtMatmulDesc_t transposed = nullptr;
+  check_blas(cublasLtMatmulDescCreate(&transposed, CUBLAS_COMPUTE_32F, CUDA_R_32F),
              "cublasLtMatmulDescCreate");
+  transposed_.reset(transposed);
   const cublasOperation_t t = CUBLAS_OP_T;
-  check_blas(cublasLtMatmulDescSetAttribute(transposed_, CUBLASLT_MATMUL_DESC_TRANSA, &t, sizeof t),
+  check_blas(cublasLtMatmulDescSetAttribute(transposed, CUBLASLT_MATMUL_DESC_TRANSA, &t, sizeof t),
              "cublasLtMatmulDescSetAttribute");
 }
 
-Gemm::~Gemm() {
-  if (transposed_ != nullptr) cublasLtMatmulDescDestroy(transposed_);
-  if (handle_ != nullptr) cublasLtDestroy(handle_);
-}
+Gemm::~Gemm() = default;
 
 void* Gemm::scratch(DeviceBuffer<std::byte>& buffer, std::size_t bytes) {
   if (buffer.size() < bytes) {
@@ -182,7 +183,7 @@ const Gemm::Plan& Gemm::plan(const Shape& shape) {
   cublasLtMatmulHeuristicResult_t found = {};
   int n_found = 0;
   const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_, transposed_, p.w, p.x, p.y, p.y, preference, 1, &found, &n_found);
+      handle_.get(), transposed_.get(), p.w, p.x, p.y, p.y, preference, 1, &found, &n_found);
   cublasLtMatmulPreferenceDestroy(preference);
   require(status == CUBLAS_STATUS_SUCCESS && n_found == 1, "cuBLASLt: no way to multiply ", n_rows,
           " x ", inner, " and ", rows, " x ", inner, ": ", cublasLtGetStatusString(status));
@@ -209,9 +210,9 @@ void Gemm::multiply(const char* name, float* y, const DeviceMatrix& w, bool add)
     const auto alignment = static_cast<std::int64_t>(address & -address);
     const Plan& p = plan({static_cast<std::int64_t>(type), n_rows_, n, inner, w.rows, alignment});
     const ProfileRange range(name);
-    check_blas(cublasLtMatmul(handle_, transposed_, &one, tile, p.w, packed_.data(), p.x, &beta,
-                              y + first, p.y, y + first, p.y, &p.algorithm, workspace_.data(),
-                              workspace_.size(), stream_.get()),
+    check_blas(cublasLtMatmul(handle_.get(), transposed_.get(), &one, tile, p.w, packed_.data(), p.x,
+                              &beta, y + first, p.y, y + first, p.y, &p.algorithm,
+                              workspace_.data(), workspace_.size(), stream_.get()),
                name);
   }
 }

@@ -11,6 +11,7 @@
 #include <array>
 #include <cstddef>
 #include <map>
+#include <memory>
 
 #include "device/cuda.h"
 #include "model/device_weights.h"
@@ -35,6 +36,10 @@ class Gemm {
 
  private:
   struct Plan;
+  struct Destroy {
+    void operator()(cublasLtHandle_t handle) const { cublasLtDestroy(handle); }
+    void operator()(cublasLtMatmulDesc_t product) const { cublasLtMatmulDescDestroy(product); }
+  };
   using Shape =
       std::array<std::int64_t, 6>;  // type, n_rows, rows, inner, stride and alignment of y
 
@@ -45,8 +50,8 @@ class Gemm {
 
   const Stream& stream_;
   const std::size_t tile_bytes_;
-  cublasLtHandle_t handle_ = nullptr;
-  cublasLtMatmulDesc_t transposed_ = nullptr;
+  std::unique_ptr<std::remove_pointer_t<cublasLtHandle_t>, Destroy> handle_;
+  std::unique_ptr<std::remove_pointer_t<cublasLtMatmulDesc_t>, Destroy> transposed_;
   std::map<Shape, Plan> plans_;
   DeviceBuffer<std::byte> workspace_, packed_, tile_;
 
