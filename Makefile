@@ -117,6 +117,20 @@ cuda-objects: $(CUDA_OBJECTS)
 kernels: $(CUDA_OBJECTS)
 	@tools/kernels.sh $(^:.o=.ptxas)
 
+## profile     what Nsight Compute says of one op's kernels when decoding: make profile K=attend
+K ?= attend
+PROFILED ?= --random 1b --weights q4_0 -d 4096
+profile: $(BUILD)/thaw-cuda
+	@command -v ncu >/dev/null || { echo "profile: expected ncu (Nsight Compute) in PATH"; exit 1; }
+	ncu --set full --nvtx --nvtx-include "timed/" --launch-skip 16 --launch-count 4 \
+	  $(BUILD)/thaw-cuda bench --backend cuda $(PROFILED) --op $(K) -n 2
+
+## trace       a timeline of a prompt and a decode, by Nsight Systems: build/trace.nsys-rep
+trace: $(BUILD)/thaw-cuda
+	@command -v nsys >/dev/null || { echo "trace: expected nsys (Nsight Systems) in PATH"; exit 1; }
+	nsys profile --trace cuda,nvtx --cuda-graph-trace node --force-overwrite true \
+	  -o $(BUILD)/trace $(BUILD)/thaw-cuda bench --backend cuda $(PROFILED) -p 512 -n 32 -r 1
+
 ## fuzz        each fuzzer in tests/fuzz/ for FUZZ_SECONDS (20) seconds; needs clang
 fuzz:
 	@tools/setup.sh build fuzz
@@ -238,4 +252,4 @@ $(BUILD)/flags: force
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
 .PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects \
-  kernels mutants install setup weights clean help force
+  kernels profile trace mutants install setup weights clean help force

@@ -3,6 +3,7 @@
 #include <chrono>
 #include <iostream>
 
+#include "cli/bench.h"
 #include "cli/commands.h"
 #include "cli/format.h"
 #include "cli/input.h"
@@ -11,21 +12,17 @@
 #include "cli/table.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
-#include "device/bandwidth.h"
+#include "model/backend_timed.h"
 #include "model/forward.h"
+#include "model/random_model.h"
 
 namespace thaw {
 namespace {
 
-struct Options {
-  CommonOptions common;
-  std::vector<std::string> policies = {"full"};
-  std::optional<std::string> file;
-  int prompt = 512;
-  int decode = 128;
-  std::vector<int> depths = {0};
-  int repetitions = 5;
-};
+using Options = BenchOptions;
+
+// In the order of DType.
+const std::vector<std::string> kFormats = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"};
 
 bool parse(const Args& args, Options& o) {
   Flags flags(
@@ -34,15 +31,30 @@ bool parse(const Args& args, Options& o) {
       "mean, standard deviation and median of the repetitions. GB/s counts what a decoded token "
       "reads: the weights, and hot tokens, ghosts and recalls of the cache; peak is the read "
       "bandwidth measured just before with the same threads. Policies take turns, repetition by "
-      "repetition; what a policy reads depends on the text, so give it one with -f.");
+      "repetition; what a policy reads depends on the text, so give it one with -f. With --op, ops of "
+      "decode steps are timed instead, each call alone and from cold caches.");
   flags.section("What is timed");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
+  std::vector<std::string> shapes;
+  for (const ModelShape& shape : model_shapes()) shapes.push_back(shape.name);
+  flags.text(o.random, "--random", "SHAPE",
+             "instead of a model: seeded random weights in the shape of one, tiny, 135m (SmolLM2), "
+             "1b or 8b (LLaMA 3)",
+             [shapes](const std::string& s) {
+               return std::find(shapes.begin(), shapes.end(), s) != shapes.end();
+             },
+             "tiny, 135m, 1b or 8b");
+  flags.choice(o.weights, "--weights", kFormats,
+               "format of the random weights");
   flags.text(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
   flags.integer(o.prompt, "-p, --prompt", "tokens of the prompt; 0 leaves it out", 0, 1 << 24);
-  flags.integer(o.decode, "-n, --tokens", "tokens decoded one by one; 0 leaves it out", 0, 1 << 24);
+  flags.integer(o.decode, "-n, --tokens",
+                "tokens decoded one by one; 0 leaves it out (default 128; with --op 8)", 0, 1 << 24);
   flags.integers(o.depths, "-d, --depth", "tokens already in the cache before each; a list", 0,
                  1 << 24);
   flags.integer(o.repetitions, "-r, --repetitions", "times that each is run", 1, 1000);
+  flags.choices(o.ops, "--op", kTimedOps,
+                "time these ops of each decoded token; GB/s counts weights and cached tokens");
   flags.section("How it is computed");
   add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need",
                &o.policies);
@@ -52,7 +64,14 @@ bool parse(const Args& args, Options& o) {
       "  thaw bench -m model.gguf\n  thaw bench -m model.gguf -p 0 -n 64 -d 4096 --json\n"
       "  thaw bench -m model.gguf -p 0 -d 1024,4096,7680 --policy full,thaw -f book.txt\n");
   if (!flags.parse(args)) return false;
+  if (o.random) {
+    if (o.common.model) throw UsageError("expected -m or --random, found both");
+    if (o.file) throw UsageError("-f: expected a model that has a tokenizer, found --random");
+    o.common.model = *o.random;
+  }
   check_common(o.common);
+  if (!o.ops.empty() && o.decoded() == 0)
+    throw UsageError("--op: expected at least one decoded token, found -n 0");
   return true;
 }
 
@@ -66,44 +85,28 @@ struct Result {
 
 // Bytes of every matrix that one token's forward pass reads.
 double weight_bytes(const Weights& weights) {
-  std::int64_t total = weights.output.bytes();
-  for (const LayerWeights& w : weights.layers) {
-    for (const Tensor* t : {&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down})
-      total += t->bytes();
-  }
-  return static_cast<double>(total);
-}
-
-// Bytes of the cache that decode steps read: exact tokens, and the ghosts of all others (a recalled
-// token's ghost, too: it is what called it).
-double kv_bytes(const KvStore& kv, const KvCounters& before, const KvCounters& after) {
-  const double attended = after.attended - before.attended;
-  const double visible = after.visible - before.visible;
-  const double asked = visible - attended + after.recalled - before.recalled;
-  const auto steps = static_cast<double>(after.steps - before.steps);
-  return attended * static_cast<double>(kv.shape().bytes_per_token()) / kv.shape().n_layers +
-         asked / visible * steps * static_cast<double>(kv.usage().ghosts);
+  auto total = static_cast<double>(weights.output.bytes());
+  for (const LayerWeights& w : weights.layers) total += thaw::weight_bytes(w);
+  return total;
 }
 
 class Bench {
  public:
   Bench(const Options& o, const Model& model)
       : o_(o), model_(model), transformer_(model, make_backend(o.common, model, o.policies)) {
-    const int n_tokens = capacity();
+    const int n_tokens = bench_capacity(o, model.config,
+                                        *std::max_element(o.depths.begin(), o.depths.end()) +
+                                            std::max({o.prompt, o.decoded(), 1}));
     for (const std::string& policy : o.policies) {
       KvFlags flags = o.common.kv;
       flags.policy = policy;
       stores_.push_back(make_kv_store(transformer_.backend(), flags, model.config, n_tokens));
     }
-    tokens_ = o.file ? read_tokens(n_tokens) : arbitrary_tokens(n_tokens);
+    tokens_ = bench_tokens(o, model, n_tokens);
   }
 
   std::string backend() { return transformer_.backend().name(); }
-  // GB/s that the memory gives, of the CPU; another's is not measured.
-  std::optional<double> peak() {
-    if (backend() != "cpu") return {};
-    return measure_read_bandwidth(transformer_.pool());
-  }
+  double peak() { return transformer_.backend().measure_bandwidth(); }  // GB/s
 
   std::vector<Result> run() {
     std::vector<Result> results;
@@ -113,8 +116,8 @@ class Bench {
           transformer_.prefill(tokens, kv);
         });
       }
-      if (o_.decode > 0) {
-        time(results, "tg", o_.decode, depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
+      if (o_.decoded() > 0) {
+        time(results, "tg", o_.decoded(), depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
           for (const TokenId& token : tokens) transformer_.forward({&token, 1}, kv, 1, Phase::kDecode);
         });
       }
@@ -123,30 +126,6 @@ class Bench {
   }
 
  private:
-  int capacity() const {
-    const int needed = *std::max_element(o_.depths.begin(), o_.depths.end()) +
-                       std::max({o_.prompt, o_.decode, 1});
-    const int capacity = o_.common.context ? context_tokens(o_.common, model_.config) : needed;
-    if (needed > capacity)
-      throw UsageError(join("--context: expected at least ", needed, ", found ", capacity));
-    return needed;
-  }
-
-  std::vector<TokenId> arbitrary_tokens(int n) const {
-    std::vector<TokenId> tokens;
-    for (int i = 0; i < n; ++i)
-      tokens.push_back(static_cast<TokenId>(std::int64_t{i} * 7919 % model_.config.vocab_size));
-    return tokens;
-  }
-
-  std::vector<TokenId> read_tokens(int n) const {
-    const Input input = read_file(*o_.file);
-    std::vector<TokenId> tokens = encode_input(load_tokenizer(model_), input, {});
-    require(tokens.size() >= static_cast<std::size_t>(n), input.source, ": expected at least ",
-            count(n, "token"), ", which the tests need, found ", tokens.size());
-    return tokens;
-  }
-
   // Adds a result for each policy.
   template <class Work>
   void time(std::vector<Result>& results, const std::string& name, int n_tokens, int depth,
@@ -190,7 +169,7 @@ class Bench {
 };
 
 std::string to_json(const Options& o, const std::vector<Result>& results,
-                    const std::string& backend, std::optional<double> peak) {
+                    const std::string& backend, double peak) {
   nlohmann::ordered_json list = nlohmann::ordered_json::array();
   for (const Result& r : results) {
     const Mean rate = mean_of(r.rates);
@@ -199,11 +178,10 @@ std::string to_json(const Options& o, const std::vector<Result>& results,
                                   {"policy", r.policy},   {"threads", o.common.threads},
                                   {"backend", backend}};
     if (r.bytes > 0) row["gb_s"] = r.gb_s();
-    if (r.bytes > 0 && peak) row["pct_peak"] = 100 * r.gb_s() / *peak;
+    if (r.bytes > 0) row["pct_peak"] = 100 * r.gb_s() / peak;
     list.push_back(row);
   }
-  const nlohmann::ordered_json read = peak ? nlohmann::ordered_json(*peak) : nullptr;
-  return json_line({{"model", *o.common.model}, {"read_gb_s", read}, {"results", list}});
+  return json_line({{"model", *o.common.model}, {"read_gb_s", peak}, {"results", list}});
 }
 
 // Repetition by repetition, in the middle of their ratios.
@@ -214,7 +192,7 @@ double median_ratio(const Result& r, const Result& base) {
 }
 
 std::string to_text(const Options& o, const std::vector<Result>& results,
-                    const std::string& backend, std::optional<double> peak) {
+                    const std::string& backend, double peak) {
   const std::size_t n = o.policies.size();
   TableRow header = {"test", "policy", "tok/s", "sd", "median", "GB/s", "% of peak"};
   if (n > 1) header.push_back("/ " + o.policies.front());
@@ -224,23 +202,70 @@ std::string to_text(const Options& o, const std::vector<Result>& results,
     const Mean rate = mean_of(r.rates);
     rows.push_back({r.test, r.policy, fixed(rate.mean, 2), fixed(rate.sd, 2),
                     fixed(quantile(r.rates, 0.5), 2), r.bytes > 0 ? fixed(r.gb_s(), 2) : "-",
-                    r.bytes > 0 && peak ? fixed(100 * r.gb_s() / *peak, 1) : "-"});
+                    r.bytes > 0 ? fixed(100 * r.gb_s() / peak, 1) : "-"});
     if (n > 1) rows.back().push_back(fixed(median_ratio(r, results[i / n * n]), 2));
   }
   const std::string machine =
-      peak ? join("read bandwidth ", fixed(*peak, 1), " GB/s, ", o.common.threads, " threads")
-           : "backend " + backend;
+      join("backend ", backend, ", memory ", fixed(peak, 1), " GB/s",
+           backend == "cpu" ? join(", ", o.common.threads, " threads") : "");
   return join(machine, "\n\n", markdown_table(header, rows, 2));
+}
+
+Model random_model(const Options& o) {
+  ThreadPool pool(o.common.threads);
+  const auto type = std::find(kFormats.begin(), kFormats.end(), o.weights) - kFormats.begin();
+  return make_random_model(*o.random, static_cast<DType>(type), 1, pool);
 }
 
 }  // namespace
 
+std::vector<std::int32_t> bench_tokens(const BenchOptions& o, const Model& model, int n) {
+  std::vector<std::int32_t> tokens;
+  if (!o.file) {
+    for (int i = 0; i < n; ++i)
+      tokens.push_back(static_cast<std::int32_t>(std::int64_t{i} * 7919 % model.config.vocab_size));
+    return tokens;
+  }
+  const Input input = read_file(*o.file);
+  tokens = encode_input(load_tokenizer(model), input, {});
+  require(tokens.size() >= static_cast<std::size_t>(n), input.source, ": expected at least ",
+          count(n, "token"), ", which the tests need, found ", tokens.size());
+  return tokens;
+}
+
+int bench_capacity(const BenchOptions& o, const Config& config, int needed) {
+  const int capacity = o.common.context ? context_tokens(o.common, config) : needed;
+  if (needed > capacity)
+    throw UsageError(join("--context: expected at least ", needed, ", found ", capacity));
+  return needed;
+}
+
+double weight_bytes(const LayerWeights& w) {
+  std::int64_t total = 0;
+  for (const Tensor* t : {&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down})
+    total += t->bytes();
+  return static_cast<double>(total);
+}
+
+double kv_bytes(const KvStore& kv, const KvCounters& before, const KvCounters& after) {
+  const double attended = after.attended - before.attended;
+  const double visible = after.visible - before.visible;
+  const double asked = visible - attended + after.recalled - before.recalled;
+  const auto steps = static_cast<double>(after.steps - before.steps);
+  return attended * static_cast<double>(kv.shape().bytes_per_token()) / kv.shape().n_layers +
+         asked / visible * steps * static_cast<double>(kv.usage().ghosts);
+}
+
 int run_bench(const Args& args) {
   Options o;
   if (!parse(args, o)) return 0;
-  const Model model = load_model(*o.common.model);
+  const Model model = o.random ? random_model(o) : load_model(*o.common.model);
+  if (!o.ops.empty()) {
+    write_stdout(time_ops(o, model));
+    return 0;
+  }
   Bench bench(o, model);
-  const std::optional<double> peak = bench.peak();
+  const double peak = bench.peak();
   const std::vector<Result> results = bench.run();
   write_stdout(o.common.json ? to_json(o, results, bench.backend(), peak)
                              : to_text(o, results, bench.backend(), peak));

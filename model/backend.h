@@ -50,6 +50,15 @@ class Backend {
   // n logits of the pass, in host memory, when they are there; valid until the next begin().
   virtual std::span<const float> fetch(const Scratch& a, std::size_t n) = 0;
 
+  // Called by a pass as it comes to a layer, and with -1 as it leaves the last: for profiles.
+  virtual void enter_layer(int layer) { static_cast<void>(layer); }
+
+  // Seconds that `work` takes here once all before it is done, with caches that hold nothing of
+  // what it reads.
+  virtual double time_cold(const std::function<void()>& work) = 0;
+  // GB/s (1e9 bytes) that the memory which holds the weights gives, measured now.
+  virtual double measure_bandwidth() = 0;
+
   ThreadPool& pool() { return pool_; }  // for work on the host
 
  private:

@@ -227,6 +227,8 @@ class CheckedBackend final : public Backend {
   std::span<const float> fetch(const Scratch& a, std::size_t n) override {
     return cuda_.fetch(a, n);
   }
+  double time_cold(const std::function<void()>& work) override { return cuda_.time_cold(work); }
+  double measure_bandwidth() override { return cuda_.measure_bandwidth(); }
 
  private:
   CudaBackend cuda_;

@@ -1,7 +1,9 @@
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <vector>
 
+#include "device/bandwidth.h"
 #include "model/backend.h"
 
 namespace thaw {
@@ -44,12 +46,22 @@ class CpuBackend final : public Backend {
 
   std::span<const float> fetch(const Scratch& a, std::size_t n) override { return {a.logits, n}; }
 
+  double time_cold(const std::function<void()>& work) override {
+    if (!flusher_) flusher_ = std::make_unique<CacheFlusher>();
+    flusher_->flush(pool());
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  }
+  double measure_bandwidth() override { return measure_read_bandwidth(pool()); }
+
  private:
   const Config& config_;
   std::unique_ptr<Ops> ops_;
   std::unique_ptr<Attention> attention_;
   std::vector<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // scratch, most rows so far x width
   std::vector<std::int32_t> positions_;
+  std::unique_ptr<CacheFlusher> flusher_;  // once something is timed
 };
 
 }  // namespace

@@ -108,6 +108,43 @@ std::span<const float> CudaBackend::fetch(const Scratch& a, std::size_t n) {
   return {host_logits_.data(), n};
 }
 
+void CudaBackend::enter_layer(int layer) {
+  layer_.reset();
+  if (layer >= 0) layer_.emplace(join("layer ", layer).c_str());
+}
+
+double CudaBackend::time_cold(const std::function<void()>& work) {
+  const std::size_t bytes = std::max<std::size_t>(2 * device_facts().l2_bytes, 1 << 20);
+  if (flush_.size() < bytes) flush_ = DeviceBuffer<std::byte>(bytes, "cache flush");
+  fill_device(flush_.data(), 0, bytes, stream_);
+  const Event start, end;
+  start.record(stream_);
+  {
+    const ProfileRange range("timed");  // by which make profile finds it
+    work();
+  }
+  end.record(stream_);
+  end.synchronize();
+  return milliseconds(start, end) / 1e3;
+}
+
+double CudaBackend::measure_bandwidth() {
+  const std::size_t n = std::min<std::size_t>(device_facts().free_memory / 4, std::size_t{1} << 30);
+  const DeviceBuffer<std::byte> from(n, "bandwidth"), to(n, "bandwidth");
+  fill_device(from.data(), 1, n, stream_);
+  double best = 0;
+  for (int pass = 0; pass < 6; ++pass) {  // the first warms up
+    const Event start, end;
+    start.record(stream_);
+    copy_on_device(to.data(), from.data(), n, stream_);
+    end.record(stream_);
+    end.synchronize();
+    const double seconds = milliseconds(start, end) / 1e3;
+    if (pass > 0) best = std::max(best, 2.0 * static_cast<double>(n) / seconds / 1e9);
+  }
+  return best;
+}
+
 bool has_cuda() { return true; }
 
 std::string cuda_device_name() { return device_facts().name; }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <vector>
@@ -32,6 +33,11 @@ class CudaBackend final : public Backend {
   // Waits for the stream.
   std::span<const float> fetch(const Scratch& a, std::size_t n) override;
 
+  void enter_layer(int layer) override;  // an NVTX range, "layer 3"
+  double time_cold(const std::function<void()>& work) override;
+  // Of a copy within device memory, bytes read and written.
+  double measure_bandwidth() override;
+
   const Stream& stream() const { return stream_; }
   void use_graphs(bool use) { uses_graphs_ = use; }  // true at first
 
@@ -61,6 +67,8 @@ class CudaBackend final : public Backend {
   std::vector<Recording> recordings_;    // oldest first
   bool uses_graphs_ = true, has_logits_ = false;
   std::size_t n_rows_ = 0;  // of the running pass
+  std::optional<ProfileRange> layer_;
+  DeviceBuffer<std::byte> flush_;  // what is written to empty the caches; once something is timed
 };
 
 }  // namespace thaw

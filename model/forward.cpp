@@ -41,6 +41,7 @@ void Transformer::run_layers(const Scratch& a, KvStore& kv, int n_logits) {
   Ops& ops = backend_->ops();
 
   for (const LayerWeights& w : model_.weights.layers) {
+    backend_->enter_layer(w.index);
     ops.qkv(q, k, v, x, w, a.positions);  // q: T x q_dim, k, v: T x kv_dim
     kv.append(w.index, k, v, n_rows);
     backend_->attention().attend(o, q, n_rows, config.n_heads, kv.view(w.index),  // o: T x q_dim
@@ -53,6 +54,7 @@ void Transformer::run_layers(const Scratch& a, KvStore& kv, int n_logits) {
     ops.project_add(x, h, w.w_down, n_rows);  // x += h Wdown^T
     ops.report("ffn_residual", w.index, x, n_rows, config.dim);
   }
+  backend_->enter_layer(-1);
   if (n_logits > 0)
     ops.logits(a.logits, x + std::int64_t{n_rows - n_logits} * config.dim, model_.weights,
                n_logits);

@@ -18,6 +18,7 @@ struct Model {
   Weights weights;                     // views into the files below
   std::shared_ptr<const Gguf> gguf;    // set when the model is a GGUF file (its tokenizer is in it)
   std::vector<MappedFile> shards;      // the safetensors files of a directory
+  std::vector<std::shared_ptr<const std::byte[]>> memory;  // of weights that stand in no file
 };
 
 // Loads a .gguf file or a Hugging Face directory (config.json, *.safetensors) as downloaded.

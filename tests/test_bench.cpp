@@ -1,11 +1,15 @@
 // thaw bench: which tests it runs, in which order, and the bytes that it counts.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
-#include "model/model.h"
+#include "model/backend_timed.h"
+#include "model/forward.h"
+#include "model/random_model.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
 
@@ -68,7 +72,7 @@ TEST_CASE("bench: GB/s counts the weights and the tokens that the policy reads")
 
 TEST_CASE("bench: the text shows mean, deviation, median and the ratio to the first policy") {
   const RunResult one = bench({"-p", "8", "-n", "4"});
-  CHECK(one.out.starts_with("read bandwidth "));
+  CHECK(one.out.starts_with("backend cpu, memory "));
   CHECK(one.out.find("| test | policy | ") != std::string::npos);
   CHECK(one.out.find("median") != std::string::npos);
   CHECK(one.out.find("/ full") == std::string::npos);
@@ -97,6 +101,88 @@ TEST_CASE("bench: lists are checked value by value") {
     CAPTURE(r.err);
     CHECK(r.exit_code == 2);
     CHECK(r.err.find(message) != std::string::npos);
+  }
+}
+
+TEST_CASE("bench --op: each call of an op, and the bytes of one") {
+  const std::string model = TinyCli::get().model();
+  const RunResult r = run_thaw({"bench", "-m", model, "--op", "append,project_add,logits,attend,settle",
+                                "-n", "3", "-d", "16,40", "--policy", "full,thaw", "--json"});
+  CAPTURE(r.err);
+  REQUIRE(r.exit_code == 0);
+  const Config config = load_model(model).config;
+  const json list = json::parse(r.out)["ops"];
+  REQUIRE(list.size() == 2 * 2 * 5);
+  for (std::size_t i = 0; i < list.size(); ++i) {
+    const json& row = list[i];
+    const std::string op = row["op"];
+    CHECK(row["depth"] == (i < 10 ? 16 : 40));
+    CHECK(row["policy"] == (i % 10 < 5 ? "full" : "thaw"));
+    const int calls = op == "logits" ? 1 : op == "project_add" ? 2 * config.n_layers : config.n_layers;
+    CHECK(row["calls"] == 3 * calls);
+    CHECK(row["median_us"] > 0);
+    CHECK(row["gb_s"].is_null() == (op == "settle"));
+    const double bytes = op == "append" ? 2.0 * 2 * config.kv_dim() : 0;
+    if (bytes > 0)
+      CHECK(row["gb_s"].get<double>() ==
+            doctest::Approx(bytes / row["mean_us"].get<double>() / 1e3));
+  }
+}
+
+TEST_CASE("bench: ops and random weights that cannot be") {
+  const auto error = [](std::vector<std::string> args) {
+    args.insert(args.begin(), "bench");
+    const RunResult r = run_thaw(args);
+    CHECK(r.exit_code == 2);
+    CHECK(r.out.empty());
+    return r.err;
+  };
+  CHECK(error({"--random", "nine"}).find("--random: expected tiny, 135m, 1b or 8b") != std::string::npos);
+  CHECK(error({"--random", "tiny", "-m", "x"}).find("expected -m or --random") != std::string::npos);
+  CHECK(error({"--random", "tiny", "-f", "x"}).find("-f: expected a model that has") != std::string::npos);
+  CHECK(error({"--random", "tiny", "--op", "qk"}).find("--op: expected some of embed|") != std::string::npos);
+  CHECK(error({"--random", "tiny", "--op", "qkv", "-n", "0"}).find("--op: expected at least one") !=
+        std::string::npos);
+}
+
+TEST_CASE("timed ops compute what the backend computes") {
+  ThreadPool pool(1);
+  const Model model = make_random_model("tiny", DType::kQ8_0, 3, pool);
+  OpTimes times;
+  Transformer plain(model, 1);
+  Transformer timed(model, std::make_unique<TimedBackend>(make_cpu_backend(model, 1), kTimedOps, times));
+  const KvShape shape = kv_shape(model.config, 64);
+  const auto a = plain.backend().make_kv_store(shape, {}), b = timed.backend().make_kv_store(shape, {});
+  const std::vector<std::int32_t> prompt = {3, 1, 4, 1, 5};
+  plain.prefill(prompt, *a), timed.prefill(prompt, *b);
+  CHECK(times.empty());  // a prompt is no step
+  for (std::int32_t token : {9, 2, 6}) {
+    const auto x = plain.forward({&token, 1}, *a, 1, Phase::kDecode);
+    const auto y = timed.forward({&token, 1}, *b, 1, Phase::kDecode);
+    CHECK(std::equal(x.begin(), x.end(), y.begin(), y.end()));
+  }
+  CHECK(times.size() == kTimedOps.size());
+  CHECK(times["project_add"].size() == 3 * 2 * 2);
+}
+
+TEST_CASE("random models: the same for any number of threads, of the size that is promised") {
+  ThreadPool one(1), three(3);
+  for (const DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0,
+                           DType::kQ4_1}) {
+    CAPTURE(dtype_info(type).name);
+    const Model a = make_random_model("tiny", type, 7, one), b = make_random_model("tiny", type, 7, three);
+    const Tensor &w = a.weights.layers[1].w_down, &same = b.weights.layers[1].w_down;
+    const Tensor& other = a.weights.layers[0].w_down;
+    CHECK(std::equal(w.data, w.data + w.bytes(), same.data));
+    CHECK_FALSE(std::equal(w.data, w.data + w.bytes(), other.data));
+    std::vector<float> x(static_cast<std::size_t>(w.rows * w.cols));
+    for (std::int64_t r = 0; r < w.rows; ++r)
+      dequantize(x.data() + r * w.cols, w.row(r), type, w.cols);
+    double sum = 0, squares = 0;
+    for (const float e : x) sum += e, squares += double{e} * e;
+    const auto n = static_cast<double>(x.size());  // 32,768: the mean's deviation is 0.0055 rms
+    CHECK(std::sqrt(squares / n) == doctest::Approx(0.02).epsilon(0.02));
+    CHECK(std::fabs(sum / n) < 0.02 * (5 * 0.0055 + (type == DType::kQ4_0 ? 0.11 : 0.01)));
   }
 }
 
