@@ -47,7 +47,7 @@ bool parse(const Args& args, Options& o) {
   flags.choice(o.weights, "--weights", kFormats,
                "format of the random weights");
   flags.text(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
-  flags.integer(o.prompt, "-p, --prompt", "tokens of the prompt; 0 leaves it out", 0, 1 << 24);
+  flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0, 1 << 24);
   flags.integer(o.decode, "-n, --tokens",
                 "tokens decoded one by one; 0 leaves it out (default 128; with --op 8)", 0, 1 << 24);
   flags.integers(o.depths, "-d, --depth", "tokens already in the cache before each; a list", 0,
@@ -96,7 +96,9 @@ class Bench {
       : o_(o), model_(model), transformer_(model, make_backend(o.common, model, o.policies)) {
     const int n_tokens = bench_capacity(o, model.config,
                                         *std::max_element(o.depths.begin(), o.depths.end()) +
-                                            std::max({o.prompt, o.decoded(), 1}));
+                                            std::max({*std::max_element(o.prompts.begin(),
+                                                                        o.prompts.end()),
+                                                      o.decoded(), 1}));
     for (const std::string& policy : o.policies) {
       KvFlags flags = o.common.kv;
       flags.policy = policy;
@@ -111,8 +113,9 @@ class Bench {
   std::vector<Result> run() {
     std::vector<Result> results;
     for (const int depth : o_.depths) {
-      if (o_.prompt > 0) {
-        time(results, "pp", o_.prompt, depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
+      for (const int prompt : o_.prompts) {
+        if (prompt == 0) continue;
+        time(results, "pp", prompt, depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
           transformer_.prefill(tokens, kv);
         });
       }

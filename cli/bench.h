@@ -15,7 +15,7 @@ struct BenchOptions {
   std::vector<std::string> policies = {"full"};
   std::optional<std::string> file, random;
   std::string weights = "q4_0";  // of --random
-  int prompt = 512;
+  std::vector<int> prompts = {512};
   std::optional<int> decode;
   std::vector<int> depths = {0};
   int repetitions = 5;

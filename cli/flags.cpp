@@ -131,7 +131,8 @@ void Flags::choice(std::string& value, Text names, const std::vector<std::string
 void Flags::choices(std::vector<std::string>& values, Text names,
                     const std::vector<std::string>& choices, Text help) {
   const std::string list = joined(choices, "|");
-  add(names, "LIST", help + " (default " + joined(values, ",") + ")",
+  const std::string shown = values.empty() ? "" : " (default " + joined(values, ",") + ")";
+  add(names, "LIST", help + shown,
       "some of " + list + " between commas", [&values, choices](Text s) {
         values = split(s, ',');
         return std::all_of(values.begin(), values.end(), [&](const std::string& value) {

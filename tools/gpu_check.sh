@@ -1,0 +1,111 @@
+#!/usr/bin/env bash
+# Tests and measures thaw on this machine's GPU in one go, in under 8 minutes on a data-centre card.
+#
+#   tools/gpu_check.sh [DIR]               tests, sanitizers, a real model, then speed; leaves
+#                                          DIR/gpu-results.md and .json; default DIR: docs
+#   tools/gpu_check.sh --emulated [DIR]    the same steps on the emulator, with tiny sizes, so that
+#                                          this script is known to work; default DIR: build
+#
+# build/thaw-cuda and build/thaw-cuda-tests are used as they are where they stand, and built where
+# they do not. Exits with 1 when something is wrong, and says what; a step that needs what this
+# machine lacks (compute-sanitizer, weights, torch) is left out, and the results say so.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+emulated=false
+if [ "${1:-}" = --emulated ]; then emulated=true && shift; fi
+case ${1:-} in -*) echo "gpu_check: expected --emulated or a folder, found '$1'" >&2; exit 2 ;; esac
+if $emulated; then
+  out=${1:-build} thaw=build/thaw-emulated tests="build/thaw-simt-tests -tc=*attention:*refused*"
+  shape=tiny formats="q8_0" depths=4,40 prompts=9 tokens=2 repetitions=1 answer=1
+else
+  out=${1:-docs} thaw=build/thaw-cuda tests=build/thaw-cuda-tests
+  shape=8b formats="bf16 q8_0 q4_0" depths=512,8192,32768,131072 prompts=512,4096,32768
+  tokens=32 repetitions=5 answer=48
+fi
+model=weights/SmolLM2-135M-Instruct.Q4_1.gguf
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$out"
+failed=0
+
+# step NAME COMMAND..: runs it; its end is shown only when it fails. One line a step in steps.txt.
+step() {
+  local name=$1 start=$SECONDS result=passed
+  shift
+  printf 'gpu_check: %s ... ' "$name"
+  if ! "$@" >"$work/log" 2>&1; then
+    result=failed failed=$((failed + 1))
+    echo
+    tail -n 30 "$work/log"
+  fi
+  echo "$result, $((SECONDS - start)) s"
+  printf '%s\t%s\t%s\n' "$name" "$result" "$((SECONDS - start))" >>"$work/steps.txt"
+}
+leave_out() {
+  echo "gpu_check: $1: left out: $2"
+  printf '%s\tleft out: %s\t0\n' "$1" "$2" >>"$work/steps.txt"
+}
+
+build() {
+  [ -x "$thaw" ] && [ -x "${tests%% *}" ] && return
+  if $emulated; then make "$thaw" "${tests%% *}"; else make "$thaw" "$tests"; fi
+}
+
+# A short run of everything that decoding and prompts launch.
+small_run() {
+  "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 0,150 --policy full,thaw
+}
+
+# The real model writes on the GPU what it writes on the CPU, under a policy.
+same_answer() {
+  local run=("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n "$answer" -q --policy "$1")
+  diff <("${run[@]}" --backend cpu) <("${run[@]}" --backend cuda)
+}
+checked_ops() {
+  "$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 1 -q --policy full --backend checked
+}
+
+# measure NAME FLAGS..: a bench's JSON under that name.
+measure() {
+  local name=$1
+  shift
+  "$thaw" bench --random "$shape" --backend cuda -r "$repetitions" -q --json "$@" >"$work/$name.json"
+}
+
+step "build" build
+step "tests on the device" $tests
+if ! $emulated && command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck initcheck synccheck; do
+    step "compute-sanitizer $tool" small_run compute-sanitizer --tool "$tool" --error-exitcode 1
+  done
+else
+  leave_out "compute-sanitizer" "$($emulated && echo "there is no device" || echo "not in PATH")"
+  step "a short run" small_run
+fi
+if [ -e "$model" ]; then
+  step "SmolLM2: each op as on the CPU" checked_ops
+  for policy in full thaw; do step "SmolLM2: --policy $policy as on the CPU" same_answer $policy; done
+else
+  leave_out "SmolLM2" "no weights (make weights)"
+fi
+for format in $formats; do
+  step "decode, $shape $format" measure "decode-$format" --weights "$format" -p 0 -n "$tokens" \
+    -d "$depths" --policy full,thaw
+  step "prompts, $shape $format" measure "prompt-$format" --weights "$format" -p "$prompts" -n 0
+done
+step "ops, $shape" measure ops --weights "${formats##* }" -n 4 -d "${depths%%,*}" \
+  --policy full,thaw --op embed,qkv,append,attend,settle,project_add,gate_up,logits
+if $emulated; then
+  leave_out "transformers" "there is no device"
+elif python3 -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
+  step "transformers, $shape bf16" bash -c "python3 tools/gpu_peer.py >'$work/peer.json'"
+else
+  leave_out "transformers" "no torch with CUDA"
+fi
+facts=emulator
+$emulated || facts=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,compute_cap \
+  --format=csv,noheader 2>/dev/null | head -n 1)
+step "write $out/gpu-results.md" python3 tools/gpu_results.py "$work" "$out" "$facts"
+[ "$failed" -eq 0 ] || echo "gpu_check: failed steps: $failed"
+[ "$failed" -eq 0 ]
