@@ -7,16 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#include "kvstore/ghost_code.h"
+
 namespace thaw {
 namespace {
-
-// +1 or -1 for dimension i: a bit of a hash (the finalizer of SplitMix64).
-float sign(int i) {
-  std::uint64_t h = static_cast<std::uint64_t>(i + 1) * 0x9e3779b97f4a7c15;
-  h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
-  h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
-  return (h >> 63) != 0 ? -1.0f : 1.0f;
-}
 
 // x = H x / sqrt(n) for n a power of two (Sylvester's Hadamard matrix); its own inverse.
 void hadamard(float* x, int n) {
@@ -45,43 +39,10 @@ void hadamard_blocks(float* x, int n) {
 // The best uniform step for a Gaussian of variance 1, by bits.
 constexpr float kStep[] = {0, 1.596f, 0.996f, 0.586f, 0.335f};
 
-// Where part of a code stands: bits [shift, shift + width) of `byte` hold bits [low, low + width)
-// of the code. Codes of 3 bits have two parts, of 2 and 1 bits; all others one.
-struct CodePlace {
-  std::size_t byte;
-  int shift, width, low;
-};
-
-// Eight vectors of 32 codes are packed together, 8 / width of them in the bits of each byte: code
-// `lane` of vector i.
-CodePlace code_place(int i, int lane, int bits, int part) {
-  const int width = bits == 3 ? (part == 0 ? 2 : 1) : bits;
-  const int per_byte = 8 / width;
-  const std::size_t start = part == 0 ? 0 : 64;
-  return {start + static_cast<std::size_t>(i / per_byte * 32 + lane), i % per_byte * width, width,
-          part == 0 ? 0 : 2};
-}
-
-// Keys: a packet of eight vectors holds 8 dimensions of 32 tokens; a vector holds two neighbouring
-// dimensions of 16 tokens.
-CodePlace key_place(int token, int dim, int bits, int part) {
-  CodePlace place = code_place(dim % 8 / 2 * 2 + token / 16, token % 16 * 2 + dim % 2, bits, part);
-  place.byte += static_cast<std::size_t>(dim / 8 * 32 * bits);
-  return place;
-}
-
-// Values: a packet holds 16 dimensions of 16 tokens; a vector holds 16 dimensions of two
-// neighbouring tokens.
-CodePlace value_place(int token, int dim, int bits, int part) {
-  CodePlace place = code_place(token / 2 % 8, dim % 16 * 2 + token % 2, bits, part);
-  place.byte += static_cast<std::size_t>((dim / 16 * 2 + token / 16) * 32 * bits);
-  return place;
-}
-
 using Place = CodePlace (*)(int, int, int, int);
 
 void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsigned code) {
-  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+  for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
     const unsigned mask = ((1u << at.width) - 1) << at.shift;
     const unsigned value = code >> at.low << at.shift & mask;
@@ -91,7 +52,7 @@ void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsig
 
 unsigned get_code(const std::byte* codes, Place place, int token, int dim, int bits) {
   unsigned code = 0;
-  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+  for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
     code |= (std::to_integer<unsigned>(codes[at.byte]) >> at.shift & ((1u << at.width) - 1))
             << at.low;
@@ -164,22 +125,20 @@ void read_codes(float* out, const std::byte* codes, Place place, int token, int 
 }  // namespace
 
 void rotate(float* x, int head_dim) {
-  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
   hadamard_blocks(x, head_dim);
 }
 
 void rotate_back(float* x, int head_dim) {
   hadamard_blocks(x, head_dim);
-  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
 }
 
 float ghost_step(int bits) { return kStep[bits]; }
 
 void widen_scales(float* out, const std::byte* scales) {
-  for (int i = 0; i < kGhostGroup; ++i) {
-    const auto code = std::to_integer<std::uint32_t>(scales[i]);
-    out[i] = code == 0 ? 0.0f : std::bit_cast<float>((code << 18) + ((127u - 4) << 23));
-  }
+  for (int i = 0; i < kGhostGroup; ++i)
+    out[i] = scale_of_byte(std::to_integer<std::uint32_t>(scales[i]));
 }
 
 void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, const float* v,
