@@ -77,9 +77,6 @@ struct GhostView {
   }
 };
 
-// step(b): the best step of a uniform grid of 2^b values for a Gaussian of variance 1.
-float ghost_step(int bits);
-
 // Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head;
 // centre.key_mean turned to the token's position.
 void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k, const float* v,

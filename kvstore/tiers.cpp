@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "device/error.h"
+#include "kvstore/ghost_code.h"
 #include "kvstore/row.h"
 
 namespace thaw {
@@ -130,12 +131,15 @@ float GhostTier::fix_mean(float* mean, const KvRows& cold, int head, bool value)
     read(t);
     for (int i = 0; i < dim; ++i) mean[i] += row[i] / static_cast<float>(centre_tokens_);
   }
-  double squares = 0;
+  std::vector<double> squares(static_cast<std::size_t>(dim));  // a dimension
   for (int t = 0; t < centre_tokens_; ++t) {
     read(t);
-    for (int i = 0; i < dim; ++i) squares += (row[i] - mean[i]) * (row[i] - mean[i]);
+    for (int i = 0; i < dim; ++i) {
+      const double rest = row[i] - mean[i];
+      squares[i] += rest * rest;
+    }
   }
-  return static_cast<float>(std::sqrt(squares / (static_cast<double>(centre_tokens_) * dim)));
+  return rms_of(squares.data(), centre_tokens_, dim);
 }
 
 void GhostTier::fix_centre(int layer, const KvRows& cold) {
