@@ -15,12 +15,12 @@ namespace thaw {
 // lane i has the heads from i * lane_heads on. Rows have no order. The newest token is among them:
 // append() has written its row.
 struct DeviceHot {
-  int n_lanes = 0;     // of the layer; 0: every token is attended exactly, no more is here
-  int lane_heads = 0;  // 1, or n_kv_heads
-  int room = 0;        // entries from a lane to the next in `tokens`; at least n_rows
-  int mask_words = 0;  // words from a lane to the next in `mask`
-  DeviceRows rows = {};                  // of lane 0; heads counted from the lane's first
-  int lane_pages = 0;                    // entries of rows.pages from a lane to the next
+  int n_lanes = 0;       // of the layer; 0: every token is attended exactly, no more is here
+  int lane_heads = 0;    // 1, or n_kv_heads
+  int room = 0;          // entries from a lane to the next in `tokens`; at least n_rows
+  int mask_words = 0;    // words from a lane to the next in `mask`
+  DeviceRows rows = {};  // of lane 0; heads counted from the lane's first
+  int lane_pages = 0;    // entries of rows.pages from a lane to the next
   const std::int32_t* n_rows = nullptr;  // a lane: hot rows now, 1 .. room
   const std::int32_t* tokens = nullptr;  // lane x room: the token in each row
   const std::uint32_t* mask = nullptr;   // lane x mask_words: bit t % 32 of word t / 32: t is hot
@@ -57,11 +57,11 @@ struct DeviceGhosts {
   // The centre is the mean of the first centre_tokens keys, so ghosts exist while
   // kv_len >= centre_tokens. Before that every token is hot.
   int centre_tokens = 0;
-  int page_groups = 0;  // groups of a head in a page
+  int page_groups = 0;                      // groups of a head in a page
   const std::byte* const* pages = nullptr;  // table in device memory, of pages in device memory
   std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
-  const float* means = nullptr;  // k/v head x {key (as of position 0), value} x head_dim
-  const float* units = nullptr;  // k/v head x {of key scales, of value scales}
+  const float* means = nullptr;             // k/v head x {key (as of position 0), value} x head_dim
+  const float* units = nullptr;             // k/v head x {of key scales, of value scales}
   DeviceRope rope;
 
   __device__ const std::byte* group(int head, int index) const {
@@ -88,10 +88,10 @@ struct DeviceStats {
   float* ghost_mass = nullptr;   // a lane; null in exact attention
   // Ascending by token, so that what is decided does not depend on timing. There is room for every
   // token that can be recalled: probabilities of at least `recall` add up to at most 1.
-  int recalled_room = 0;                   // entries from a lane to the next in the next two
-  std::int32_t* n_recalled = nullptr;      // a lane
-  std::int32_t* recalled = nullptr;        // lane x recalled_room: tokens
-  float* recalled_probability = nullptr;   // lane x recalled_room: exact, mean over the lane
+  int recalled_room = 0;                  // entries from a lane to the next in the next two
+  std::int32_t* n_recalled = nullptr;     // a lane
+  std::int32_t* recalled = nullptr;       // lane x recalled_room: tokens
+  float* recalled_probability = nullptr;  // lane x recalled_room: exact, mean over the lane
 
   bool operator==(const DeviceStats&) const = default;
 };

@@ -2,49 +2,13 @@
 #include <vector>
 
 #include "device/error.h"
-#include "device/kernel.cuh"
+#include "kvstore/append_cuda.cuh"
 #include "kvstore/device_view.h"
 #include "kvstore/full_store_cuda.h"
-#include "kvstore/row_cuda.cuh"
-#include "kvstore/step_cuda.h"
 #include "kvstore/tiers.h"
 
 namespace thaw {
 namespace {
-
-constexpr int kThreads = 128;
-
-// Computes  *place = value
-// Grid      1
-// Block     kWarp
-// Shared    none
-// Bytes     writes 8
-__global__ void set_place(StepPlace* place, StepPlace value) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (threadIdx.x == 0) *place = value;
-}
-
-// Computes  the stored rows of a step's tokens: k and v rounded to the store's type
-// Grid      T x k/v heads
-// Block     kThreads; warps take 32 numbers of the key and the value in turns
-// Shared    none
-// Bytes     reads k and v, writes their rows
-template <KvType kType>
-__global__ void append_rows(DeviceRows rows, const float* k, const float* v, const StepPlace* place,
-                            int head_dim) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const int t = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
-  auto* key = const_cast<std::byte*>(rows.key(head, place->first + t));
-  const std::int64_t from = (static_cast<std::int64_t>(t) * gridDim.y + head) * head_dim;
-  const int n_blocks = (head_dim + kRowBlock - 1) / kRowBlock;
-  for (int b = warp_index(); b < 2 * n_blocks; b += kThreads / kWarp) {
-    const bool is_value = b >= n_blocks;
-    store_numbers<kType>(key + (is_value ? rows.value_offset : 0), (is_value ? v : k) + from,
-                         (is_value ? b - n_blocks : b) * kRowBlock, head_dim);
-  }
-}
 
 class CudaKvStore final : public KvStore {
  public:
@@ -150,7 +114,7 @@ void CudaKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   check_step(shape_, appended_, n_tokens, phase);
   reserve(first + n_tokens);
-  launch_overlapping("begin", set_place, 1, kWarp, 0, stream_, place_.data(),
+  launch_overlapping("begin", set_place<StepPlace>, 1, kWarp, 0, stream_, place_.data(),
                      StepPlace{first, first + n_tokens});
   phase_ = phase;
   const int kv_len = first + n_tokens;
@@ -165,8 +129,8 @@ void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens
   with_kv_type(shape_.type, [&](auto type) {
     launch_overlapping(
         "append", append_rows<decltype(type)::value>,
-        dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)), kThreads,
-        0, stream_, rows, k, v, place_.data(), shape_.head_dim);
+        dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)),
+        kAppendThreads, 0, stream_, rows, k, v, place_.data(), shape_.head_dim);
   });
   n += n_tokens;
   unsettled_[static_cast<std::size_t>(layer)] = 1;

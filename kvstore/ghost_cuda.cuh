@@ -124,7 +124,8 @@ __device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
 }
 
 // The mean of a head's first keys, turned back to position 0, and values, and the units of their
-// scales. squares: shared, {key, value} x head_dim. All threads call, and see both when they return.
+// scales. squares: shared, {key, value} x head_dim. All threads call, and see both when they
+// return.
 template <KvType kType>
 __device__ void fix_centre(const GhostJob& job, int head, double* squares) {
   const GhostFormat& f = job.ghosts.format;
@@ -174,8 +175,8 @@ __device__ inline void write_in_warp(const GhostJob& job, std::uint32_t* group, 
     const DeviceRope::Pair p = job.ghosts.rope.pairs[pair];
     TurnedPair turned = {at_zero[p.first], at_zero[p.second]};
     if (kIsKey)
-      turned = turn_pair(turned.first, turned.second,
-                         angle_of(job.ghosts.rope, dim / 2, pair, token));
+      turned =
+          turn_pair(turned.first, turned.second, angle_of(job.ghosts.rope, dim / 2, pair, token));
     mean[p.first] = turned.first, mean[p.second] = turned.second;
   }
   __syncwarp();  // the mean is complete

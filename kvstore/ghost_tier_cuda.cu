@@ -50,8 +50,8 @@ __global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob job) {
   float* mean = reinterpret_cast<float*>(group + n_words) + warp_index() * f.head_dim;
   for (int g = first / kGhostGroup + static_cast<int>(blockIdx.x); g * kGhostGroup < end;
        g += static_cast<int>(gridDim.x)) {
-    auto* stored = reinterpret_cast<std::uint32_t*>(
-        const_cast<std::byte*>(job.ghosts.group(head, g)));
+    auto* stored =
+        reinterpret_cast<std::uint32_t*>(const_cast<std::byte*>(job.ghosts.group(head, g)));
     for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
       group[i] = stored[i];
     __syncthreads();  // what stands in the group so far is there
@@ -144,7 +144,8 @@ void CudaGhostTier::write(int layer, const DeviceRows& cold, const DeviceHot* ho
                           const StepPlace* place, int n) {
   if (!present()) return;
   GhostJob job = {view(layer), nullptr, nullptr, cold, hot ? *hot : DeviceHot{}, place, n == 1};
-  job.means = const_cast<float*>(job.ghosts.means), job.units = const_cast<float*>(job.ghosts.units);
+  job.means = const_cast<float*>(job.ghosts.means),
+  job.units = const_cast<float*>(job.ghosts.units);
   const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
   // A first step that fills the centre writes more groups than its own tokens': blocks take turns.
   const auto groups = static_cast<unsigned>((n + kGhostGroup - 1) / kGhostGroup + 1);

@@ -51,8 +51,7 @@ PageTable::PageTable(PageSource& source, std::size_t page_bytes, std::size_t max
       host_table_(max_pages, what) {}
 
 void PageTable::reserve(std::size_t n, const Stream& stream) {
-  for (; n_pages_ < n; ++n_pages_)
-    host_table_.data()[n_pages_] = source_.take(page_bytes_, what_);
+  for (; n_pages_ < n; ++n_pages_) host_table_.data()[n_pages_] = source_.take(page_bytes_, what_);
   if (n_sent_ == n_pages_) return;
   copy_to_device(table_.data() + n_sent_, host_table_.data() + n_sent_, n_pages_ - n_sent_, stream);
   n_sent_ = n_pages_;

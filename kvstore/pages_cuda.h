@@ -26,7 +26,7 @@ class PageTable {
   std::size_t page_bytes() const { return page_bytes_; }
   const std::byte* const* on_device() const { return table_.data(); }
   const std::byte* const* on_host() const { return host_table_.data(); }  // the same addresses
-  std::int64_t bytes() const {  // of the pages
+  std::int64_t bytes() const {                                            // of the pages
     return static_cast<std::int64_t>(n_pages_ * page_bytes_);
   }
   std::int64_t table_bytes() const { return static_cast<std::int64_t>(table_.bytes()); }

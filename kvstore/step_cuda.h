@@ -11,4 +11,10 @@ struct StepPlace {
   std::int32_t kv_len;  // behind the last
 };
 
+// And what decisions about residency need to know of the moment.
+struct DeviceMoment : StepPlace {
+  std::int32_t can_freeze;  // 0 while frozen tokens would have no ghosts yet
+  float epsilon;            // thaw: PolicyParams::epsilon, or less during recovery
+};
+
 }  // namespace thaw

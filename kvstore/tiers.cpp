@@ -50,10 +50,16 @@ void ColdTier::write(int layer, int token, const float* k, const float* v) {
     std::byte* key = const_cast<std::byte*>(to.key(head, token));
     store_row(key, k + head * shape_.head_dim, shape_.head_dim, shape_.type);
     store_row(key + to.value_offset, v + head * shape_.head_dim, shape_.head_dim, shape_.type);
-    if (hashed_)
-      hashes_[(static_cast<std::size_t>(token) * shape_.n_layers + layer) * shape_.n_kv_heads +
-              head] = hash(layer, head, token);
   }
+  wrote(layer, token);
+}
+
+void ColdTier::wrote(int layer, int token) {
+  if (!hashed_) return;
+  const std::size_t first =
+      (static_cast<std::size_t>(token) * shape_.n_layers + layer) * shape_.n_kv_heads;
+  for (int head = 0; head < shape_.n_kv_heads; ++head)
+    hashes_[first + head] = hash(layer, head, token);
 }
 
 // FNV-1a of the bytes.

@@ -20,8 +20,7 @@ namespace {
 KvRope rope_of(int head_dim, bool interleaved) {
   KvRope rope{{}, interleaved};
   for (int i = 0; i < head_dim / 2; ++i)
-    rope.inverse_frequencies.push_back(
-        static_cast<float>(std::pow(10000.0, -2.0 * i / head_dim)));
+    rope.inverse_frequencies.push_back(static_cast<float>(std::pow(10000.0, -2.0 * i / head_dim)));
   return rope;
 }
 
@@ -83,11 +82,11 @@ class BothTiers {
         n += centre_differs(cpu.centres[head], cuda, head);
         for (int g = 0; g * kGhostGroup < length_; ++g) {
           std::vector<std::byte> group(bytes);
-          copy_to_host(group.data(),
-                       pages[g / cuda.page_groups] + cuda.offset +
-                           static_cast<std::size_t>(head * cuda.page_groups +
-                                                    g % cuda.page_groups) * bytes,
-                       bytes, stream);
+          copy_to_host(
+              group.data(),
+              pages[g / cuda.page_groups] + cuda.offset +
+                  static_cast<std::size_t>(head * cuda.page_groups + g % cuda.page_groups) * bytes,
+              bytes, stream);
           n += std::memcmp(group.data(), cpu.group(head, g), bytes) != 0;
         }
       }
