@@ -1,6 +1,8 @@
+#include <cstdio>
 #include <cstring>
 #include <vector>
 
+#include "device/error.h"
 #include "kvstore/pages_cuda.h"
 
 namespace thaw {
@@ -24,14 +26,27 @@ class DevicePages final : public PageSource {
 class PinnedPages final : public PageSource {
  public:
   std::byte* take(std::size_t bytes, const char* what) override {
-    PinnedBuffer<std::byte> page(bytes, what);
-    std::memset(page.data(), 0, bytes);
-    pages_.push_back(std::move(page));
-    return pages_.back().data();
+    if (plain_ == nullptr) {
+      try {
+        PinnedBuffer<std::byte> page(bytes, what);
+        std::memset(page.data(), 0, bytes);
+        pages_.push_back(std::move(page));
+        return pages_.back().data();
+      } catch (const Error& error) {
+        if (!reads_plain_memory()) throw;
+        std::fprintf(stderr,
+                     "thaw: %s; plain memory instead: reading it, for prompts and recalls, "
+                     "may be several times slower\n",
+                     error.what());
+        plain_ = make_memory_pages();
+      }
+    }
+    return plain_->take(bytes, what);
   }
 
  private:
   std::vector<PinnedBuffer<std::byte>> pages_;
+  std::unique_ptr<PageSource> plain_;  // once pinned memory was refused
 };
 
 }  // namespace

@@ -98,6 +98,20 @@ __global__ void settle_lanes(LaneCall call) {
   block.finish();
 }
 
+// Computes  lanes without rows of the tokens from `position` on
+// Grid      lanes
+// Block     kLaneThreads
+// Shared    as above
+// Bytes     copies rows that move
+__global__ void drop_rows(LaneCall call, int position) {
+  __shared__ LaneShared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  LaneBlock block = call.block(static_cast<int>(blockIdx.x), shared);
+  block.drop(position);
+  block.finish();
+}
+
 // Computes  lanes without the tokens from `position` on, with what must be hot then
 // Grid      lanes
 // Block     kLaneThreads
@@ -130,6 +144,9 @@ void LaneWork::seed() const { launch_lanes(*this, "seed", seed_lanes, n_lanes); 
 void LaneWork::make_room() const { launch_lanes(*this, "make room", make_room_in_lanes, n_lanes); }
 void LaneWork::place() const { launch_lanes(*this, "place", place_rows, n_lanes); }
 void LaneWork::settle() const { launch_lanes(*this, "settle", settle_lanes, n_lanes); }
+void LaneWork::drop(int position) const {
+  launch_lanes(*this, "drop", drop_rows, n_lanes, position);
+}
 void LaneWork::cut(int position, int length) const {
   launch_lanes(*this, "cut", cut_lanes, n_lanes, position, length);
 }

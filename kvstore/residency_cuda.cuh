@@ -54,6 +54,7 @@ class LaneBlock {
   __device__ void make_room(int incoming);
   __device__ void place();
   __device__ void settle();
+  __device__ void drop(int position);
   __device__ void cut(int position, int length);
   // Moves rows to where they belong, and stores the state.
   __device__ void finish();

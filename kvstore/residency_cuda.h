@@ -80,6 +80,7 @@ struct LaneWork {
   // Copies what is only in the cold tier into its hot row, and opens a row for the newest token.
   void place() const;
   void settle() const;                       // Residency::settle() of lanes.stats
+  void drop(int position) const;             // rows of a step that was given up
   void cut(int position, int length) const;  // Residency::cut(); length: tokens so far
 };
 

@@ -172,9 +172,14 @@ __device__ inline void LaneBlock::settle_asr(const float* relevance) {
   __syncthreads();  // the woken have rows, where there was room
 }
 
-__device__ inline void LaneBlock::cut(int position, int length) {
+// No row is left of tokens from `position` on.
+__device__ inline void LaneBlock::drop(int position) {
   mark([&](int row) { return tokens_[row] >= position; });
   remove_marked(false);
+}
+
+__device__ inline void LaneBlock::cut(int position, int length) {
+  drop(position);
   for (int t = position + static_cast<int>(threadIdx.x); t < length; t += kLaneThreads) {
     const TokenState state = state_of(t);
     *state.score = 0, *state.hits = *state.timer = 0;

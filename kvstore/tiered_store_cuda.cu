@@ -64,6 +64,7 @@ class CudaTieredStore final : public KvStore {
   void seed(int kv_len);
   void open_rows(int kv_len);
   int most_rows(int n_rows, int bound, int kv_len) const;
+  void close_rows(int position);
   void cut(int position);
   void make_views();
   void catch_up() const;
@@ -182,7 +183,8 @@ void CudaTieredStore::catch_up() const {
 void CudaTieredStore::send_cold_pages() {
   const auto pages = cold_.rows(0, 0).pages;
   if (pages.size() == n_cold_pages_) return;
-  std::copy(pages.begin(), pages.end(), host_cold_table_.data());
+  std::copy(pages.begin() + static_cast<std::ptrdiff_t>(n_cold_pages_), pages.end(),
+            host_cold_table_.data() + n_cold_pages_);
   copy_to_device(cold_table_.data() + n_cold_pages_, host_cold_table_.data() + n_cold_pages_,
                  pages.size() - n_cold_pages_, stream_);
   n_cold_pages_ = pages.size();
@@ -201,7 +203,7 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   check_step(shape_, appended_, n_tokens, phase);
   catch_up();
-  if (is_open_) cut(first);  // the row of a step that was given up
+  if (is_open_) close_rows(first);
   reserve(first + n_tokens, n_tokens, phase);
   if (phase == Phase::kDecode) make_residency(first);
   phase_ = phase, n_step_ = n_tokens;
@@ -376,6 +378,13 @@ void CudaTieredStore::rewind(int position) {
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
   ghost_check_.cut(position);
+}
+
+// The rows that a step opened, which was given up.
+void CudaTieredStore::close_rows(int position) {
+  work(false).drop(position);
+  stream_.synchronize();  // how many rows are left is known
+  is_open_ = false;
 }
 
 // Lanes without the tokens from `position` on. Waits for the stream.

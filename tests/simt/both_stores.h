@@ -11,6 +11,7 @@
 
 #include "kvstore/device_view.h"
 #include "kvstore/kvstore.h"
+#include "kvstore/pages_cuda.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "tests/tiny_model.h"
 
@@ -62,7 +63,7 @@ class BothStores {
     if (phase == Phase::kDecode) compare_counters();
   }
 
-  const Stream stream;
+  Stream stream;
   std::unique_ptr<KvStore> cpu, cuda;
   int n_compared = 0;  // hot rows
 
@@ -146,7 +147,8 @@ class BothStores {
     const DeviceHot& hot = device.hot;
     REQUIRE(hot.n_lanes == static_cast<int>(view.lanes.size()));
     REQUIRE(hot.lane_heads == view.lane_heads);
-    CHECK(read(device.kv_len, 1)[0] == view.kv_len);
+    const std::int32_t kv_len = read(device.kv_len, 1)[0];
+    CHECK(kv_len == view.kv_len);
     const std::vector<std::int32_t> n_rows = read(hot.n_rows, view.lanes.size());
     for (std::size_t i = 0; i < view.lanes.size(); ++i) {
       const LaneView& lane = view.lanes[i];
@@ -193,7 +195,8 @@ class BothStores {
     CHECK(a.frozen == b.frozen);
     CHECK(a.cold_bytes_read == b.cold_bytes_read);
     CHECK(a.cold_bytes_visible == b.cold_bytes_visible);
-    CHECK(cpu->ghost_mass() == cuda->ghost_mass());
+    const float ghost_mass = cuda->ghost_mass();
+    CHECK(cpu->ghost_mass() == ghost_mass);
   }
 
   Random random_;
