@@ -142,11 +142,11 @@ void CudaLanes::reserve_rows(int n_rows) {
   const std::size_t entries = static_cast<std::size_t>(n_lanes_) * lane_pages;
   DeviceBuffer<const std::byte*> table(entries, "hot tokens");
   PinnedBuffer<const std::byte*> host_table(entries, "hot tokens");
-  stream_.synchronize();  // the old table may be on its way
   std::fill_n(host_table.data(), entries, nullptr);
   for (std::size_t lane = 0; lane < pages_.size(); ++lane)
     std::copy(pages_[lane].begin(), pages_[lane].end(), host_table.data() + lane * lane_pages);
   copy_to_device(table.data(), host_table.data(), entries, stream_);
+  stream_.synchronize();  // share_pages() may write the host's table
   tokens_ = std::move(tokens), from_ = std::move(from), asleep_ = std::move(asleep);
   waking_ = std::move(waking), probability_ = std::move(probability);
   relevance_ = std::move(relevance);
@@ -182,9 +182,9 @@ void CudaLanes::share_pages(std::span<const int> rows) {
       pages_[lane].push_back(page);
     }
   }
-  if (changed)
-    copy_to_device(table_.data(), static_cast<const std::byte* const*>(host_table_.data()),
-                   table_.size(), stream_);
+  if (!changed) return;
+  copy_to_device(table_.data(), static_cast<const std::byte* const*>(host_table_.data()),
+                 table_.size(), stream_);
 }
 
 DeviceHot CudaLanes::hot(int layer) const {

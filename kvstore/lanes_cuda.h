@@ -43,7 +43,7 @@ class CudaLanes {
   // Pages for rows[i] rows of lane i, each i: reserve_pages() takes what is missing, and throws
   // Error, with nothing changed, when memory is refused. share_pages() then gives every lane as
   // many, and no more, for work that is queued later; what a lane gives back must hold nothing by
-  // then.
+  // then, and the stream must have been waited for since the last call.
   void reserve_pages(std::span<const int> rows);
   void share_pages(std::span<const int> rows);
 
@@ -73,7 +73,7 @@ class CudaLanes {
   PageTable token_pages_;
   std::vector<std::vector<std::byte*>> pages_;  // a lane
   DeviceBuffer<const std::byte*> table_;        // of the pages: lane x lane_pages
-  PinnedBuffer<const std::byte*> host_table_;
+  PinnedBuffer<const std::byte*> host_table_;   // the same
   DeviceBuffer<std::int32_t> n_rows_, tokens_, from_, waking_, n_recalled_, recalled_;
   DeviceBuffer<std::uint32_t> masks_;  // hot, then chosen
   DeviceBuffer<Sleeper> asleep_;

@@ -11,8 +11,8 @@ namespace thaw {
 
 // Pages are zeroed by work on `stream`, which must outlive the source.
 std::unique_ptr<PageSource> make_device_pages(const Stream& stream);
-// The host reads them, too, after work that writes them is done. Where the system refuses to pin more
-// memory, and the device can do without, pages are plain memory; stderr says so, once, and the cost.
+// The host reads them, too, after work that writes them is done. Where the system refuses to pin
+// more memory, and the device can do without, pages are plain memory; stderr says so, and the cost.
 std::unique_ptr<PageSource> make_pinned_pages();
 
 // Pages of one size with a table of them in device memory, which stays where it is.

@@ -91,6 +91,7 @@ __device__ inline void LaneBlock::insert_chosen() {
       tokens_[row] = word * kWarp + __ffs(static_cast<int>(bits)) - 1, from_[row] = kInCold;
     n_rows += __shfl_sync(kAllLanes, end, kWarp - 1);
   }
+  __syncwarp();  // all lanes have read how many there were
   if (lane_index() == 0) s_.n_rows = n_rows;
 }
 
@@ -138,10 +139,12 @@ __device__ inline void LaneBlock::settle_asr(const float* relevance) {
       --sleeper.timer;
       const unsigned wakes = __ballot_sync(kAllLanes, exists && sleeper.timer == 0);
       const unsigned sleeps = __ballot_sync(kAllLanes, exists && sleeper.timer != 0);
+      __syncwarp();  // all lanes have read who sleeps here: it can be written over
       if (exists && sleeper.timer == 0) waking[n_waking + place_in(wakes)] = sleeper.token;
       if (exists && sleeper.timer != 0) asleep()[n_asleep + place_in(sleeps)] = sleeper;
       n_waking += __popc(wakes), n_asleep += __popc(sleeps);
     }
+    __syncwarp();  // all have been read
     for (int base = 0; base < s_.n_rows; base += kWarp) {
       const int row = base + lane_index();
       int token = 0, steps = 0;

@@ -23,20 +23,23 @@ constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Po
 
 // A prompt, steps of every mood, cuts into the prompt and to nothing, and prompts after steps.
 void live(BothStores& both) {
+  const auto decode = [&](int n_steps, Mood mood) {
+    both.decode(testing::kIsSlow ? 1 : n_steps, mood);
+  };
   both.prefill(45, Mood::kPlain);
-  both.decode(12, Mood::kPlain);
-  both.decode(6, Mood::kTies);
-  both.rewind(52);
-  both.decode(3, Mood::kAllHit);
-  both.decode(6, Mood::kNoneHit);
+  decode(12, Mood::kPlain);
+  decode(6, Mood::kTies);
+  both.rewind(both.cpu->length() - 4);
+  decode(3, Mood::kAllHit);
+  decode(6, Mood::kNoneHit);
   both.prefill(9, Mood::kTies);
-  both.decode(8, Mood::kPlain);
+  decode(8, Mood::kPlain);
   both.rewind(10);
-  both.decode(12, Mood::kTies);
+  decode(12, Mood::kTies);
   both.rewind(0);
-  both.decode(3, Mood::kPlain);
+  decode(3, Mood::kPlain);
   both.prefill(40, Mood::kTies);
-  both.decode(10, Mood::kTies);
+  decode(10, Mood::kTies);
 }
 
 }  // namespace
@@ -51,7 +54,7 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
       options.policy.per_head = per_head;
       BothStores both({2, 2, 8, 200, KvType::kF16, {}}, options, 7);
       live(both);
-      CHECK(both.n_compared > 400);
+      CHECK((both.n_compared > 400 || testing::kIsSlow));
     }
 }
 
@@ -73,6 +76,7 @@ TEST_CASE("cuda residency: invariants hold after every step") {
 TEST_CASE("cuda residency: and where room is short, down to the least") {
   for (const Policy policy : kPolicies)
     for (const int bound : {0, 1, 2, 3}) {
+      if (testing::kIsSlow && bound > 1) continue;
       if (policy == Policy::kWindow && bound < 2) continue;
       CAPTURE(kPolicyNames[static_cast<int>(policy)]);
       CAPTURE(bound);
@@ -82,13 +86,14 @@ TEST_CASE("cuda residency: and where room is short, down to the least") {
       if (bound == 2) options.hot_fraction = 0.4;
       if (bound == 3) options.hot_bytes = 2 * 2 * 2 * 16 * 24 + 1;  // layers, heads, k and v
       BothStores both({2, 2, 8, 200, KvType::kF16, {}}, options, 11 + bound);
+      const int most = testing::kIsSlow ? 1 : 6;
       both.prefill(40, Mood::kPlain);
-      both.decode(6, Mood::kPlain);
-      both.decode(6, Mood::kTies);
-      both.rewind(43);
-      both.decode(3, Mood::kAllHit);
+      both.decode(most, Mood::kPlain);
+      both.decode(most, Mood::kTies);
+      both.rewind(39 + most);
+      both.decode(most / 2, Mood::kAllHit);
       both.prefill(9, Mood::kTies);
-      both.decode(5, Mood::kPlain);
+      both.decode(most, Mood::kPlain);
       CHECK((options.hot_bytes == 0 || both.cuda->usage().hot <= options.hot_bytes));
     }
 }
