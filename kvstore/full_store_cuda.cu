@@ -5,6 +5,7 @@
 #include "kvstore/append_cuda.cuh"
 #include "kvstore/device_view.h"
 #include "kvstore/full_store_cuda.h"
+#include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
 
 namespace thaw {
@@ -57,9 +58,6 @@ class CudaKvStore final : public KvStore {
 };
 
 void check_options(const KvOptions& o) {
-  require(o.policy.policy == Policy::kFull, "--policy ",
-          kPolicyNames[static_cast<int>(o.policy.policy)],
-          ": runs on the CPU backend only; expected --policy full or --backend cpu");
   require(o.cold_file.empty(),
           "--cold-file: expected --backend cpu: on the GPU every token is in "
           "device memory, found ",
@@ -200,6 +198,7 @@ KvUsage CudaKvStore::usage() const {
 
 std::unique_ptr<KvStore> make_cuda_kv_store(const KvShape& shape, const KvOptions& options,
                                             const Stream& stream) {
+  if (options.policy.policy != Policy::kFull) return make_cuda_tiered_store(shape, options, stream);
   check_options(options);
   check_shape(shape);
   return std::make_unique<CudaKvStore>(shape, options, stream);

@@ -27,7 +27,7 @@ __global__ void learn_lanes(LaneCall call, int layer, DeviceStats stats, int n_r
   const int lane_of_layer = static_cast<int>(blockIdx.x);
   LaneBlock block = call.block(layer * call.lanes.lanes_per_layer + lane_of_layer, shared);
   block.learn(stats, lane_of_layer, n_rows);
-  block.finish();
+  block.store();  // no row is touched: a graph may be older than where they are now
 }
 
 // Computes  which tokens should be hot as decoding begins, and how many

@@ -56,8 +56,9 @@ class LaneBlock {
   __device__ void settle();
   __device__ void drop(int position);
   __device__ void cut(int position, int length);
-  // Moves rows to where they belong, and stores the state.
+  // Moves rows to where they belong, and stores the state; store() where no row has changed.
   __device__ void finish();
+  __device__ void store();
 
  private:
   struct TokenState {
@@ -341,6 +342,11 @@ __device__ inline void LaneBlock::finish() {
       copy_row(const_cast<std::byte*>(hot.key(head, row)), hot.key(head, from), g_.kv_row);
     if (lane_index() == 0) from_[row] = row;
   }
+  store();
+}
+
+__device__ inline void LaneBlock::store() {
+  __syncthreads();  // the state is decided
   if (threadIdx.x != 0) return;
   g_.states[lane_] = s_.state, g_.n_rows[lane_] = s_.n_rows;
   LaneReport& report = g_.reports[lane_];

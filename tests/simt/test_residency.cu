@@ -18,6 +18,8 @@ KvOptions options_of(Policy policy) {
   return o;
 }
 
+constexpr int kLayers = testing::kIsSlow ? 1 : 2;
+
 constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Policy::kBudget,
                                 Policy::kAsr};
 
@@ -52,7 +54,7 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
       CAPTURE(per_head);
       KvOptions options = options_of(policy);
       options.policy.per_head = per_head;
-      BothStores both({2, 2, 8, 200, KvType::kF16, {}}, options, 7);
+      BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 7);
       live(both);
       CHECK((both.n_compared > 400 || testing::kIsSlow));
     }
@@ -84,8 +86,8 @@ TEST_CASE("cuda residency: and where room is short, down to the least") {
       if (bound == 0) options.hot_tokens = 2 + 6 + 1;
       if (bound == 1) options.hot_tokens = 17;
       if (bound == 2) options.hot_fraction = 0.4;
-      if (bound == 3) options.hot_bytes = 2 * 2 * 2 * 16 * 24 + 1;  // layers, heads, k and v
-      BothStores both({2, 2, 8, 200, KvType::kF16, {}}, options, 11 + bound);
+      if (bound == 3) options.hot_bytes = kLayers * 2 * 2 * 16 * 24 + 1;  // layers, heads, k and v
+      BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 11 + bound);
       const int most = testing::kIsSlow ? 1 : 6;
       both.prefill(40, Mood::kPlain);
       both.decode(most, Mood::kPlain);
