@@ -6,6 +6,7 @@
 #include "kvstore/append_cuda.cuh"
 #include "kvstore/bounds.h"
 #include "kvstore/check_cuda.h"
+#include "kvstore/cold_tier_cuda.h"
 #include "kvstore/ghost_tier_cuda.h"
 #include "kvstore/lanes_cuda.h"
 #include "kvstore/tiered_store_cuda.h"
@@ -52,9 +53,7 @@ class CudaTieredStore final : public KvStore {
   bool exact() const { return phase_ == Phase::kPrefill; }
   int stats_rows(int n_tokens, Phase phase) const;
   DeviceMoment moment(int first, int kv_len) const;
-  DeviceRows cold_rows(int layer) const;
   void send_moment(const DeviceMoment& moment);
-  void send_cold_pages();
   void reserve(int kv_len, int n_tokens, Phase phase);
   LaneWork work(bool next) const {
     return lanes_.work(moment_.data(), limits_.data() + (next ? shape_.n_layers : 0));
@@ -69,6 +68,7 @@ class CudaTieredStore final : public KvStore {
   void make_views();
   void catch_up() const;
   void count() const;
+  void count_layer(int layer) const;
   void finish_step();
   void check_from(int first) const;
 
@@ -76,11 +76,8 @@ class CudaTieredStore final : public KvStore {
   KvOptions options_;
   KvBounds bounds_;
   const Stream& stream_;
-  std::unique_ptr<PageSource> fast_, slow_;
-  ColdTier cold_;
-  DeviceBuffer<const std::byte*> cold_table_;
-  PinnedBuffer<const std::byte*> host_cold_table_;
-  std::size_t n_cold_pages_ = 0;  // in the table
+  std::unique_ptr<PageSource> fast_;
+  CudaColdTier cold_;
   CudaGhostTier ghosts_;
   CudaLanes lanes_;
   GhostCheck ghost_check_;
@@ -98,6 +95,8 @@ class CudaTieredStore final : public KvStore {
   mutable bool reporting_ = false;  // work is queued that writes reports
   mutable bool uncounted_ = false;  // and that of a decode step is not in the counters yet
   mutable KvCounters counters_;
+  mutable KvStep line_;  // of the last decode step that was counted
+  KvRecorder* recorder_ = nullptr;
 };
 
 void check_options(const KvShape& shape, const KvOptions& o) {
@@ -122,13 +121,9 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       bounds_(shape_, options_),
       stream_(stream),
       fast_(make_device_pages(stream)),
-      slow_(make_pinned_pages()),
-      cold_(*slow_, shape, options.check),
-      cold_table_(static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens),
-                  "KV store"),
-      host_cold_table_(cold_table_.size(), "KV store"),
+      cold_(shape, options.check, stream),
       ghosts_(*fast_, shape, ghost_format(shape, options.policy), bounds_.centre_tokens(), stream),
-      lanes_(*fast_, shape_, options_.policy, lane_heads_of(shape, options.policy), cold_rows(0),
+      lanes_(*fast_, shape_, options_.policy, lane_heads_of(shape, options.policy), cold_.rows(0),
              most_pages(shape, options), stream),
       ghost_check_(shape, ghost_format(shape, options.policy), bounds_.centre_tokens()),
       moment_(1, "KV store"),
@@ -139,11 +134,7 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       appended_(static_cast<std::size_t>(shape.n_layers)),
       unsettled_(static_cast<std::size_t>(shape.n_layers)) {
   fill_device(limits_.data(), 0, limits_.bytes(), stream);
-}
-
-DeviceRows CudaTieredStore::cold_rows(int layer) const {
-  const KvRows r = cold_.rows(layer, 0);
-  return {cold_table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows};
+  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
 }
 
 int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
@@ -179,20 +170,8 @@ void CudaTieredStore::catch_up() const {
   uncounted_ = false;
 }
 
-// Queues the table of the cold tier's new pages, of which every entry is written once.
-void CudaTieredStore::send_cold_pages() {
-  const auto pages = cold_.rows(0, 0).pages;
-  if (pages.size() == n_cold_pages_) return;
-  std::copy(pages.begin() + static_cast<std::ptrdiff_t>(n_cold_pages_), pages.end(),
-            host_cold_table_.data() + n_cold_pages_);
-  copy_to_device(cold_table_.data() + n_cold_pages_, host_cold_table_.data() + n_cold_pages_,
-                 pages.size() - n_cold_pages_, stream_);
-  n_cold_pages_ = pages.size();
-}
-
 void CudaTieredStore::reserve(int kv_len, int n_tokens, Phase phase) {
   cold_.reserve(kv_len);
-  send_cold_pages();
   ghosts_.reserve(kv_len);
   lanes_.reserve_tokens(kv_len);
   if (phase == Phase::kPrefill && stats_rows(n_tokens, phase) > 0)
@@ -274,7 +253,7 @@ void CudaTieredStore::open_rows(int kv_len) {
 void CudaTieredStore::make_views() {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     DeviceView& view = views_[static_cast<std::size_t>(layer)] = {};
-    view.rows = cold_rows(layer);
+    view.rows = cold_.rows(layer);
     view.kv_len = &moment_.data()->kv_len;
     if (exact()) {
       if (stats_rows(n_step_) > 0) view.stats = lanes_.exact_stats();
@@ -289,9 +268,9 @@ void CudaTieredStore::make_views() {
 
 void CudaTieredStore::append(int layer, const float* k, const float* v, int n_tokens) {
   int& n = appended_.at(static_cast<std::size_t>(layer));
-  require(n + n_tokens <= cold_.room(), "KV store: append without begin");
+  require(n + n_tokens <= cold_.host().room(), "KV store: append without begin");
   const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
-  const DeviceRows cold = cold_rows(layer);
+  const DeviceRows cold = cold_.rows(layer);
   const DeviceHot hot = lanes_.hot(layer);
   std::int32_t* filled =
       lanes_.all().from + std::int64_t{layer} * lanes_.per_layer() * lanes_.all().room;
@@ -315,7 +294,7 @@ KvView CudaTieredStore::view(int layer) const {
   view.kv_len = appended_.at(static_cast<std::size_t>(layer));
   view.n_kv_heads = shape_.n_kv_heads;
   view.head_dim = shape_.head_dim;
-  view.cold = cold_.rows(layer, view.kv_len);
+  view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
   view.lane_heads = lanes_.all().lane_heads;
   if (!exact()) view.recall = params().epsilon;
@@ -351,23 +330,41 @@ void CudaTieredStore::finish_step() {
 
 // As the CPU's store counts, lane by lane and in that order.
 void CudaTieredStore::count() const {
-  const double heads = shape_.n_kv_heads, share = lanes_.all().lane_heads / heads;
-  const std::int64_t row =
-      2 * static_cast<std::int64_t>(kv_row_bytes(shape_.type, shape_.head_dim));
-  for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    const int kv_len = appended_[static_cast<std::size_t>(layer)];
-    counters_.visible += kv_len;
-    counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
-    for (int i = 0; i < lanes_.per_layer(); ++i) {
-      const LaneReport& lane = lanes_.report(layer * lanes_.per_layer() + i);
-      counters_.attended += share * (lane.n_attended + lane.n_recalled);
-      counters_.recalled += share * lane.n_recalled;
-      counters_.cold_bytes_read += row * lanes_.all().lane_heads * (lane.n_recalled + lane.thawed);
-      counters_.thawed += share * (lane.promoted + lane.thawed);
-      counters_.frozen += share * lane.frozen;
-    }
-  }
+  line_ = {static_cast<std::int32_t>(counters_.steps), length(), std::move(line_.layers), 0, 0, 0};
+  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
+  for (int layer = 0; layer < shape_.n_layers; ++layer) count_layer(layer);
   ++counters_.steps;
+  counters_.cold_bytes_read += line_.cold_bytes_read;
+  if (!recorder_) return;
+  line_.hot_bytes = lanes_.hot_bytes(), line_.ghost_bytes = ghosts_.bytes();
+  recorder_->step(line_);
+}
+
+void CudaTieredStore::count_layer(int layer) const {
+  const double heads = shape_.n_kv_heads, share = lanes_.all().lane_heads / heads;
+  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  const std::int64_t row = 2 * static_cast<std::int64_t>(lanes_.all().kv_row);
+  KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
+  counters_.visible += kv_len;
+  counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
+  line.budget = static_cast<float>(bounds_.bound(layer, kv_len));
+  for (int i = 0; i < lanes_.per_layer(); ++i) {
+    const LaneReport& lane = lanes_.report(layer * lanes_.per_layer() + i);
+    const double recalled = share * lane.n_recalled, frozen = share * lane.frozen;
+    const double thawed = share * (lane.promoted + lane.thawed);
+    counters_.attended += share * (lane.n_attended + lane.n_recalled);
+    counters_.recalled += recalled, counters_.thawed += thawed, counters_.frozen += frozen;
+    line_.cold_bytes_read += row * lanes_.all().lane_heads * (lane.n_recalled + lane.thawed);
+    line.recalled += static_cast<float>(recalled);
+    line.thawed += static_cast<float>(thawed);
+    line.frozen += static_cast<float>(frozen);
+    line.hot += static_cast<float>(share * lane.n_rows);
+    line.entropy += static_cast<float>(share) * lane.entropy;
+    line.ghost_mass += static_cast<float>(share) * lane.ghost_mass;
+    line.threshold = params().policy == Policy::kAsr    ? lane.tau
+                     : params().policy == Policy::kThaw ? params().epsilon
+                                                        : 0.0f;
+  }
 }
 
 void CudaTieredStore::rewind(int position) {
@@ -420,19 +417,21 @@ double CudaTieredStore::reset(Rung rung) {
 }
 
 void CudaTieredStore::record(KvRecorder* recorder) {
-  require(recorder == nullptr, "KV store: what freezes and thaws is told by the CPU backend only: ",
-          "expected --backend cpu, or no --report, --heat or --trace");
+  require(recorder == nullptr || !recorder->wants_events(),
+          "KV store: which tokens freeze and thaw is told by the CPU backend only: expected ",
+          "--backend cpu, or neither --report nor --trace");
+  catch_up();
+  recorder_ = recorder;
 }
 
 KvUsage CudaTieredStore::usage() const {
   KvUsage u;
-  u.cold = cold_.bytes();
+  u.cold = cold_.host().bytes();
   u.full = length() * shape_.bytes_per_token();
   u.ghosts = ghosts_.bytes();
   u.hot = lanes_.hot_bytes();
-  u.bookkeeping =
-      ghosts_.bookkeeping_bytes() + lanes_.bookkeeping_bytes() +
-      static_cast<std::int64_t>(cold_table_.bytes() + moment_.bytes() + limits_.bytes());
+  u.bookkeeping = ghosts_.bookkeeping_bytes() + lanes_.bookkeeping_bytes() + cold_.table_bytes() +
+                  static_cast<std::int64_t>(moment_.bytes() + limits_.bytes());
   u.resident = u.hot + u.ghosts;
   return u;
 }
@@ -448,9 +447,9 @@ void CudaTieredStore::check_from(int first) const {
   catch_up();
   stream_.synchronize();  // what the kernels wrote can be read
   const int n = length();
-  cold_.check(first, n);
+  cold_.host().check(first, n);
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    const KvRows cold = cold_.rows(layer, n);
+    const KvRows cold = cold_.host().rows(layer, n);
     ghost_check_.check(layer, cold, ghosts_.view(layer), first, n, stream_);
     if (!seeded_ || exact()) continue;
     for (int i = 0; i < lanes_.per_layer(); ++i)

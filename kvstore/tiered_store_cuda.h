@@ -18,8 +18,9 @@ namespace thaw {
 // the last settle() nothing is allocated or waited for, and what is queued reads the step's place
 // from device memory: a graph of a decode step serves every later one with the same views.
 //
-// counters() and ghost_mass() wait for the stream, too. Recovery and recorders are not served:
-// reset() and record() throw Error, except for Rung::kNone and null.
+// counters() and ghost_mass() wait for the stream, too. A recorder is told of a step when the next
+// one begins or counters() is called. Recovery and recorders of events are not served: reset()
+// throws Error but for Rung::kNone, record() for those.
 //
 // Throws Error for --policy full, --cold-file, and a head_dim that is no multiple of 8 up to 256.
 std::unique_ptr<KvStore> make_cuda_tiered_store(const KvShape& shape, const KvOptions& options,

@@ -32,12 +32,31 @@ enum class Mood {
   kNoneHit,  // nobody does
 };
 
+// The last step that a store told.
+class LastStep final : public KvRecorder {
+ public:
+  bool wants_events() const override { return false; }
+  void event(const KvEvent&) override {}
+  void step(const KvStep& told) override { step_ = told; }
+  bool same_as(const LastStep& other) const {
+    const KvStep &a = step_, &b = other.step_;
+    return a.step == b.step && a.length == b.length && a.cold_bytes_read == b.cold_bytes_read &&
+           a.layers.size() == b.layers.size() &&
+           std::memcmp(a.layers.data(), b.layers.data(), a.layers.size() * sizeof a.layers[0]) == 0;
+  }
+
+ private:
+  KvStep step_ = {};
+};
+
 class BothStores {
  public:
   BothStores(const KvShape& shape, const KvOptions& options, std::uint64_t seed)
       : cpu(make_kv_store(shape, options)),
         cuda(make_cuda_tiered_store(shape, options, stream)),
-        random_(seed) {}
+        random_(seed) {
+    cpu->record(&cpu_step_), cuda->record(&cuda_step_);
+  }
 
   void prefill(int n, Mood mood) { step(n, Phase::kPrefill, mood); }
   void decode(int n_steps, Mood mood) {
@@ -202,10 +221,12 @@ class BothStores {
     CHECK(a.frozen == b.frozen);
     CHECK(a.cold_bytes_read == b.cold_bytes_read);
     CHECK(a.cold_bytes_visible == b.cold_bytes_visible);
+    CHECK(cpu_step_.same_as(cuda_step_));
     const float ghost_mass = cuda->ghost_mass();
     CHECK(cpu->ghost_mass() == ghost_mass);
   }
 
+  LastStep cpu_step_, cuda_step_;
   Random random_;
   int n_lanes_compared_ = 0;
 };
