@@ -3,13 +3,13 @@
 
 #include "kvstore/device_view.h"
 #include "kvstore/ghost_code.h"
+#include "kvstore/rotation_cuda.cuh"
 #include "kvstore/row_cuda.cuh"
 #include "kvstore/step_cuda.h"
 
 namespace thaw {
 
 inline constexpr int kGhostThreads = 128;
-inline constexpr int kGhostUnits = GhostQuery::kMaxDim / kWarp;  // numbers of a head a lane has
 
 struct GhostJob {
   DeviceGhosts ghosts;
@@ -25,43 +25,6 @@ __device__ inline Angle angle_of(const DeviceRope& rope, int n_pairs, int pair, 
   const float* middle = rope.middle + token / GhostRope::kSpan * 2 * n_pairs + pair;
   const float* within = rope.within + token % GhostRope::kSpan * 2 * n_pairs + pair;
   return sum_of_angles({middle[0], middle[n_pairs]}, {within[0], within[n_pairs]});
-}
-
-// x = R x, lane l having numbers l, l + 32, ...: rotate() of kvstore/ghost.h. All lanes call.
-__device__ inline void rotate_in_warp(float (&x)[kGhostUnits], int head_dim) {
-  const int lane = lane_index();
-  int block[kGhostUnits];  // size of the block that a number is in
-#pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j) {
-    const int i = lane + j * kWarp;
-    int rest = head_dim, start = 0;
-    for (block[j] = 256; rest > 0; block[j] /= 2) {
-      if (block[j] > rest) continue;
-      if (i < start + block[j]) break;
-      start += block[j], rest -= block[j];
-    }
-    x[j] *= rotation_sign(i);
-  }
-#pragma unroll
-  for (int width = 1; width < kWarp; width *= 2) {
-#pragma unroll
-    for (int j = 0; j < kGhostUnits; ++j) {
-      const float other = __shfl_xor_sync(kAllLanes, x[j], width);
-      if (width < block[j]) x[j] = (lane & width) != 0 ? other - x[j] : x[j] + other;
-    }
-  }
-#pragma unroll
-  for (int width = 1; width < kGhostUnits; width *= 2) {
-#pragma unroll
-    for (int j = 0; j < kGhostUnits; ++j) {
-      if ((j & width) != 0 || width * kWarp >= block[j]) continue;
-      const float a = x[j], b = x[j | width];
-      x[j] = a + b, x[j | width] = a - b;
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j)
-    if (block[j] > 0) x[j] *= 1.0f / sqrtf(static_cast<float>(block[j]));
 }
 
 // A vector on a grid: <x,c> and <c,c>; numbers from head_dim on are left out.
