@@ -80,8 +80,9 @@ __device__ void write_stats(const TieredProblem& p, int lane) {
   const DeviceStats& stats = p.kv.stats;
   const int first = lane * p.lane_queries();
   const std::int64_t at = static_cast<std::int64_t>(lane) * stats.stride;
-  write_probabilities(p, first, p.hot, p.kv.hot.n_rows[lane], stats.probability + at,
-                      stats.relevance == nullptr ? nullptr : stats.relevance + at);
+  if (stats.probability != nullptr)
+    write_probabilities(p, first, p.hot, p.kv.hot.n_rows[lane], stats.probability + at,
+                        stats.relevance == nullptr ? nullptr : stats.relevance + at);
   if (p.has_ghosts())
     write_probabilities(
         p, first, p.recalled, stats.n_recalled[lane],
