@@ -51,7 +51,7 @@ struct TieredScene {
     o.policy.window = 3;
     o.policy.sinks = 2;
     o.centre_tokens = 16;
-    KvShape shape{1, c.n_kv_heads, c.head_dim, 1024, c.type, {{}, c.group % 2 == 0}};
+    KvShape shape{1, c.n_kv_heads, c.head_dim, 1536, c.type, {{}, c.group % 2 == 0}};
     for (int i = 0; i < c.head_dim / 2; ++i)
       shape.rope.inverse_frequencies.push_back(std::pow(0.7f, static_cast<float>(i)));
     kv = make_kv_store(shape, o);
