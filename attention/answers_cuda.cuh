@@ -19,7 +19,7 @@ struct AnswerLayout {
         offsets(units + kTiledQueries * kSpanGroups),
         matters(offsets + kTiledQueries * kSpanGroups),
         totals(matters + kSpanGroups),
-        sums(totals + 2 * lane_queries),
+        sums(totals + 3 * lane_queries),
         states(sums + kTiledQueries * n_teams(format) * format.padded_dim()),
         total(states + 2 * kTiledWarps * kTiledQueries) {}
   // Teams of threads, one of two dimensions each, take groups in turns.
@@ -28,7 +28,8 @@ struct AnswerLayout {
   }
 };
 
-// Of each query head of the lane: m and l of the softmax that recalls are decided by.
+// Of each query head of the lane: m and l of the softmax that recalls are decided by, and what its
+// weights are to be multiplied by to be shares of the lane's mean.
 __device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane) {
   for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
     const int head = lane * p.lane_queries() + i;
@@ -44,7 +45,9 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
       if (pass == 0) m = warp_max(m);
     }
     l = warp_sum(l);
-    if (lane_index() == 0) totals[2 * i] = m, totals[2 * i + 1] = l;
+    if (lane_index() != 0) continue;
+    totals[3 * i] = m, totals[3 * i + 1] = l;
+    totals[3 * i + 2] = 1.0f / (l * static_cast<float>(p.lane_queries()));
   }
 }
 
@@ -57,8 +60,7 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals, 
   float mean = 0;
   for (int i = 0; i < p.lane_queries(); ++i) {
     const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
-    mean += power(s, totals[2 * i]) /
-            (totals[2 * i + 1] * static_cast<float>(p.lane_queries()));
+    mean = fmaf(power(s, totals[3 * i]), totals[3 * i + 2], mean);
   }
   return mean >= *p.kv.recall && mean > 0;
 }
@@ -131,7 +133,7 @@ __device__ inline void weigh_span(const TieredProblem& p, float* shared, const A
   if (of_lane == 0 && first == 0 && lane_index() == 0)
     p.recalled_mask[static_cast<std::int64_t>(lane) * (p.ghost_stride / kGhostGroup) + group] =
         word;
-  const float* totals = shared + at.totals + 2 * (of_lane * p.group + first);
+  const float* totals = shared + at.totals + 3 * (of_lane * p.group + first);
   const float* scores =
       p.ghost_scores +
       static_cast<std::int64_t>(kv_head * p.group + first) * p.ghost_stride + token;
@@ -145,13 +147,13 @@ __device__ inline void weigh_span(const TieredProblem& p, float* shared, const A
   for (int i = 0; i < kTiledQueries; ++i) {
     if (i >= n_queries) break;
     const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
-    const float weight = recalled ? 0.0f : power(s, totals[2 * i]);
+    const float weight = recalled ? 0.0f : power(s, totals[3 * i]);
     l[i] += weight;
     ps[i] += weight > 0 ? weight * s : 0.0f;
     if constexpr (kBits > 0)
       matters |= round_weights<kBits>(shared, at, i, weight * scale,
                                       p.kv.ghosts.units[2 * kv_head + 1],
-                                      kNegligible * totals[2 * i + 1]);
+                                      kNegligible * totals[3 * i + 1]);
   }
   if (lane_index() == 0) shared[at.matters + warp_index()] = matters ? 1.0f : 0.0f;
 }
@@ -195,7 +197,7 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
   __syncthreads();  // all warps' states and all teams' sums are there
   if (thread < n_queries) {
     const int of_lane = kv_head % p.kv.hot.lane_heads * p.group + first + thread;
-    PowerState all = {shared[at.totals + 2 * of_lane], 0, 0};
+    PowerState all = {shared[at.totals + 3 * of_lane], 0, 0};
     for (int w = 0; w < kTiledWarps; ++w) {
       const float* state = shared + at.states + 2 * (w * kTiledQueries + thread);
       all.l += state[0], all.ps += state[1];
