@@ -55,8 +55,7 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
 __device__ inline bool is_recalled(const TieredProblem& p, const float* totals, int lane,
                                    int token) {
   const float* scores =
-      p.ghost_scores +
-      static_cast<std::int64_t>(lane) * p.lane_queries() * p.ghost_stride + token;
+      p.ghost_scores + static_cast<std::int64_t>(lane) * p.lane_queries() * p.ghost_stride + token;
   float mean = 0;
   for (int i = 0; i < p.lane_queries(); ++i) {
     const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
@@ -68,8 +67,8 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals, 
 // A group's weights times its values' scales, one a lane, rounded to 8 bits of the largest. Returns
 // whether any is above `negligible`.
 template <int kBits>
-__device__ inline bool round_weights(float* shared, const AnswerLayout& at, int query,
-                                     float weight, float unit, float negligible) {
+__device__ inline bool round_weights(float* shared, const AnswerLayout& at, int query, float weight,
+                                     float unit, float negligible) {
   const float largest = warp_max(weight);
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
   const int code = static_cast<int>(fmaf(weight, inverse, 0.5f)), group = warp_index();
@@ -134,14 +133,13 @@ __device__ inline void weigh_span(const TieredProblem& p, float* shared, const A
     p.recalled_mask[static_cast<std::int64_t>(lane) * (p.ghost_stride / kGhostGroup) + group] =
         word;
   const float* totals = shared + at.totals + 3 * (of_lane * p.group + first);
-  const float* scores =
-      p.ghost_scores +
-      static_cast<std::int64_t>(kv_head * p.group + first) * p.ghost_stride + token;
+  const float* scores = p.ghost_scores +
+                        static_cast<std::int64_t>(kv_head * p.group + first) * p.ghost_stride +
+                        token;
   float scale = 0;
   if (kBits > 0 && group * kGhostGroup < kv_len)
-    scale = scale_of_byte(static_cast<std::uint32_t>(
-        p.kv.ghosts.group(kv_head, group)[f.group_bytes() - f.scale_bytes() +
-                                          static_cast<std::size_t>(lane_index())]));
+    scale = scale_at(p.kv.ghosts.group(kv_head, group) + f.group_bytes() - f.scale_bytes(),
+                     lane_index());
   bool matters = false;
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
@@ -151,9 +149,9 @@ __device__ inline void weigh_span(const TieredProblem& p, float* shared, const A
     l[i] += weight;
     ps[i] += weight > 0 ? weight * s : 0.0f;
     if constexpr (kBits > 0)
-      matters |= round_weights<kBits>(shared, at, i, weight * scale,
-                                      p.kv.ghosts.units[2 * kv_head + 1],
-                                      kNegligible * totals[3 * i + 1]);
+      matters |=
+          round_weights<kBits>(shared, at, i, weight * scale, p.kv.ghosts.units[2 * kv_head + 1],
+                               kNegligible * totals[3 * i + 1]);
   }
   if (lane_index() == 0) shared[at.matters + warp_index()] = matters ? 1.0f : 0.0f;
 }
@@ -235,12 +233,10 @@ __device__ inline void list_recalled(const TieredProblem& p, int lane, int n_wor
     if (w < warp_index()) at += of_warp[w];
     all += of_warp[w];
   }
-  std::int32_t* list =
-      stats.recalled + static_cast<std::int64_t>(lane) * stats.recalled_room;
+  std::int32_t* list = stats.recalled + static_cast<std::int64_t>(lane) * stats.recalled_room;
   for (int w = share.begin; w < share.end; ++w)
     for (std::uint32_t bits = __ldcg(mask + w); bits != 0; bits &= bits - 1, ++at)
-      if (at < stats.recalled_room)
-        list[at] = w * kGhostGroup + __ffs(static_cast<int>(bits)) - 1;
+      if (at < stats.recalled_room) list[at] = w * kGhostGroup + __ffs(static_cast<int>(bits)) - 1;
   if (threadIdx.x == 0) stats.n_recalled[lane] = min(all, stats.recalled_room);
 }
 

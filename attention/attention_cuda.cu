@@ -47,8 +47,8 @@ class CudaAttention final : public Attention {
       return tiered_.attend(o, q, n_heads, kv);
     }
     const int group = n_heads / kv.n_kv_heads;
-    const ExactProblem p{o,     q,           *kv.device,              n_rows, n_heads,
-                         group, kv.head_dim, score_scale(kv.head_dim)};
+    const ExactProblem p{o,       q,     *kv.device,  n_rows,
+                         n_heads, group, kv.head_dim, score_scale(kv.head_dim)};
     attend_exactly(p, kv);
     if (stats_rows > 0) prompt_stats_.attend(p, kv, stats_rows);
   }
@@ -86,8 +86,7 @@ class CudaAttention final : public Attention {
     const int n_splits = std::clamp(n_blocks / (kv.n_kv_heads * n_chunks), 1, kMaxSplits);
     float* parts =
         parts_.reserve(std::int64_t{n_splits} * p.n_rows * p.n_heads * (kv.head_dim + 2));
-    unsigned* n_arrived =
-        n_arrived_.reserve_zeros(std::int64_t{n_chunks} * kv.n_kv_heads, stream_);
+    unsigned* n_arrived = n_arrived_.reserve_zeros(std::int64_t{n_chunks} * kv.n_kv_heads, stream_);
     launch_overlapping("attend", decode_attention<kType, kLanes, kQ>,
                        dim3(static_cast<unsigned>(n_splits), static_cast<unsigned>(kv.n_kv_heads),
                             static_cast<unsigned>(n_chunks)),

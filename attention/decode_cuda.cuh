@@ -142,7 +142,7 @@ constexpr std::size_t kDecodeShared =
 // Computes  o = softmax(q K^T / sqrt(head_dim)) V of kQ queries of a k/v head, each over the tokens
 //           that it sees
 // Grid      splits of the tokens x k/v heads x chunks of kQ queries
-// Block     kDecodeThreads; teams of kLanes lanes (8 kLanes >= head_dim) take kBatch tokens in turns
+// Block     kDecodeThreads; teams of kLanes lanes (8 kLanes >= head_dim) take kBatch tokens in turn
 // Shared    kDecodeShared<kLanes, kQ>
 // Bytes     reads keys and values once a chunk, and q; writes o; writes and reads a part of
 //           head_dim + 2 numbers a query and split

@@ -99,7 +99,7 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
 // GhostRope::turn_query() by a warp: what a query's centre scores of a span are made of.
 __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& at,
                                         const DeviceRope& rope, int half, int query, int span) {
-  const float *cosine = rope.middle + static_cast<std::int64_t>(span) * 2 * half;
+  const float* cosine = rope.middle + static_cast<std::int64_t>(span) * 2 * half;
   const float *sine = cosine + half, *unit = rope.cubic, *linear = unit + half;
   const float *square = linear + half, *cube = square + half;
   const float* along = shared + at.along + query * half;
@@ -180,6 +180,11 @@ __device__ inline void score_centres(float (&centre)[kTiledQueries], const float
   }
 }
 
+// What token i of a group has in a row of scales, over their unit.
+__device__ inline float scale_at(const std::byte* scales, int i) {
+  return scale_of_byte(static_cast<std::uint32_t>(scales[i]));
+}
+
 // A group's tokens that say nothing: hot ones, and those that are not there yet.
 __device__ inline std::uint32_t silent_tokens(const TieredProblem& p, int lane, int group,
                                               int kv_len) {
@@ -222,14 +227,12 @@ __device__ inline void score_span(const TieredProblem& p, const float* shared,
                                   float (&l)[kTiledQueries]) {
   const GhostFormat& f = p.kv.ghosts.format;
   const int group = span * kSpanGroups + warp_index(), token = token_of_lane();
-  const std::uint32_t silent =
-      silent_tokens(p, kv_head / p.kv.hot.lane_heads, group, kv_len);
+  const std::uint32_t silent = silent_tokens(p, kv_head / p.kv.hot.lane_heads, group, kv_len);
   int dots[kTiledQueries] = {};
   float centre[kTiledQueries] = {}, scale = 0;
   if (silent != ~0u) {  // the same for all lanes
     const std::byte* ghosts = p.kv.ghosts.group(kv_head, group);
-    scale = scale_of_byte(static_cast<std::uint32_t>(
-        ghosts[f.key_bytes() + f.value_bytes() + static_cast<std::size_t>(token)]));
+    scale = scale_at(ghosts + f.key_bytes() + f.value_bytes(), token);
     dot_ghosts<kBits>(dots, reinterpret_cast<const int*>(shared + at.codes), n_queries, ghosts,
                       f.padded_dim());
     score_centres(centre, shared + at.turned, n_queries, p.kv.ghosts.rope,
@@ -276,8 +279,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_ghosts(Tier
 #pragma unroll
   for (float& x : m) x = kLowest;
 
-  for (int query = warp_index(); query < n_queries && share.begin < share.end;
-       query += kTiledWarps)
+  for (int query = warp_index(); query < n_queries && share.begin < share.end; query += kTiledWarps)
     prepare_ghost_query(shared, at, p, kv_head, query, first);
   for (int token = share.begin; token < share.end; token += GhostRope::kSpan) {
     const int span = token / GhostRope::kSpan;

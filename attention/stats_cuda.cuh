@@ -68,8 +68,8 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attend_asked_rows
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int query = warp_index() + i * kTiledWarps;
-      const bool sees = query < n_queries &&
-                        token + lane_index() < p.last_visible(kv_len, first + query);
+      const bool sees =
+          query < n_queries && token + lane_index() < p.last_visible(kv_len, first + query);
       if (!sees) s[i] = kLowest;
       state[i].absorb(s[i]);
     }
@@ -128,8 +128,8 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) sum_token_stats(S
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int kv_len = *p.kv.kv_len;
-  const Share share = share_of(kv_len, kTiledRows, static_cast<int>(blockIdx.x),
-                               static_cast<int>(gridDim.x));
+  const Share share =
+      share_of(kv_len, kTiledRows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
   for (int first = share.begin; first < share.end; first += kTiledRows) {
     TokenSums token;
     for (int head = lane * p.lane_heads; head < (lane + 1) * p.lane_heads; ++head) {

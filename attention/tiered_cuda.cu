@@ -60,8 +60,8 @@ __device__ JoinedHead join_states(float* weights, const HeadParts& parts) {
 }
 
 // Probabilities, mean over the lane's query heads, of n rows with scores.
-__device__ void write_probabilities(const TieredProblem& p, int first, const RowSet& set,
-                                           int n, float* probability, float* relevance) {
+__device__ void write_probabilities(const TieredProblem& p, int first, const RowSet& set, int n,
+                                    float* probability, float* relevance) {
   const float share = 1.0f / static_cast<float>(p.lane_queries());
   for (int row = static_cast<int>(threadIdx.x); row < n; row += kTiledThreads) {
     float sum = 0, magnitude = 0;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) finish_decode(Tie
     write_stats(p, lane);
 }
 
-constexpr int kMaxRowSplits = 16;            // hot rows, and recalled ones, are few
+constexpr int kMaxRowSplits = 16;  // hot rows, and recalled ones, are few
 constexpr int kMaxGhostSplits = 128;
 constexpr int kBlocksPerMultiprocessor = 3;  // that ghosts aim at
 

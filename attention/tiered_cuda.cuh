@@ -29,11 +29,11 @@ struct HeadTotal {
 struct TieredProblem : ExactProblem {
   int n_kv_heads;
   RowSet hot, recalled;
-  float* ghost_scores;  // query head x ghost_stride, by token; kLowest where the token is hot
-  int ghost_stride;     // a multiple of GhostRope::kSpan
+  float* ghost_scores;     // query head x ghost_stride, by token; kLowest where the token is hot
+  int ghost_stride;        // a multiple of GhostRope::kSpan
   Parts scored, answered;  // ghosts before the recall, without sums; and after it, in rotated space
-  std::uint32_t* recalled_mask;  // lane x ghost_stride / 32, as DeviceHot::mask
-  HeadTotal* totals;             // query head
+  std::uint32_t* recalled_mask;       // lane x ghost_stride / 32, as DeviceHot::mask
+  HeadTotal* totals;                  // query head
   unsigned *n_gathered, *n_finished;  // lane: blocks that have come
 
   __host__ __device__ int n_lanes() const { return kv.hot.n_lanes; }
@@ -146,8 +146,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks)
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int query = warp_index() + i * kTiledWarps;
-    if (query < n_queries && lane_index() == 0)
-      set.parts.set_state(head + query, split, state[i]);
+    if (query < n_queries && lane_index() == 0) set.parts.set_state(head + query, split, state[i]);
   }
   if (share.begin >= share.end) return;
   for (int i = static_cast<int>(threadIdx.x); i < n_queries * p.head_dim; i += kTiledThreads)

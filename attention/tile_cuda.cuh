@@ -53,8 +53,7 @@ __device__ inline float add_product(float4 a, float4 b, float sum) {
 __device__ inline void score_row_tile(float (&s)[2], const float* keys, const float* q,
                                       int head_dim, int n_queries) {
   const int first = warp_index(), second = first + kTiledWarps;
-  const auto* key =
-      reinterpret_cast<const float4*>(keys + lane_index() * tile_stride(head_dim));
+  const auto* key = reinterpret_cast<const float4*>(keys + lane_index() * tile_stride(head_dim));
   const auto* a = reinterpret_cast<const float4*>(q + first * head_dim);
   const auto* b = reinterpret_cast<const float4*>(q + second * head_dim);
   s[0] = s[1] = 0;

@@ -158,7 +158,7 @@ inline Head score(const TieredScene& s, const KvView& view, int head) {
 
 // The answer, given who was recalled.
 inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
-            const std::vector<int>& recalled) {
+                   const std::vector<int>& recalled) {
   const int kv_head = head / s.c.group, dim = view.head_dim;
   const LaneView& lane = view.lanes[static_cast<std::size_t>(kv_head / view.lane_heads)];
   const auto is_exact = [&](int t) {
@@ -197,7 +197,7 @@ inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
 }
 
 inline void check_lane(const TieredScene& s, const KvView& view, const AttentionStats::Lane& stats,
-                std::size_t index, const std::vector<float>& o) {
+                       std::size_t index, const std::vector<float>& o) {
   const LaneView& lane = view.lanes[index];
   const int queries = view.lane_heads * s.c.group, first = static_cast<int>(index) * queries;
   std::vector<int> recalled;

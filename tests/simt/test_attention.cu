@@ -119,8 +119,7 @@ Stats expected_stats(const Case& c, const KvStore& kv, const Vector& q, int stat
       const int n_visible = c.kv_len - c.n_rows + t + 1;
       const auto from = q.begin() + t * c.width() + first * c.group * c.head_dim;
       const Vector row(from, from + queries * c.head_dim);
-      const auto r =
-          reference::attend(row, k, v, n_visible, queries, lane_heads, c.head_dim);
+      const auto r = reference::attend(row, k, v, n_visible, queries, lane_heads, c.head_dim);
       entropy += double{r.entropy} / stats_rows;
       for (int j = 0; j < n_visible; ++j) {
         probability[j] += double{r.probability[j]} / stats_rows;

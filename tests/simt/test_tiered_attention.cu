@@ -96,9 +96,8 @@ bool same_bits(const AttentionStats& a, const AttentionStats& b) {
   bool same = a.lanes.size() == b.lanes.size();
   for (std::size_t i = 0; same && i < a.lanes.size(); ++i) {
     const AttentionStats::Lane &x = a.lanes[i], &y = b.lanes[i];
-    same = x.probability == y.probability && x.relevance == y.relevance &&
-           x.entropy == y.entropy && x.ghost_mass == y.ghost_mass &&
-           x.recalled.size() == y.recalled.size();
+    same = x.probability == y.probability && x.relevance == y.relevance && x.entropy == y.entropy &&
+           x.ghost_mass == y.ghost_mass && x.recalled.size() == y.recalled.size();
     for (std::size_t r = 0; same && r < x.recalled.size(); ++r)
       same = x.recalled[r].token == y.recalled[r].token &&
              x.recalled[r].probability == y.recalled[r].probability;
@@ -256,8 +255,7 @@ TEST_CASE("cuda tiered attention: without ghosts frozen tokens are mute") {
     const Scene s({kv_len, 2, 3, 64, true, 0, 0});
     Device device(s, view_of(s, 1e-3f), kv_len);
     device.run(s);
-    for (const AttentionStats::Lane& lane : device.tiers.stats().lanes)
-      CHECK(lane.ghost_mass == 0);
+    for (const AttentionStats::Lane& lane : device.tiers.stats().lanes) CHECK(lane.ghost_mass == 0);
   }
 }
 
