@@ -1,10 +1,11 @@
 #include <algorithm>
-#include <cmath>
-#include <vector>
 
 #include "attention/attention_cuda.h"
 #include "attention/decode_cuda.cuh"
+#include "attention/growing_buffer_cuda.h"
 #include "attention/prefill_cuda.cuh"
+#include "attention/stats_cuda.h"
+#include "attention/tiered_cuda.h"
 #include "device/error.h"
 
 namespace thaw {
@@ -19,7 +20,10 @@ constexpr int kMaxSplits = 128;
 class CudaAttention final : public Attention {
  public:
   explicit CudaAttention(const Stream& stream)
-      : stream_(stream), n_multiprocessors_(device_facts().n_multiprocessors) {}
+      : stream_(stream),
+        n_multiprocessors_(device_facts().n_multiprocessors),
+        tiered_(stream, n_multiprocessors_),
+        prompt_stats_(stream, n_multiprocessors_) {}
 
   void attend(float* o, const float* q, int n_rows, int n_heads, const KvView& kv,
               AttentionStats& stats, int stats_rows) override {
@@ -30,25 +34,34 @@ class CudaAttention final : public Attention {
     require(kv.head_dim % kRowUnit == 0 && kv.head_dim <= kMaxDim,
             "attend: head_dim: expected a multiple of ", kRowUnit, " up to ", kMaxDim,
             " on the GPU, found ", kv.head_dim);
-    require(kv.device != nullptr && kv.lanes.empty() && stats_rows == 0,
-            "attend: expected a store in device memory under --policy full");
+    require(stats_rows >= 0 && stats_rows <= n_rows, "attend: stats_rows: expected 0 to ", n_rows,
+            ", found ", stats_rows);
+    require(kv.device != nullptr, "attend: expected a store in device memory");
     require(kv.device->rows.page_rows % kTileTokens == 0, "attend: page_rows: expected a multiple ",
             "of ", kTileTokens, ", found ", kv.device->rows.page_rows);
-    stats.n_rows = 0;
+    stats.n_rows = stats_rows;
     stats.lanes.clear();
-    const ExactProblem p{
-        o,           q,
-        *kv.device,  n_rows,
-        n_heads,     n_heads / kv.n_kv_heads,
-        kv.head_dim, static_cast<float>(1.4426950408889634 / std::sqrt(double(kv.head_dim)))};
-    if (n_rows <= kDecodeRows || kv.head_dim > kMaxTileDim || kv.type == KvType::kF32)
+    if (kv.device->hot.n_lanes > 0) {
+      require(n_rows == 1, "attend: expected 1 row under a policy, found ", n_rows);
+      stats.n_rows = 1;
+      return tiered_.attend(o, q, n_heads, kv);
+    }
+    const int group = n_heads / kv.n_kv_heads;
+    const ExactProblem p{o,       q,     *kv.device,  n_rows,
+                         n_heads, group, kv.head_dim, score_scale(kv.head_dim)};
+    attend_exactly(p, kv);
+    if (stats_rows > 0) prompt_stats_.attend(p, kv, stats_rows);
+  }
+
+ private:
+  void attend_exactly(const ExactProblem& p, const KvView& kv) {
+    if (p.n_rows <= kDecodeRows || kv.head_dim > kMaxTileDim || kv.type == KvType::kF32)
       return decode(p, kv);
     with_kv_type(kv.type, [&](auto type) {
       if constexpr (decltype(type)::value != KvType::kF32) prefill<decltype(type)::value>(p, kv);
     });
   }
 
- private:
   void decode(const ExactProblem& p, const KvView& kv) {
     with_kv_type(kv.type, [&](auto type) {
       constexpr KvType kType = decltype(type)::value;
@@ -71,25 +84,14 @@ class CudaAttention final : public Attention {
     const int n_chunks = (p.n_queries() + kQ - 1) / kQ;
     const int n_blocks = kBlocksPerMultiprocessor * n_multiprocessors_;
     const int n_splits = std::clamp(n_blocks / (kv.n_kv_heads * n_chunks), 1, kMaxSplits);
-    reserve(std::int64_t{n_splits} * p.n_rows * p.n_heads * (kv.head_dim + 2),
-            std::int64_t{n_chunks} * kv.n_kv_heads);
+    float* parts =
+        parts_.reserve(std::int64_t{n_splits} * p.n_rows * p.n_heads * (kv.head_dim + 2));
+    unsigned* n_arrived = n_arrived_.reserve_zeros(std::int64_t{n_chunks} * kv.n_kv_heads, stream_);
     launch_overlapping("attend", decode_attention<kType, kLanes, kQ>,
                        dim3(static_cast<unsigned>(n_splits), static_cast<unsigned>(kv.n_kv_heads),
                             static_cast<unsigned>(n_chunks)),
                        kDecodeThreads, kDecodeShared<kLanes, kQ>, stream_,
-                       DecodeProblem{p, parts_.data(), n_arrived_.data()});
-  }
-
-  // What is outgrown stays: graphs may refer to it.
-  void reserve(std::int64_t n_parts, std::int64_t n_counts) {
-    if (parts_.size() < static_cast<std::size_t>(n_parts)) {
-      outgrown_parts_.push_back(std::move(parts_));
-      parts_ = DeviceBuffer<float>(static_cast<std::size_t>(n_parts), "attention");
-    }
-    if (n_arrived_.size() >= static_cast<std::size_t>(n_counts)) return;
-    outgrown_counts_.push_back(std::move(n_arrived_));
-    n_arrived_ = DeviceBuffer<unsigned>(static_cast<std::size_t>(n_counts), "attention");
-    fill_device(n_arrived_.data(), 0, n_arrived_.bytes(), stream_);
+                       DecodeProblem{p, parts, n_arrived});
   }
 
   template <KvType kType>
@@ -110,10 +112,10 @@ class CudaAttention final : public Attention {
 
   const Stream& stream_;
   const int n_multiprocessors_;
-  DeviceBuffer<float> parts_;
-  DeviceBuffer<unsigned> n_arrived_;
-  std::vector<DeviceBuffer<float>> outgrown_parts_;
-  std::vector<DeviceBuffer<unsigned>> outgrown_counts_;
+  GrowingBuffer<float> parts_;
+  GrowingBuffer<unsigned> n_arrived_;
+  CudaTieredDecode tiered_;
+  CudaPromptStats prompt_stats_;
 };
 
 }  // namespace

@@ -118,16 +118,7 @@ __device__ void join_teams(const DecodeProblem& p, DecodeState<kQ>& state, int k
 // Joins the splits in order, once all have arrived.
 template <int kQ>
 __device__ void join_splits(const DecodeProblem& p, int kv_head, int first) {
-  __threadfence();  // this thread's part is seen by whoever sees the count below
-  __syncthreads();  // every thread's part is
-  unsigned* n_arrived = p.n_arrived + blockIdx.z * gridDim.y + blockIdx.y;
-  bool last = false;
-  if (threadIdx.x == 0) {
-    last = atomicAdd(n_arrived, 1u) == gridDim.x - 1;  // the count that says who is the last
-    __threadfence();  // what the others wrote before they counted is seen from here on
-  }
-  if (!__syncthreads_or(last)) return;  // the others learn whether theirs is the last block
-  if (threadIdx.x == 0) atomicExch(n_arrived, 0u);  // for the next launch; others only count
+  if (!last_to_arrive(p.n_arrived + blockIdx.z * gridDim.y + blockIdx.y, gridDim.x)) return;
   const int n_splits = static_cast<int>(gridDim.x);
   for (int n = static_cast<int>(threadIdx.x); n < kQ * p.head_dim; n += kDecodeThreads) {
     const int query = first + n / p.head_dim, d = n % p.head_dim;
@@ -151,7 +142,7 @@ constexpr std::size_t kDecodeShared =
 // Computes  o = softmax(q K^T / sqrt(head_dim)) V of kQ queries of a k/v head, each over the tokens
 //           that it sees
 // Grid      splits of the tokens x k/v heads x chunks of kQ queries
-// Block     kDecodeThreads; teams of kLanes lanes (8 kLanes >= head_dim) take kBatch tokens in turns
+// Block     kDecodeThreads; teams of kLanes lanes (8 kLanes >= head_dim) take kBatch tokens in turn
 // Shared    kDecodeShared<kLanes, kQ>
 // Bytes     reads keys and values once a chunk, and q; writes o; writes and reads a part of
 //           head_dim + 2 numbers a query and split

@@ -2,6 +2,8 @@
 // head are numbered row by row: query j is head j % group of row j / group.
 #pragma once
 
+#include <cmath>
+
 #include "device/kernel.cuh"
 #include "kvstore/device_view.h"
 
@@ -24,6 +26,10 @@ struct ExactProblem {
     return query < n_queries() ? kv_len - n_rows + query / group + 1 : 0;
   }
 };
+
+inline float score_scale(int head_dim) {
+  return static_cast<float>(1.4426950408889634 / std::sqrt(double{1} * head_dim));
+}
 
 inline constexpr float kLowest = -std::numeric_limits<float>::infinity();  // m of no tokens
 

@@ -93,7 +93,7 @@ double weight_bytes(const Weights& weights) {
 class Bench {
  public:
   Bench(const Options& o, const Model& model)
-      : o_(o), model_(model), transformer_(model, make_backend(o.common, model, o.policies)) {
+      : o_(o), model_(model), transformer_(model, make_backend(o.common, model)) {
     const int n_tokens = bench_capacity(o, model.config,
                                         *std::max_element(o.depths.begin(), o.depths.end()) +
                                             std::max({*std::max_element(o.prompts.begin(),

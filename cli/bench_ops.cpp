@@ -42,7 +42,7 @@ class OpBench {
       : o_(o),
         model_(model),
         transformer_(model, std::make_unique<TimedBackend>(
-                                make_backend(o.common, model, o.policies), o.ops, times_)),
+                                make_backend(o.common, model), o.ops, times_)),
         n_tokens_(*std::max_element(o.depths.begin(), o.depths.end()) + 1 + o.decoded()),
         tokens_(bench_tokens(o, model, bench_capacity(o, model.config, n_tokens_))) {}
 

@@ -54,6 +54,7 @@ class LayerSums : public KvRecorder {
   LayerSums(const LayerSums&) = delete;
   LayerSums& operator=(const LayerSums&) = delete;
 
+  bool wants_events() const override { return false; }
   void event(const KvEvent&) override {}
   void step(const KvStep& step) override {
     score_.layers.resize(step.layers.size());

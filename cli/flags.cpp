@@ -118,12 +118,11 @@ void Flags::texts(std::vector<std::string>& value, Text names, Text placeholder,
 }
 
 void Flags::choice(std::string& value, Text names, const std::vector<std::string>& choices,
-                   Text help, bool* given) {
+                   Text help) {
   const std::string list = joined(choices, "|");
   add(names, list, help + " (default " + value + ")", choices.size() == 1 ? list : "one of " + list,
-      [&value, choices, given](Text s) {
+      [&value, choices](Text s) {
         value = s;
-        if (given) *given = true;
         return std::find(choices.begin(), choices.end(), s) != choices.end();
       });
 }

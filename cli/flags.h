@@ -49,9 +49,7 @@ class Flags {
   void text(std::optional<std::string>& value, Text names, Text placeholder, Text help,
             const std::function<bool(Text)>& accepts, Text expected);
   void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
-  // given, where it is not null, becomes true when the flag is there.
-  void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help,
-              bool* given = nullptr);
+  void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
   // Values between commas, one or more.
   void choices(std::vector<std::string>& values, Text names,
                const std::vector<std::string>& choices, Text help);

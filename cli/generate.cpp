@@ -108,6 +108,8 @@ bool parse(const Args& args, Options& o) {
       "  thaw generate -m model.gguf -f story.txt --stop $'\\n\\n' --seed 7 > more.txt\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  if (o.recovery.highest != "off") o.common.needs_cpu = "--recovery";
+  if (o.watch.any()) o.common.needs_cpu = "--report, --trace or --heat";
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
   if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");
@@ -259,7 +261,7 @@ class Sink {
 Generation stream(const Options& o, const Model& model, const Tokenizer& tokenizer,
                   const std::vector<TokenId>& prompt, int context,
                   const std::atomic<bool>& interrupted, Recovery& recovery, Sink& sink) {
-  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}));
+  Transformer transformer(model, make_backend(o.common, model));
   if (o.common.verbose)
     std::cerr << "run      " << transformer.backend().name() << ", " << o.common.threads
               << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";

@@ -86,7 +86,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   if (policies) {
     flags.choices(*policies, "--policy", names, help + "; a list takes turns");
   } else {
-    flags.choice(kv.policy, "--policy", names, help, &kv.policy_given);
+    flags.choice(kv.policy, "--policy", names, help);
   }
   flags.choice(kv.preset, "--preset", {"default", "economy"},
                "thaw: economy takes smaller ghosts and reads more from the cold tier");

@@ -13,7 +13,6 @@ namespace thaw {
 struct KvFlags {
   std::string type_name = "f16";
   std::string policy = "thaw";
-  bool policy_given = false;
   std::string preset = "default";
   std::optional<float> hot_fraction;
   std::optional<int> hot_tokens;

@@ -156,7 +156,7 @@ class Dump {
 // Names of the files written, or nothing when interrupted.
 std::vector<std::string> write_files(const Options& o, const Model& model,
                                      const std::vector<TokenId>& ids) {
-  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}), o.batch);
+  Transformer transformer(model, make_backend(o.common, model), o.batch);
   const auto kv = make_kv_store(transformer.backend(), o.common.kv, model.config,
                                 static_cast<int>(ids.size()));
   std::unique_ptr<Dump> dump;

@@ -114,6 +114,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  if (o.recovery.highest != "off") o.common.needs_cpu = "--recovery";
   o.places = places(o.depths);
   std::sort(o.contexts.begin(), o.contexts.end());
   o.contexts.erase(std::unique(o.contexts.begin(), o.contexts.end()), o.contexts.end());
@@ -153,7 +154,7 @@ class Reader {
         model_(model),
         tokenizer_(tokenizer),
         interrupted_(interrupted),
-        transformer_(model, make_backend(common, model, {common.kv.policy})),
+        transformer_(model, make_backend(common, model)),
         progress_(common.quiet) {}
 
   // Stops early when interrupted.

@@ -18,13 +18,14 @@ constexpr int kMaxThreads = 256;
 constexpr int kMaxContext = 1 << 24;
 
 // What auto comes down to, and why.
-std::string automatic_backend(const CommonOptions& o, const std::string& not_full) {
+std::string automatic_backend(const CommonOptions& o, const Config& c) {
   if (!has_cuda()) return "cpu";
-  std::string backend = "cpu", why;
+  std::string backend = "cpu", why = o.needs_cpu;
   try {
     const std::string device = cuda_device_name();
-    if (not_full.empty()) backend = "cuda";
-    why = not_full.empty() ? device : join("--policy ", not_full, " runs on the CPU only");
+    if (why.empty() && c.head_dim % 8 != 0) why = join("head_dim ", c.head_dim);
+    if (why.empty()) backend = "cuda";
+    why = why.empty() ? device : why + " runs on the CPU only";
   } catch (const Error& error) {
     why = error.what();
   }
@@ -60,7 +61,7 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
   flags.choice(
       o.backend, "--backend", {"auto", "cpu", "cuda", "checked"},
       join("where to compute; checked: cuda and cpu side by side, and the first op that "
-           "differs is an error; cuda and checked have only --policy full; this build has: ",
+           "differs is an error; this build has: ",
            has_cuda() ? "cpu, cuda" : "cpu"));
 }
 
@@ -84,7 +85,7 @@ void check_common(CommonOptions& o) {
   const bool cuda = o.backend == "cuda" || o.backend == "checked";
   require(has_cuda() || !cuda, "--backend ", o.backend,
           ": this build has no CUDA backend; it has: cpu");
-  if (cuda && !o.kv.policy_given) o.kv.policy = "full";
+  if (o.kv.cold_file) o.needs_cpu = "--cold-file";
 }
 
 int context_tokens(const CommonOptions& o, const Config& config) {
@@ -108,15 +109,10 @@ std::string describe(const Config& c) {
               c.head_dim, ", vocabulary ", c.vocab_size, ", context ", c.context_length);
 }
 
-std::unique_ptr<Backend> make_backend(const CommonOptions& o, const Model& model,
-                                      const std::vector<std::string>& policies) {
-  std::string not_full;
-  for (const std::string& policy : policies)
-    if (policy != "full") not_full = policy;
-  const std::string backend = o.backend == "auto" ? automatic_backend(o, not_full) : o.backend;
+std::unique_ptr<Backend> make_backend(const CommonOptions& o, const Model& model) {
+  const std::string backend = o.backend == "auto" ? automatic_backend(o, model.config) : o.backend;
   if (backend == "cpu") return make_cpu_backend(model, o.threads);
-  require(not_full.empty(), "--policy ", not_full,
-          ": runs on the CPU backend only; expected --policy full or --backend cpu");
+  require(o.needs_cpu.empty(), o.needs_cpu, ": runs on the CPU only; expected --backend cpu");
   return backend == "cuda" ? make_cuda_backend(model, o.threads)
                            : make_checked_backend(model, o.threads);
 }

@@ -19,6 +19,7 @@ struct CommonOptions {
   std::optional<std::string> model;
   int threads = default_threads();
   std::string backend = "auto";
+  std::string needs_cpu;  // a flag that was given and that only the CPU backend serves, or ""
   std::optional<int> context;
   KvFlags kv;
   bool json = false;
@@ -35,8 +36,7 @@ void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& conte
                   std::vector<std::string>* policies = nullptr);  // as in cli/kv_flags.h
 void add_output_flags(Flags& flags, CommonOptions& options);      // json, quiet, verbose
 
-// Throws UsageError when no model is named, and Error when the backend is not in this build. A
-// backend that has only --policy full makes it the default.
+// Throws UsageError when no model is named, and Error when the backend is not in this build.
 void check_common(CommonOptions& options);
 
 // The store's capacity in tokens: --context, or the model's. Warns on standard error when it is
@@ -49,10 +49,9 @@ void require_finite(std::span<const float> logits, const Model& model);
 // One line about a model, for --verbose.
 std::string describe(const Config& config);
 
-// The backend that --backend asks for; what auto takes is said on standard error. policies: those
-// that its stores will have. Throws Error when there is no device, or it does not have a policy.
-std::unique_ptr<Backend> make_backend(const CommonOptions& options, const Model& model,
-                                      const std::vector<std::string>& policies);
+// The backend that --backend asks for; what auto takes is said on standard error. Throws Error when
+// there is no device, or the backend does not serve a flag.
+std::unique_ptr<Backend> make_backend(const CommonOptions& options, const Model& model);
 
 // The backend's store that the KV flags ask for, for `capacity` tokens.
 std::unique_ptr<KvStore> make_kv_store(Backend& backend, const KvFlags& flags, const Config& config,

@@ -116,7 +116,7 @@ Windows plan_windows(const PerplexityOptions& o, const Tokenizer& tokenizer, int
 Score score(const PerplexityOptions& o, const Model& model, const Tokenizer& tokenizer,
             const std::vector<TokenId>& ids, const Windows& w) {
   const int n_tokens = static_cast<int>(ids.size());
-  Transformer transformer(model, make_backend(o.common, model, {o.common.kv.policy}), kBatch);
+  Transformer transformer(model, make_backend(o.common, model), kBatch);
   const auto kv = make_kv_store(transformer.backend(), o.common.kv, model.config,
                                 std::min(w.length, n_tokens) + w.bos);
   const std::atomic<bool>& interrupted = catch_interrupt();

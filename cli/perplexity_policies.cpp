@@ -156,12 +156,10 @@ int run_policies(const PerplexityOptions& o, const Model& model, const Tokenizer
       window_sizes(o, model, tokenizer, input, static_cast<int>(ids.size()));
   const auto n_windows = decode_windows(windows, static_cast<int>(ids.size())).size();
   Points points{parse_sweep(o.sweeps), {}, {}};
-  std::vector<std::string> policies;
   for (std::size_t i = 0; i < points.sweep.points.size(); ++i) {
     points.options.push_back(at_point(o.common, points.sweep, i));
-    policies.push_back(points.options.back().kv.policy);
   }
-  Transformer transformer(model, make_backend(o.common, model, policies));
+  Transformer transformer(model, make_backend(o.common, model));
   std::vector<std::unique_ptr<KvStore>> stores;
   for (const CommonOptions& options : points.options)
     stores.push_back(

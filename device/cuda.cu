@@ -65,6 +65,8 @@ DeviceFacts device_facts() {
   return facts;
 }
 
+bool reads_plain_memory() { return attribute(cudaDevAttrPageableMemoryAccess) != 0; }
+
 Stream::Stream() {
   check(cudaStreamCreateWithFlags(handle_.out(), cudaStreamNonBlocking), "stream");
 }

@@ -39,6 +39,9 @@ struct DeviceFacts {
 // when the device is older than compute capability 8.0.
 DeviceFacts device_facts();
 
+// Whether kernels can read plain host memory at the host's address, page by page over the bus.
+bool reads_plain_memory();
+
 // A span of a profile, open until the end of the scope; spans nest.
 class ProfileRange {
  public:

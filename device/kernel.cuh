@@ -76,16 +76,39 @@ __device__ inline float warp_max(float x) {
 __device__ inline float block_sum(float x) { return block_reduce<Sum>(x); }
 __device__ inline float block_max(float x) { return block_reduce<Max>(x); }
 
+// ---- Blocks of a launch that have to wait for nobody: the last one to come goes on.
+
+// True, for every thread, in the last of n_blocks blocks that call it, which then sees what all of
+// them wrote before. n_arrived: 0 before and after. All threads call. What other blocks wrote must
+// be read with __ldcg().
+__device__ inline bool last_to_arrive(unsigned* n_arrived, unsigned n_blocks) {
+  __threadfence();  // what this thread wrote is seen by whoever sees the count below
+  __syncthreads();  // so is what all threads wrote
+  bool last = false;
+  if (threadIdx.x == 0) {
+    last = atomicAdd(n_arrived, 1u) == n_blocks - 1;  // the count that says who is the last
+    __threadfence();  // what the others wrote before they counted is seen from here on
+    if (last) atomicExch(n_arrived, 0u);  // for the next launch; all others have counted
+  }
+  return __syncthreads_or(last) != 0;  // the others learn whether theirs is the last block
+}
+
 // ---- Wide loads and stores; addresses are multiples of 16.
 
 __device__ inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 // What is read once, such as weights: it should push nothing out of the caches.
-// The emulator counts these and cp_async_16 as the kernel's bytes.
+// The emulator counts these, load_4_once and cp_async_16 as the kernel's bytes.
 __device__ inline uint4 load_16_once(const void* from) {
 #ifdef THAW_EMULATED
   simt::count_bytes(16);
 #endif
   return __ldcs(static_cast<const uint4*>(from));
+}
+__device__ inline std::uint32_t load_4_once(const void* from) {  // for what has rows of 32 bytes
+#ifdef THAW_EMULATED
+  simt::count_bytes(4);
+#endif
+  return __ldcs(static_cast<const std::uint32_t*>(from));
 }
 __device__ inline void store_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 

@@ -59,14 +59,6 @@ int KvBounds::bound(int layer, int kv_len) const {
   return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
 }
 
-int KvBounds::first_recent(const PolicyParams& params, int kv_len, int bound) {
-  int recent = params.window;
-  if (params.policy == Policy::kH2o)
-    recent = std::max(recent, std::min(bound / 2, bound - params.sinks));
-  if (params.policy == Policy::kWindow) recent = bound - params.sinks;
-  return kv_len - recent;
-}
-
 // Each layer's part of the total is proportional to its entropy, but holds what is always hot and
 // is no more than the context; what a layer cannot use goes to the others. So a layer gets
 // clamp(x layer_share, least, kv_len), with x found by bisection.

@@ -21,9 +21,6 @@ class KvBounds {
   double promised(int kv_len) const;
   // Most hot tokens of a lane.
   int bound(int layer, int kv_len) const;
-  // Tokens from here on are always hot. h2o keeps half of its room for the newest (2306.14048);
-  // window all of it.
-  static int first_recent(const PolicyParams& params, int kv_len, int bound);
   // budget: divides the total by the entropy of each layer's attention to the prompt.
   void share(int kv_len, const std::vector<float>& entropy);
 

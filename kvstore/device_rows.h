@@ -24,6 +24,7 @@ struct DeviceRows {
   __device__ const std::byte* value(int head, int row) const {
     return key(head, row) + value_offset;
   }
+  bool operator==(const DeviceRows&) const = default;
 };
 
 }  // namespace thaw

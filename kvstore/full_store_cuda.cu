@@ -2,94 +2,14 @@
 #include <vector>
 
 #include "device/error.h"
-#include "device/kernel.cuh"
+#include "kvstore/append_cuda.cuh"
 #include "kvstore/device_view.h"
 #include "kvstore/full_store_cuda.h"
-#include "kvstore/row_cuda.cuh"
+#include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
 
 namespace thaw {
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kBlock = 32;  // numbers that a warp stores at a time: a block of q8_0 and q4_0
-
-// Where a step's tokens stand, in device memory.
-struct StepPlace {
-  std::int32_t first;   // the first of them
-  std::int32_t kv_len;  // behind the last
-};
-
-// Computes  *place = value
-// Grid      1
-// Block     kWarp
-// Shared    none
-// Bytes     writes 8
-__global__ void set_place(StepPlace* place, StepPlace value) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  if (threadIdx.x == 0) *place = value;
-}
-
-// 32 numbers, one a lane, as a block of q8_0: d = max|x| / 127.
-__device__ inline void store_q8_0(std::byte* out, float x) {
-  const float largest = warp_max(fabsf(x));
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  const std::uint32_t d = pack2<__half>(largest / 127.0f, 0);
-  const int lane = lane_index(), code = __float2int_rn(x * inverse);
-  if (lane == 0) *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(d);
-  reinterpret_cast<std::int8_t*>(out + 2)[lane] = static_cast<std::int8_t>(code);
-}
-
-// As a block of q4_0: d = (the first x of largest magnitude) / -8.
-__device__ inline void store_q4_0(std::byte* out, float x) {
-  const int lane = lane_index();
-  const float magnitude = warp_max(fabsf(x));
-  const unsigned where = __ballot_sync(kAllLanes, fabsf(x) == magnitude);
-  const float first = __shfl_sync(kAllLanes, x, max(__ffs(static_cast<int>(where)) - 1, 0));
-  const float d = (magnitude > 0 ? first : 0.0f) / -8.0f;
-  const float inverse = d != 0 ? 1.0f / d : 0.0f;
-  const int code = min(15, static_cast<int>(fmaf(x, inverse, 8.5f)));
-  const int other = __shfl_down_sync(kAllLanes, code, kBlock / 2);
-  if (lane == 0)
-    *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(pack2<__half>(d, 0));
-  if (lane < kBlock / 2) out[2 + lane] = static_cast<std::byte>(code | other << 4);
-}
-
-// Numbers first to first + 31 of a row, where it has them; all lanes call.
-template <KvType kType>
-__device__ inline void store_numbers(std::byte* row, const float* in, int first, int n) {
-  const int i = first + lane_index();
-  const float x = i < n ? in[i] : 0.0f;
-  if constexpr (kType == KvType::kQ8_0) return store_q8_0(row + first / kBlock * 34, x);
-  if constexpr (kType == KvType::kQ4_0) return store_q4_0(row + first / kBlock * 18, x);
-  if (i >= n) return;
-  if constexpr (kType == KvType::kF32) reinterpret_cast<float*>(row)[i] = x;
-  if constexpr (kType == KvType::kF16) reinterpret_cast<__half*>(row)[i] = from_float<__half>(x);
-  if constexpr (kType == KvType::kBF16)
-    reinterpret_cast<__nv_bfloat16*>(row)[i] = from_float<__nv_bfloat16>(x);
-}
-
-// Computes  the stored rows of a step's tokens: k and v rounded to the store's type
-// Grid      T x k/v heads
-// Block     kThreads; warps take 32 numbers of the key and the value in turns
-// Shared    none
-// Bytes     reads k and v, writes their rows
-template <KvType kType>
-__global__ void append_rows(DeviceRows rows, const float* k, const float* v, const StepPlace* place,
-                            int head_dim) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const int t = static_cast<int>(blockIdx.x), head = static_cast<int>(blockIdx.y);
-  auto* key = const_cast<std::byte*>(rows.key(head, place->first + t));
-  const std::int64_t from = (static_cast<std::int64_t>(t) * gridDim.y + head) * head_dim;
-  const int n_blocks = (head_dim + kBlock - 1) / kBlock;
-  for (int b = warp_index(); b < 2 * n_blocks; b += kThreads / kWarp) {
-    const bool is_value = b >= n_blocks;
-    store_numbers<kType>(key + (is_value ? rows.value_offset : 0), (is_value ? v : k) + from,
-                         (is_value ? b - n_blocks : b) * kBlock, head_dim);
-  }
-}
 
 class CudaKvStore final : public KvStore {
  public:
@@ -138,9 +58,6 @@ class CudaKvStore final : public KvStore {
 };
 
 void check_options(const KvOptions& o) {
-  require(o.policy.policy == Policy::kFull, "--policy ",
-          kPolicyNames[static_cast<int>(o.policy.policy)],
-          ": runs on the CPU backend only; expected --policy full or --backend cpu");
   require(o.cold_file.empty(),
           "--cold-file: expected --backend cpu: on the GPU every token is in "
           "device memory, found ",
@@ -195,7 +112,7 @@ void CudaKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   check_step(shape_, appended_, n_tokens, phase);
   reserve(first + n_tokens);
-  launch_overlapping("begin", set_place, 1, kWarp, 0, stream_, place_.data(),
+  launch_overlapping("begin", set_place<StepPlace>, 1, kWarp, 0, stream_, place_.data(),
                      StepPlace{first, first + n_tokens});
   phase_ = phase;
   const int kv_len = first + n_tokens;
@@ -210,8 +127,8 @@ void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens
   with_kv_type(shape_.type, [&](auto type) {
     launch_overlapping(
         "append", append_rows<decltype(type)::value>,
-        dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)), kThreads,
-        0, stream_, rows, k, v, place_.data(), shape_.head_dim);
+        dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)),
+        kAppendThreads, 0, stream_, rows, k, v, place_.data(), shape_.head_dim);
   });
   n += n_tokens;
   unsettled_[static_cast<std::size_t>(layer)] = 1;
@@ -281,6 +198,7 @@ KvUsage CudaKvStore::usage() const {
 
 std::unique_ptr<KvStore> make_cuda_kv_store(const KvShape& shape, const KvOptions& options,
                                             const Stream& stream) {
+  if (options.policy.policy != Policy::kFull) return make_cuda_tiered_store(shape, options, stream);
   check_options(options);
   check_shape(shape);
   return std::make_unique<CudaKvStore>(shape, options, stream);

@@ -1,4 +1,4 @@
-// The store on the GPU under --policy full: every token in device memory, attended exactly.
+// The store on the GPU: under --policy full, every token in device memory, attended exactly.
 #pragma once
 
 #include <memory>
@@ -16,7 +16,8 @@ namespace thaw {
 // last append() nothing is allocated, and what is queued reads the step's place from device memory:
 // a graph can record append(), and then serves every step of as many tokens.
 //
-// Throws Error for any policy but full, and for --cold-file.
+// Under the policies that freeze: make_cuda_tiered_store() (kvstore/tiered_store_cuda.h). Throws
+// Error for --cold-file.
 std::unique_ptr<KvStore> make_cuda_kv_store(const KvShape& shape, const KvOptions& options,
                                             const Stream& stream);
 

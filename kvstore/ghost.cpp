@@ -7,16 +7,10 @@
 #include <cstring>
 #include <utility>
 
+#include "kvstore/ghost_code.h"
+
 namespace thaw {
 namespace {
-
-// +1 or -1 for dimension i: a bit of a hash (the finalizer of SplitMix64).
-float sign(int i) {
-  std::uint64_t h = static_cast<std::uint64_t>(i + 1) * 0x9e3779b97f4a7c15;
-  h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
-  h = (h ^ (h >> 27)) * 0x94d049bb133111eb;
-  return (h >> 63) != 0 ? -1.0f : 1.0f;
-}
 
 // x = H x / sqrt(n) for n a power of two (Sylvester's Hadamard matrix); its own inverse.
 void hadamard(float* x, int n) {
@@ -42,46 +36,10 @@ void hadamard_blocks(float* x, int n) {
   }
 }
 
-// The best uniform step for a Gaussian of variance 1, by bits.
-constexpr float kStep[] = {0, 1.596f, 0.996f, 0.586f, 0.335f};
-
-// Where part of a code stands: bits [shift, shift + width) of `byte` hold bits [low, low + width)
-// of the code. Codes of 3 bits have two parts, of 2 and 1 bits; all others one.
-struct CodePlace {
-  std::size_t byte;
-  int shift, width, low;
-};
-
-// Eight vectors of 32 codes are packed together, 8 / width of them in the bits of each byte: code
-// `lane` of vector i.
-CodePlace code_place(int i, int lane, int bits, int part) {
-  const int width = bits == 3 ? (part == 0 ? 2 : 1) : bits;
-  const int per_byte = 8 / width;
-  const std::size_t start = part == 0 ? 0 : 64;
-  return {start + static_cast<std::size_t>(i / per_byte * 32 + lane), i % per_byte * width, width,
-          part == 0 ? 0 : 2};
-}
-
-// Keys: a packet of eight vectors holds 8 dimensions of 32 tokens; a vector holds two neighbouring
-// dimensions of 16 tokens.
-CodePlace key_place(int token, int dim, int bits, int part) {
-  CodePlace place = code_place(dim % 8 / 2 * 2 + token / 16, token % 16 * 2 + dim % 2, bits, part);
-  place.byte += static_cast<std::size_t>(dim / 8 * 32 * bits);
-  return place;
-}
-
-// Values: a packet holds 16 dimensions of 16 tokens; a vector holds 16 dimensions of two
-// neighbouring tokens.
-CodePlace value_place(int token, int dim, int bits, int part) {
-  CodePlace place = code_place(token / 2 % 8, dim % 16 * 2 + token % 2, bits, part);
-  place.byte += static_cast<std::size_t>((dim / 16 * 2 + token / 16) * 32 * bits);
-  return place;
-}
-
 using Place = CodePlace (*)(int, int, int, int);
 
 void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsigned code) {
-  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+  for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
     const unsigned mask = ((1u << at.width) - 1) << at.shift;
     const unsigned value = code >> at.low << at.shift & mask;
@@ -91,7 +49,7 @@ void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsig
 
 unsigned get_code(const std::byte* codes, Place place, int token, int dim, int bits) {
   unsigned code = 0;
-  for (int part = 0; part < (bits == 3 ? 2 : 1); ++part) {
+  for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
     code |= (std::to_integer<unsigned>(codes[at.byte]) >> at.shift & ((1u << at.width) - 1))
             << at.low;
@@ -99,53 +57,51 @@ unsigned get_code(const std::byte* codes, Place place, int token, int dim, int b
   return code;
 }
 
-// c = the numbers u - 2^(b-1) + 1/2 of the codes of x on a grid of `step`. Returns <x,c> and <c,c>.
-std::pair<float, float> round_to_grid(float* c, const float* x, int n, float step, int bits) {
-  const float inverse = step > 0 ? 1.0f / step : 0.0f, half = static_cast<float>(1 << (bits - 1));
-  float xc = 0, cc = 0;
-#pragma omp simd reduction(+ : xc, cc)
-  for (int i = 0; i < n; ++i) {
-    const float cell = std::floor(x[i] * inverse);
-    c[i] = (cell < -half ? -half : cell > half - 1 ? half - 1 : cell) + 0.5f;
-    xc += x[i] * c[i];
-    cc += c[i] * c[i];
-  }
-  return {xc, cc};
+// Sums over a head are 32 sums of every 32nd number, joined in halves: a warp's order.
+constexpr int kSums = 32;
+
+float join(float (&sums)[kSums]) {
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  return sums[0];
 }
 
-enum class Gain { kUnbiased, kLeastSquares };
+float product(const float* a, const float* b, int n) {
+  float sums[kSums] = {};
+  for (int first = 0; first < n; first += kSums)
+    for (int i = 0; i < std::min(kSums, n - first); ++i)
+      sums[i] = fmaf(a[first + i], b[first + i], sums[i]);
+  return join(sums);
+}
+
+// c = the numbers of x on a grid of `step`. Returns <x,c> and <c,c>.
+std::pair<float, float> round_to_grid(float* c, const float* x, int n, float step, int bits) {
+  const float inverse = step > 0 ? 1.0f / step : 0.0f, half = static_cast<float>(1 << (bits - 1));
+  for (int i = 0; i < n; ++i) c[i] = grid_number(x[i], inverse, half);
+  return {product(x, c, n), product(c, c, n)};
+}
 
 // Rounds x - mean, rotated, to `bits`, on the best of a few grids around the Gaussian's: the one
 // with the largest <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one
 // token and returns its scale.
 float round_to_codes(std::byte* codes, Place place, int token, int bits, const float* in,
-                     const float* mean, int head_dim, Gain gain) {
+                     const float* mean, int head_dim, bool is_key) {
   float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
-  float squares = 0, best = -1, step = 0;
+  float best = -1, step = 0;
   for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
   rotate(x, head_dim);
-  for (int i = 0; i < head_dim; ++i) squares += x[i] * x[i];
-  const float usual = kStep[bits] * std::sqrt(squares / static_cast<float>(head_dim));
-  for (const float factor : {0.8f, 0.9f, 1.0f, 1.1f, 1.2f}) {
-    const auto [xc, cc] = round_to_grid(c, x, head_dim, factor * usual, bits);
-    if (xc * xc / cc > best) best = xc * xc / cc, step = factor * usual;
+  const float squares = product(x, x, head_dim);
+  const float usual = ghost_step(bits) * std::sqrt(squares / static_cast<float>(head_dim));
+  for (int grid = 0; grid < kGhostGrids; ++grid) {
+    const float tried = grid_factor(grid) * usual;
+    const auto [xc, cc] = round_to_grid(c, x, head_dim, tried, bits);
+    if (xc * xc / cc > best) best = xc * xc / cc, step = tried;
   }
   const auto [xc, cc] = round_to_grid(c, x, head_dim, step, bits);
   const float half = static_cast<float>(1 << (bits - 1));
   for (int i = 0; i < head_dim; ++i)
     put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(c[i] + half)));
-  const float scale = gain == Gain::kUnbiased ? (xc > 0 ? squares / xc : 0.0f) : xc / cc;
-  return std::isfinite(scale) ? scale : 0.0f;
-}
-
-// The byte that stands for `scale`: the nearest in the scale of mantissas, 0 for nothing.
-std::byte scale_byte(float scale, float unit) {
-  const float ratio = unit > 0 ? scale / unit : 0.0f;
-  if (!(ratio > 0)) return std::byte{0};
-  const float bounded = std::clamp(ratio, 0.0625f, 15.75f);
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(bounded) + (1u << 17);
-  const int code = static_cast<int>(bits >> 18) - ((127 - 4) << 5);
-  return static_cast<std::byte>(std::clamp(code, 1, 255));
+  return is_key ? key_scale(squares, xc) : value_scale(xc, cc);
 }
 
 float read_scale(const std::byte* scales, int i, float unit) {
@@ -164,36 +120,31 @@ void read_codes(float* out, const std::byte* codes, Place place, int token, int 
 }  // namespace
 
 void rotate(float* x, int head_dim) {
-  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
   hadamard_blocks(x, head_dim);
 }
 
 void rotate_back(float* x, int head_dim) {
   hadamard_blocks(x, head_dim);
-  for (int i = 0; i < head_dim; ++i) x[i] *= sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
 }
 
-float ghost_step(int bits) { return kStep[bits]; }
-
 void widen_scales(float* out, const std::byte* scales) {
-  for (int i = 0; i < kGhostGroup; ++i) {
-    const auto code = std::to_integer<std::uint32_t>(scales[i]);
-    out[i] = code == 0 ? 0.0f : std::bit_cast<float>((code << 18) + ((127u - 4) << 23));
-  }
+  for (int i = 0; i < kGhostGroup; ++i)
+    out[i] = scale_of_byte(std::to_integer<std::uint32_t>(scales[i]));
 }
 
 void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, const float* v,
                  const GhostCentre& centre) {
   std::byte* values = group + f.key_bytes();
   std::byte* scales = values + f.value_bytes();
-  scales[i] = scale_byte(round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean,
-                                        f.head_dim, Gain::kUnbiased),
-                         centre.key_unit);
-  if (f.value_bits > 0)
-    scales[f.scale_bytes() + i] =
-        scale_byte(round_to_codes(values, value_place, i, f.value_bits, v, centre.value_mean,
-                                  f.head_dim, Gain::kLeastSquares),
-                   centre.value_unit);
+  const float key = round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean, f.head_dim,
+                                   true);
+  scales[i] = static_cast<std::byte>(byte_of_scale(key, centre.key_unit));
+  if (f.value_bits == 0) return;
+  const float value = round_to_codes(values, value_place, i, f.value_bits, v, centre.value_mean,
+                                     f.head_dim, false);
+  scales[f.scale_bytes() + i] = static_cast<std::byte>(byte_of_scale(value, centre.value_unit));
 }
 
 void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i,

@@ -17,6 +17,7 @@
 #include <span>
 
 #include "kvstore/ghost_rope.h"
+#include "kvstore/policy.h"
 
 namespace thaw {
 
@@ -44,14 +45,19 @@ struct GhostFormat {
   int value_bits = 0;  // 0 (values are taken to be their mean), 1, 2, 4
   int head_dim = 0;
 
-  bool present() const { return key_bits > 0; }
-  int padded_dim() const { return (head_dim + 15) / 16 * 16; }
-  std::size_t key_bytes() const { return std::size_t{4} * padded_dim() * key_bits; }
-  std::size_t value_bytes() const { return std::size_t{4} * padded_dim() * value_bits; }
-  std::size_t scale_bytes() const { return kGhostGroup; }
-  std::size_t group_bytes() const {
+  THAW_HOST_DEVICE bool present() const { return key_bits > 0; }
+  THAW_HOST_DEVICE int padded_dim() const { return (head_dim + 15) / 16 * 16; }
+  THAW_HOST_DEVICE std::size_t key_bytes() const {
+    return std::size_t{4} * padded_dim() * key_bits;
+  }
+  THAW_HOST_DEVICE std::size_t value_bytes() const {
+    return std::size_t{4} * padded_dim() * value_bits;
+  }
+  THAW_HOST_DEVICE std::size_t scale_bytes() const { return kGhostGroup; }
+  THAW_HOST_DEVICE std::size_t group_bytes() const {
     return present() ? key_bytes() + value_bytes() + scale_bytes() * (value_bits > 0 ? 2 : 1) : 0;
   }
+  bool operator==(const GhostFormat&) const = default;
 };
 
 // The ghosts of one layer, and what they are centred on.
@@ -70,9 +76,6 @@ struct GhostView {
                format.group_bytes();
   }
 };
-
-// step(b): the best step of a uniform grid of 2^b values for a Gaussian of variance 1.
-float ghost_step(int bits);
 
 // Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head;
 // centre.key_mean turned to the token's position.

@@ -6,6 +6,7 @@
 #include "device/error.h"
 #include "device/tile_cpu.h"
 #include "kvstore/ghost.h"
+#include "kvstore/ghost_code.h"
 
 namespace thaw {
 namespace {
@@ -67,13 +68,12 @@ void GhostRope::turn_by(float* out, const float* x, int token, float direction) 
   const float *cosine = &middle_[token / kSpan * 2 * n], *sine = cosine + n;
   const float *within_cos = &within_[token % kSpan * 2 * n], *within_sin = within_cos + n;
   for (int i = 0; i < n_pairs(); ++i) {
-    const float c = within_cos[i], s = within_sin[i];
-    const float cos = cosine[i] * c - sine[i] * s;
-    const float sin = direction * (sine[i] * c + cosine[i] * s);
+    Angle by = sum_of_angles({cosine[i], sine[i]}, {within_cos[i], within_sin[i]});
+    by.sine *= direction;
     const Pair& p = pairs_[i];
-    const float a = x[p.first], b = x[p.second];
-    out[p.first] = a * cos - b * sin;
-    out[p.second] = b * cos + a * sin;
+    const TurnedPair turned = turn_pair(x[p.first], x[p.second], by);
+    out[p.first] = turned.first;
+    out[p.second] = turned.second;
   }
 }
 

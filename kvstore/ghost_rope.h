@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 namespace thaw {
@@ -39,11 +40,19 @@ class GhostRope {
                     int first_span, int n_spans) const;
   std::int64_t bytes() const;
 
- private:
   struct Pair {
     int first, second;  // elements of a head
     double frequency;
   };
+  // What all this is computed from, for those that compute it elsewhere; see the members below.
+  struct Tables {
+    int n_fast;
+    std::span<const Pair> pairs;
+    std::span<const float> middle, within, cubic, rows;
+  };
+  Tables tables() const { return {n_fast_, pairs_, middle_, within_, cubic_, rows_}; }
+
+ private:
   void turn_query(float* row, const GhostQuery& query, int span) const;
   void add_angles(std::vector<float>& out, double tokens) const;
   void turn_by(float* out, const float* x, int token, float direction) const;

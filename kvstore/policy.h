@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #ifdef __CUDACC__
 #define THAW_HOST_DEVICE __host__ __device__
@@ -40,10 +41,27 @@ THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv
   return token < p.sinks || token >= kv_len - p.window;
 }
 
+// Tokens from here on are always hot; bound: most hot tokens of the lane. h2o keeps half of its
+// room for the newest (2306.14048), window all of it.
+THAW_HOST_DEVICE inline int first_recent(const PolicyParams& p, int kv_len, int bound) {
+  int recent = p.window;
+  if (p.policy == Policy::kWindow) recent = bound - p.sinks;
+  if (p.policy == Policy::kH2o) {
+    const int half = bound / 2 < bound - p.sinks ? bound / 2 : bound - p.sinks;
+    recent = half > recent ? half : recent;
+  }
+  return kv_len - recent;
+}
+
 // thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).
 THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
   const float steps = p.stay * std::sqrt(static_cast<float>(hits));
   return steps < 65535.0f ? static_cast<int>(steps) : 65535;
+}
+
+// Whether a token that is not always hot can be chosen when decoding begins.
+THAW_HOST_DEVICE inline bool seeds_by_rank(const PolicyParams& p) {
+  return p.policy == Policy::kThaw ? stay_steps(p, 1) > 0 : p.policy != Policy::kWindow;
 }
 
 // asr: steps that a token sleeps after its c-th low score, floor(sqrt(c) / k) (2512.11221, the
@@ -74,8 +92,36 @@ THAW_HOST_DEVICE inline int asr_sleep(const PolicyParams& p, float relevance, fl
   return sleep_steps(p, low_scores);
 }
 
+// e^H: how many tokens an attention of entropy H (nats) is spread over. The same bits wherever it
+// is computed, so that ranks are: e^r is a polynomial on |r| <= ln(2) / 2 (Cephes, expf).
+THAW_HOST_DEVICE inline float attention_spread(float entropy) {
+  const float bounded = entropy < 80.0f ? entropy : 80.0f, n = rintf(bounded * 1.44269504f);
+  const float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, bounded));
+  float p = 1.9875691500e-4f;
+  p = fmaf(p, r, 1.3981999507e-3f);
+  p = fmaf(p, r, 8.3334519073e-3f);
+  p = fmaf(p, r, 4.1665795894e-2f);
+  p = fmaf(p, r, 1.6666665459e-1f);
+  p = fmaf(p, r, 5.0000001201e-1f);
+  const std::int32_t bits = (static_cast<std::int32_t>(n) + 127) << 23;
+  float power;
+  memcpy(&power, &bits, sizeof power);
+  return (fmaf(p, r * r, r) + 1.0f) * power;
+}
+
+// h2o, budget: the attention that a token had so far, after n_rows more queries of that mean.
+THAW_HOST_DEVICE inline float accumulated_score(float score, float probability, int n_rows) {
+  return fmaf(probability, static_cast<float>(n_rows), score);
+}
+
+// asr: which of n ascending relevances tau is, from 0.
+THAW_HOST_DEVICE inline int quantile_index(float quantile, int n) {
+  const int at = static_cast<int>(quantile * static_cast<float>(n));
+  return at < n - 1 ? at : n - 1;
+}
+
 // thaw: rank when room is short: p e^H, how large a share of the effectively attended tokens a
-// token is; spread = e^H, the perplexity of the attention.
+// token is; spread = attention_spread(H).
 THAW_HOST_DEVICE inline float entropy_score(float probability, float spread) {
   return probability * spread;
 }

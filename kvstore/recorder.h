@@ -46,6 +46,7 @@ struct KvStep {
 class KvRecorder {
  public:
   virtual ~KvRecorder() = default;
+  virtual bool wants_events() const { return true; }  // false: only step() is called
   virtual void event(const KvEvent& event) = 0;
   virtual void step(const KvStep& step) = 0;
 };

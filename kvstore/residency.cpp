@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "device/error.h"
-#include "kvstore/bounds.h"
 
 namespace thaw {
 namespace {
@@ -15,9 +14,7 @@ constexpr int kRecentSteps = 64;  // how far back wake_recent() can reach
 // The q-quantile of values.
 float quantile(std::vector<float> values, float q) {
   if (values.empty()) return 0;
-  const auto at =
-      values.begin() + std::min(std::ssize(values) - 1,
-                                static_cast<std::ptrdiff_t>(q * static_cast<float>(values.size())));
+  const auto at = values.begin() + quantile_index(q, static_cast<int>(values.size()));
   std::nth_element(values.begin(), at, values.end());
   return *at;
 }
@@ -41,7 +38,7 @@ void Residency::grow(int kv_len) {
 }
 
 int Residency::first_recent(const Moment& now) const {
-  return KvBounds::first_recent(params_, now.kv_len, now.bound);
+  return thaw::first_recent(params_, now.kv_len, now.bound);
 }
 
 bool Residency::always(const Moment& now, std::int32_t token) const {
@@ -97,11 +94,11 @@ void Residency::sleep(const Moment& now, std::int32_t token, int steps) {
 
 void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len) {
   entropy_ = stats.entropy;
-  spread_ = std::exp(entropy_);
+  spread_ = attention_spread(entropy_);
   const bool sums = params_.policy == Policy::kH2o || params_.policy == Policy::kBudget;
   for (std::size_t t = 0; t < stats.probability.size(); ++t) {
     if (sums) {
-      score_[t] += stats.probability[t] * static_cast<float>(n_rows);
+      score_[t] = accumulated_score(score_[t], stats.probability[t], n_rows);
     } else {
       score_[t] = entropy_score(stats.probability[t], spread_);
     }
@@ -114,8 +111,7 @@ void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len)
 std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   std::vector<std::int32_t> chosen, others;
   const bool all = params_.policy == Policy::kAsr || !now.can_freeze;
-  const bool ranked = params_.policy == Policy::kThaw ? stay_steps(params_, 1) > 0
-                                                      : params_.policy != Policy::kWindow;
+  const bool ranked = seeds_by_rank(params_);
   const float least = params_.policy == Policy::kThaw ? entropy_score(now.epsilon, spread_) : 0.0f;
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     if (always(now, t)) {
@@ -187,7 +183,7 @@ void Residency::append(const Moment& now, std::int32_t token) {
 
 void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
   entropy_ = stats.entropy;
-  spread_ = std::exp(entropy_);
+  spread_ = attention_spread(entropy_);
   ghost_mass_ = stats.ghost_mass;
   std::erase_if(recent_, [&](const Frozen& f) { return f.step < now.step - kRecentSteps; });
   switch (params_.policy) {

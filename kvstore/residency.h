@@ -31,6 +31,10 @@ class Residency {
   float entropy() const { return entropy_; }
   float ghost_mass() const { return ghost_mass_; }
   float tau() const { return tau_; }
+  // By token: times needed (asr: of low relevance), steps left, and rank.
+  const std::vector<std::uint16_t>& hits() const { return hits_; }
+  const std::vector<std::uint16_t>& timers() const { return timer_; }
+  const std::vector<float>& scores() const { return score_; }
 
   void grow(int kv_len);  // room for that many tokens' state
   // Exact attention over every token, `n_rows` queries: what the next seed() goes by.

@@ -1,4 +1,5 @@
-// Stored keys and values as kernels read them: eight numbers at a time, whatever the type.
+// Stored keys and values as kernels read them, eight numbers at a time, whatever the type, and as
+// they write them: the bits of store_row() and load_row() (kvstore/row.h), NaN aside.
 #pragma once
 
 #include "device/kernel.cuh"
@@ -6,7 +7,8 @@
 
 namespace thaw {
 
-inline constexpr int kRowUnit = 8;  // numbers that a thread reads at a time
+inline constexpr int kRowUnit = 8;    // numbers that a thread reads at a time
+inline constexpr int kRowBlock = 32;  // that a warp stores at a time: a block of q8_0 and q4_0
 
 template <KvType kType>
 using KnownKv = std::integral_constant<KvType, kType>;
@@ -82,5 +84,63 @@ struct RowUnit {
     return static_cast<float>(static_cast<int>(bits & 15u) - 8);
   }
 };
+
+// Number i of a row, alone.
+template <KvType kType>
+__device__ inline float number_of(const std::byte* row, int i) {
+  if constexpr (kType == KvType::kF32) return reinterpret_cast<const float*>(row)[i];
+  if constexpr (kType == KvType::kF16) return to_float(reinterpret_cast<const __half*>(row)[i]);
+  if constexpr (kType == KvType::kBF16)
+    return to_float(reinterpret_cast<const __nv_bfloat16*>(row)[i]);
+  if constexpr (kType == KvType::kQ8_0 || kType == KvType::kQ4_0) {
+    RowUnit<kType> unit;
+    unit.load(row, i / kRowUnit);
+    float x[kRowUnit];
+    unit.values(x);
+    float number = 0;
+#pragma unroll
+    for (int j = 0; j < kRowUnit; ++j) number = i % kRowUnit == j ? x[j] : number;
+    return number;
+  }
+}
+
+// 32 numbers, one a lane, as a block of q8_0: d = max|x| / 127.
+__device__ inline void store_q8_0(std::byte* out, float x) {
+  const float largest = warp_max(fabsf(x));
+  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
+  const std::uint32_t d = pack2<__half>(largest / 127.0f, 0);
+  const int lane = lane_index(), code = __float2int_rn(x * inverse);
+  if (lane == 0) *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(d);
+  reinterpret_cast<std::int8_t*>(out + 2)[lane] = static_cast<std::int8_t>(code);
+}
+
+// As a block of q4_0: d = (the first x of largest magnitude) / -8.
+__device__ inline void store_q4_0(std::byte* out, float x) {
+  const int lane = lane_index();
+  const float magnitude = warp_max(fabsf(x));
+  const unsigned where = __ballot_sync(kAllLanes, fabsf(x) == magnitude);
+  const float first = __shfl_sync(kAllLanes, x, max(__ffs(static_cast<int>(where)) - 1, 0));
+  const float d = (magnitude > 0 ? first : 0.0f) / -8.0f;
+  const float inverse = d != 0 ? 1.0f / d : 0.0f;
+  const int code = min(15, static_cast<int>(fmaf(x, inverse, 8.5f)));
+  const int other = __shfl_down_sync(kAllLanes, code, kRowBlock / 2);
+  if (lane == 0)
+    *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(pack2<__half>(d, 0));
+  if (lane < kRowBlock / 2) out[2 + lane] = static_cast<std::byte>(code | other << 4);
+}
+
+// Numbers first to first + 31 of a row, where it has them; all lanes call.
+template <KvType kType>
+__device__ inline void store_numbers(std::byte* row, const float* in, int first, int n) {
+  const int i = first + lane_index();
+  const float x = i < n ? in[i] : 0.0f;
+  if constexpr (kType == KvType::kQ8_0) return store_q8_0(row + first / kRowBlock * 34, x);
+  if constexpr (kType == KvType::kQ4_0) return store_q4_0(row + first / kRowBlock * 18, x);
+  if (i >= n) return;
+  if constexpr (kType == KvType::kF32) reinterpret_cast<float*>(row)[i] = x;
+  if constexpr (kType == KvType::kF16) reinterpret_cast<__half*>(row)[i] = from_float<__half>(x);
+  if constexpr (kType == KvType::kBF16)
+    reinterpret_cast<__nv_bfloat16*>(row)[i] = from_float<__nv_bfloat16>(x);
+}
 
 }  // namespace thaw

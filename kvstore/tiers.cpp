@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "device/error.h"
+#include "kvstore/ghost_code.h"
 #include "kvstore/row.h"
 
 namespace thaw {
@@ -49,10 +50,16 @@ void ColdTier::write(int layer, int token, const float* k, const float* v) {
     std::byte* key = const_cast<std::byte*>(to.key(head, token));
     store_row(key, k + head * shape_.head_dim, shape_.head_dim, shape_.type);
     store_row(key + to.value_offset, v + head * shape_.head_dim, shape_.head_dim, shape_.type);
-    if (hashed_)
-      hashes_[(static_cast<std::size_t>(token) * shape_.n_layers + layer) * shape_.n_kv_heads +
-              head] = hash(layer, head, token);
   }
+  wrote(layer, token);
+}
+
+void ColdTier::wrote(int layer, int token) {
+  if (!hashed_) return;
+  const std::size_t first =
+      (static_cast<std::size_t>(token) * shape_.n_layers + layer) * shape_.n_kv_heads;
+  for (int head = 0; head < shape_.n_kv_heads; ++head)
+    hashes_[first + head] = hash(layer, head, token);
 }
 
 // FNV-1a of the bytes.
@@ -130,12 +137,15 @@ float GhostTier::fix_mean(float* mean, const KvRows& cold, int head, bool value)
     read(t);
     for (int i = 0; i < dim; ++i) mean[i] += row[i] / static_cast<float>(centre_tokens_);
   }
-  double squares = 0;
+  std::vector<double> squares(static_cast<std::size_t>(dim));  // a dimension
   for (int t = 0; t < centre_tokens_; ++t) {
     read(t);
-    for (int i = 0; i < dim; ++i) squares += (row[i] - mean[i]) * (row[i] - mean[i]);
+    for (int i = 0; i < dim; ++i) {
+      const double rest = row[i] - mean[i];
+      squares[i] += rest * rest;
+    }
   }
-  return static_cast<float>(std::sqrt(squares / (static_cast<double>(centre_tokens_) * dim)));
+  return rms_of(squares.data(), centre_tokens_, dim);
 }
 
 void GhostTier::fix_centre(int layer, const KvRows& cold) {

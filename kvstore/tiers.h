@@ -23,6 +23,7 @@ class ColdTier {
   int room() const { return static_cast<int>(pages_.size()) * kTierTokens; }  // tokens
   // k, v: n_kv_heads x head_dim.
   void write(int layer, int token, const float* k, const float* v);
+  void wrote(int layer, int token);  // the same was written by somebody else, through rows()
   KvRows rows(int layer, int n_rows) const;
   std::int64_t bytes() const;
   // Throws Error when a bit of tokens [first, last) has changed since write().

@@ -26,11 +26,15 @@ expect() {
 }
 
 cpu=$("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 3 -q --backend cpu --policy full)
-expect "cuda writes what the cpu writes" 0 "$cpu" "run      cuda" -n 3 -v --backend cuda --check-kv
-expect "checked finds nothing" 0 "${cpu%% place*}" "run      checked" -n 1 -v --backend checked
-expect "auto keeps the default policy on the cpu" 0 "$cpu" "backend  cpu: --policy thaw" -n 3
-expect "auto takes the device" 0 "${cpu%% place*}" "backend  cuda: " -n 1 --policy full
-expect "a policy that runs on the cpu" 1 "" "--policy thaw: runs on the CPU backend only" \
-  --backend cuda --policy thaw
+first=${cpu%% place*}
+expect "every token is attended" 0 "$cpu" "run      cuda" -n 3 -v --backend cuda --policy full
+expect "thaw, with a store that checks itself" 0 "$first" "run      cuda" -n 1 -v --backend cuda \
+  --check-kv
+expect "checked finds nothing" 0 "$first" "run      checked" -n 1 -v --backend checked
+expect "auto takes the device" 0 "$first" "backend  cuda: " -n 1
+expect "auto takes the cpu for what the device lacks" 0 "$cpu" \
+  "backend  cpu: --recovery runs on the CPU only" -n 3 --recovery soft
+expect "what the device lacks" 1 "" "--cold-file: runs on the CPU only; expected --backend cpu" \
+  --backend cuda --cold-file "$work/cold"
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -28,13 +28,13 @@ kvstore/tiered_store.cpp|s/share_budget(kv_len + 1);//|budgets
 # 7: the same seed, the same history
 kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
 # ghosts
-kvstore/ghost.cpp|s/squares \/ xc : 0.0f)/xc \/ cc : 0.0f)/|the unbiased gain
+kvstore/ghost.cpp|s/is_key ? key_scale(squares, xc) : value_scale/value_scale/|the unbiased gain
 kvstore/ghost_cpu.cpp|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
 kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
 kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
 kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
 # policies
-kvstore/residency.cpp|s/stats.probability\[t\] \* static_cast<float>(n_rows)/stats.probability[t]/|h2o counts a prompt once
+kvstore/residency.cpp|s/stats.probability\[t\], n_rows)/stats.probability[t], 1)/|h2o counts a prompt once
 # attention over tiers
 attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
 attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice

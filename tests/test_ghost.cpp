@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kvstore/ghost.h"
+#include "kvstore/ghost_code.h"
 #include "tests/tiny_model.h"
 
 using namespace thaw;

@@ -24,6 +24,7 @@ namespace {
 constexpr std::size_t kSharedWithoutAsking = 48 << 10, kMaxShared = 232448;
 
 int n_calls = 0, calls_until_failure = 0;
+bool can_read_plain_memory = false;
 std::vector<const char*> names;  // open profile ranges
 
 std::unordered_map<const void*, std::size_t>& allowed_shared() {
@@ -50,6 +51,8 @@ int fail_call(int n) {
   calls_until_failure = n;
   return std::exchange(n_calls, 0);
 }
+
+void set_plain_memory(bool readable) { can_read_plain_memory = readable; }
 
 std::map<std::string, Count>& counts() {
   static std::map<std::string, Count> all;
@@ -141,8 +144,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   *properties = {"CUDA emulator", 9, 0, 4, 1 << 20, kMaxShared};
   return fails() ? cudaErrorLaunchFailure : cudaSuccess;
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 9;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  *value = which == cudaDevAttrPageableMemoryAccess ? can_read_plain_memory : 9;
   return fails() ? cudaErrorLaunchFailure : cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(std::size_t* free, std::size_t* total) {

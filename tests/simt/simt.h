@@ -32,6 +32,9 @@ void set_seed(std::uint64_t seed);
 // How much device memory there is, 1 GiB at first.
 void set_memory(std::size_t bytes);
 
+// Whether the device says that it can read plain host memory; at first it cannot.
+void set_plain_memory(bool readable);
+
 // The n-th call of the runtime from now (1: the next) fails; 0: none. Calls that release do not
 // count. Returns how many calls there were since the last fail_call.
 int fail_call(int n);

@@ -95,6 +95,107 @@ Vector expected(const Case& c, const KvStore& kv, const Vector& q) {
   return all;
 }
 
+// What the last stats_rows rows say of lanes of lane_heads k/v heads each: the mean over the rows
+// and the lane's query heads.
+struct Stats {
+  Vector probability, relevance, entropy;  // lane x token, likewise, lane
+};
+
+Stats expected_stats(const Case& c, const KvStore& kv, const Vector& q, int stats_rows,
+                     int lane_heads) {
+  const KvRows rows = kv.view(1).cold;
+  const int queries = lane_heads * c.group, width = lane_heads * c.head_dim;
+  Stats all;
+  for (int first = 0; first < c.n_kv_heads; first += lane_heads) {
+    reference::Matrix k, v(static_cast<std::size_t>(c.kv_len), Vector(width));
+    for (int t = 0; t < c.kv_len; ++t) {
+      k.emplace_back(width);
+      for (int i = 0; i < lane_heads; ++i)
+        load_row(&k[t][i * c.head_dim], rows.key(first + i, t), c.head_dim, c.type);
+    }
+    std::vector<double> probability(static_cast<std::size_t>(c.kv_len)), relevance = probability;
+    double entropy = 0;
+    for (int t = c.n_rows - stats_rows; t < c.n_rows; ++t) {
+      const int n_visible = c.kv_len - c.n_rows + t + 1;
+      const auto from = q.begin() + t * c.width() + first * c.group * c.head_dim;
+      const Vector row(from, from + queries * c.head_dim);
+      const auto r = reference::attend(row, k, v, n_visible, queries, lane_heads, c.head_dim);
+      entropy += double{r.entropy} / stats_rows;
+      for (int j = 0; j < n_visible; ++j) {
+        probability[j] += double{r.probability[j]} / stats_rows;
+        for (int h = 0; h < queries; ++h) {
+          double s = 0;
+          for (int i = 0; i < c.head_dim; ++i)
+            s += double{row[h * c.head_dim + i]} * k[j][h / c.group * c.head_dim + i];
+          relevance[j] += std::fabs(s) / std::sqrt(c.head_dim) / queries / stats_rows;
+        }
+      }
+    }
+    all.probability.insert(all.probability.end(), probability.begin(), probability.end());
+    all.relevance.insert(all.relevance.end(), relevance.begin(), relevance.end());
+    all.entropy.push_back(static_cast<float>(entropy));
+  }
+  return all;
+}
+
+Stats stats_of(const Case& c, const KvStore& kv, const Vector& q, int stats_rows, int lane_heads,
+               bool relevant = true) {
+  const Stream stream;
+  const testing::DevicePages pages(kv, 1, stream);
+  const auto attention = make_cuda_attention(stream);
+  DeviceBuffer<float> dq(q.size(), "q"), o(q.size(), "o");
+  copy_to_device(dq.data(), q.data(), q.size(), stream);
+  const int n_lanes = c.n_kv_heads / lane_heads, stride = c.kv_len + 3;
+  const auto n = static_cast<std::size_t>(n_lanes * stride);
+  const DeviceBuffer<float> out(2 * n + static_cast<std::size_t>(n_lanes), "statistics");
+  KvView view = pages.view();
+  DeviceView device = *view.device;
+  device.stats.stride = stride;
+  device.stats.probability = out.data();
+  device.stats.relevance = relevant ? out.data() + n : nullptr;
+  device.stats.entropy = out.data() + 2 * n;
+  view.device = &device;
+  view.lane_heads = lane_heads;
+  AttentionStats stats;
+  attention->attend(o.data(), dq.data(), c.n_rows, c.n_heads(), view, stats, stats_rows);
+  CHECK(stats.n_rows == stats_rows);
+  Vector got(out.size());
+  copy_to_host(got.data(), out.data(), got.size(), stream);
+  Stats all;
+  for (int i = 0; i < n_lanes; ++i) {
+    const auto lane = got.begin() + i * stride;
+    all.probability.insert(all.probability.end(), lane, lane + c.kv_len);
+    if (!relevant) continue;
+    all.relevance.insert(all.relevance.end(), lane + n, lane + n + c.kv_len);
+  }
+  all.entropy.assign(got.begin() + 2 * n, got.end());
+  return all;
+}
+
+// All is f32, so the tolerance is that of a few rows, and for one number its root, 1e-5, times 10:
+// the largest of many errors is some times their mean.
+void check_stats(const Case& c, int stats_rows, int lane_heads) {
+  CAPTURE(c.n_rows);
+  CAPTURE(c.kv_len);
+  CAPTURE(c.group);
+  CAPTURE(c.head_dim);
+  CAPTURE(kv_type_name(c.type));
+  CAPTURE(stats_rows);
+  CAPTURE(lane_heads);
+  const auto kv = filled_store(c);
+  const Vector q = queries(c);
+  const Stats got = stats_of(c, *kv, q, stats_rows, lane_heads);
+  const Stats wanted = expected_stats(c, *kv, q, stats_rows, lane_heads);
+  CHECK(testing::nmse(got.probability, wanted.probability) <= 1e-10);
+  CHECK(testing::nmse(got.relevance, wanted.relevance) <= 1e-10);
+  int n_wrong = 0;
+  for (std::size_t i = 0; i < wanted.probability.size(); ++i)
+    n_wrong += std::fabs(got.probability[i] - wanted.probability[i]) > 1e-4 * wanted.probability[i];
+  CHECK(n_wrong == 0);
+  for (std::size_t i = 0; i < wanted.entropy.size(); ++i)
+    CHECK(got.entropy[i] == doctest::Approx(wanted.entropy[i]).epsilon(1e-4));
+}
+
 void check(const Case& c) {
   CAPTURE(c.n_rows);
   CAPTURE(c.kv_len);
@@ -184,6 +285,31 @@ TEST_CASE("cuda attention: a graph serves every length, and reads keys and value
   }
 }
 
+TEST_CASE("cuda attention: statistics of a prompt's last rows, of each head and of the layer") {
+  for (const KvType type : kTypes) check_stats({12, 70, 2, 3, 64, type}, 5, 1);
+  for (const int head_dim : {40, 64, 80, 128, 256}) check_stats({9, 65, 1, 2, head_dim}, 9, 1);
+  for (const int group : {1, 3, 4, 7, 9}) check_stats({3, 33, 2, group, 64}, 3, 2);
+  for (const int kv_len : {1, 31, 32, 33, 127, 128, 129, 513})
+    for (const int lane_heads : {1, 2}) check_stats({1, kv_len, 2, 3, 64}, 1, lane_heads);
+  check_stats({40, 40, 2, 3, 64}, 40, 2);
+  check_stats({40, 100, 3, 1, 64}, 1, 3);
+}
+
+TEST_CASE("cuda attention: statistics have the same bits in any order, relevance or not") {
+  const Case c{20, 300, 2, 3, 64};
+  const auto kv = filled_store(c);
+  const Vector q = queries(c);
+  const Stats first = stats_of(c, *kv, q, 7, 1);
+  for (std::uint64_t seed = 2; seed < 8; ++seed) {
+    simt::set_seed(seed);
+    const Stats other = stats_of(c, *kv, q, 7, 1, seed % 2 == 0);
+    CHECK(other.probability == first.probability);
+    CHECK(other.entropy == first.entropy);
+    if (seed % 2 == 0) CHECK(other.relevance == first.relevance);
+  }
+  simt::set_seed(1);
+}
+
 TEST_CASE("cuda attention: shapes that do not fit are refused") {
   const Case c{1, 4, 2, 1, 64};
   const auto kv = filled_store(c);
@@ -198,8 +324,10 @@ TEST_CASE("cuda attention: shapes that do not fit are refused") {
   };
   CHECK(run(5, 2, pages.view(), 0) == "attend: rows: expected 1 to kv_len = 4, found 5");
   CHECK(run(1, 3, pages.view(), 0) == "attend: n_heads: expected a multiple of 2, found 3");
+  CHECK(run(1, 2, pages.view(), 2) == "attend: stats_rows: expected 0 to 1, found 2");
   CHECK(run(1, 2, pages.view(), 1) ==
-        "attend: expected a store in device memory under --policy full");
+        "attend: statistics were asked for, and there is no room for them");
+  CHECK(run(1, 2, kv->view(1), 0) == "attend: expected a store in device memory");
   KvView odd = pages.view();
   odd.head_dim = 10;
   CHECK(run(1, 2, odd, 0) ==

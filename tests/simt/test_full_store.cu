@@ -173,10 +173,6 @@ TEST_CASE("cuda store: what does not fit is refused, and nothing is changed") {
   store->check();
   CHECK(store->length() == 290);
 
-  KvOptions thaw_options;
-  thaw_options.policy.policy = Policy::kThaw;
-  CHECK(error_of([&] { make_cuda_kv_store(shape, thaw_options, stream); }) ==
-        "--policy thaw: runs on the CPU backend only; expected --policy full or --backend cpu");
   CHECK(error_of([&] {
           make_cuda_kv_store({2, 1, 64, 0}, full_options(), stream);
         }).starts_with("KV store: expected positive sizes"));

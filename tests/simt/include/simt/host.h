@@ -42,7 +42,10 @@ struct cudaDeviceProp {
   int major, minor, multiProcessorCount, l2CacheSize;
   std::size_t sharedMemPerBlockOptin;
 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrPageableMemoryAccess = 88,
+};
 cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);

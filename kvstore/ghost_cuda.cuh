@@ -1,0 +1,161 @@
+// How kernels write ghosts: a warp rounds a key or a value, a block puts a group together.
+#pragma once
+
+#include "kvstore/device_view.h"
+#include "kvstore/ghost_code.h"
+#include "kvstore/rotation_cuda.cuh"
+#include "kvstore/row_cuda.cuh"
+#include "kvstore/step_cuda.h"
+
+namespace thaw {
+
+inline constexpr int kGhostThreads = 128;
+
+struct GhostJob {
+  DeviceGhosts ghosts;
+  float *means, *units;  // those of `ghosts`, to be written
+  DeviceRows cold;
+  DeviceHot hot;  // n_lanes is 0 where the step's tokens are read from `cold`
+  const StepPlace* place;
+  bool fixes_centre;  // one block a head, which also fixes the centre
+};
+
+// The angle of a pair at `token`.
+__device__ inline Angle angle_of(const DeviceRope& rope, int n_pairs, int pair, int token) {
+  const float* middle = rope.middle + token / GhostRope::kSpan * 2 * n_pairs + pair;
+  const float* within = rope.within + token % GhostRope::kSpan * 2 * n_pairs + pair;
+  return sum_of_angles({middle[0], middle[n_pairs]}, {within[0], within[n_pairs]});
+}
+
+// A vector on a grid: <x,c> and <c,c>; numbers from head_dim on are left out.
+struct GridSums {
+  float xc, cc;
+};
+__device__ inline GridSums sums_on_grid(const float (&x)[kGhostUnits], int head_dim, float step,
+                                        int bits) {
+  const float inverse = step > 0 ? 1.0f / step : 0.0f, half = static_cast<float>(1 << (bits - 1));
+  GridSums sums = {0, 0};
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) {
+    if (lane_index() + j * kWarp >= head_dim) continue;
+    const float c = grid_number(x[j], inverse, half);
+    sums.xc = fmaf(x[j], c, sums.xc), sums.cc = fmaf(c, c, sums.cc);
+  }
+  return {warp_sum(sums.xc), warp_sum(sums.cc)};
+}
+
+// Puts the code of dimension `dim` of token i into a group in shared memory, in which other threads
+// put codes into the same words.
+template <bool kIsKey>
+__device__ inline void put_code(std::uint32_t* codes, int i, int dim, int bits, unsigned code) {
+  for (int part = 0; part < code_parts(bits); ++part) {
+    const CodePlace at = kIsKey ? key_place(i, dim, bits, part) : value_place(i, dim, bits, part);
+    const int shift = static_cast<int>(at.byte % 4) * 8 + at.shift;
+    const unsigned mask = ((1u << at.width) - 1) << shift;
+    atomicAnd(codes + at.byte / 4, ~mask);
+    atomicOr(codes + at.byte / 4, (code >> at.low << shift) & mask);
+  }
+}
+
+// Rounds x - mean, rotated, as round_to_codes() in kvstore/ghost.cpp does; the codes go into
+// `codes`, of token i of a group. Every lane gets the scale. All lanes of the warp call.
+template <bool kIsKey>
+__device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
+                                      float (&x)[kGhostUnits], int head_dim) {
+  rotate_in_warp(x, head_dim);
+  float squares = 0;
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) squares = fmaf(x[j], x[j], squares);
+  squares = warp_sum(squares);
+  const float usual = ghost_step(bits) * sqrtf(squares / static_cast<float>(head_dim));
+  float best = -1, step = 0;
+  for (int grid = 0; grid < kGhostGrids; ++grid) {
+    const GridSums sums = sums_on_grid(x, head_dim, grid_factor(grid) * usual, bits);
+    const float kept = sums.xc * sums.xc / sums.cc;
+    if (kept > best) best = kept, step = grid_factor(grid) * usual;
+  }
+  const GridSums sums = sums_on_grid(x, head_dim, step, bits);
+  const float inverse = step > 0 ? 1.0f / step : 0.0f, half = static_cast<float>(1 << (bits - 1));
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) {
+    const int dim = lane_index() + j * kWarp;
+    if (dim >= head_dim) continue;
+    const float c = grid_number(x[j], inverse, half);
+    put_code<kIsKey>(codes, i, dim, bits, static_cast<unsigned>(static_cast<int>(c + half)));
+  }
+  return kIsKey ? key_scale(squares, sums.xc) : value_scale(sums.xc, sums.cc);
+}
+
+// The mean of a head's first keys, turned back to position 0, and values, and the units of their
+// scales. squares: shared, {key, value} x head_dim. All threads call, and see both when they
+// return.
+template <KvType kType>
+__device__ void fix_centre(const GhostJob& job, int head, double* squares) {
+  const GhostFormat& f = job.ghosts.format;
+  const int n = job.ghosts.centre_tokens, dim = f.head_dim, half = dim / 2;
+  float *mean = job.means + head * 2 * dim, *units = job.units + head * 2;
+  for (int task = static_cast<int>(threadIdx.x); task < 2 * half; task += kGhostThreads) {
+    const bool value = task >= half;
+    const int pair = value ? task - half : task;
+    const DeviceRope::Pair p = job.ghosts.rope.pairs[pair];
+    const auto read = [&](int t) {
+      const std::byte* row = value ? job.cold.value(head, t) : job.cold.key(head, t);
+      const float first = number_of<kType>(row, p.first), second = number_of<kType>(row, p.second);
+      if (value) return TurnedPair{first, second};
+      Angle back = angle_of(job.ghosts.rope, half, pair, t);
+      back.sine = -back.sine;
+      return turn_pair(first, second, back);
+    };
+    TurnedPair sum = {0, 0};
+    for (int t = 0; t < n; ++t) {
+      const TurnedPair x = read(t);
+      sum.first += x.first / static_cast<float>(n), sum.second += x.second / static_cast<float>(n);
+    }
+    double first = 0, second = 0;
+    for (int t = 0; t < n; ++t) {
+      const TurnedPair x = read(t);
+      const double a = x.first - sum.first, b = x.second - sum.second;
+      first += a * a, second += b * b;
+    }
+    const int at = value ? dim : 0;
+    mean[at + p.first] = sum.first, mean[at + p.second] = sum.second;
+    squares[at + p.first] = first, squares[at + p.second] = second;
+  }
+  __syncthreads();  // all means and sums of squares are there
+  if (threadIdx.x == 0) units[0] = ghost_step(f.key_bits) * rms_of(squares, n, dim);
+  if (threadIdx.x == kWarp) units[1] = ghost_step(f.value_bits) * rms_of(squares + dim, n, dim);
+  __syncthreads();  // the units are
+}
+
+// The key or the value of one token into its group in shared memory, by one warp.
+template <KvType kType, bool kIsKey>
+__device__ inline void write_in_warp(const GhostJob& job, std::uint32_t* group, float* mean,
+                                     int head, int token, const std::byte* row) {
+  const GhostFormat& f = job.ghosts.format;
+  const int dim = f.head_dim, bits = kIsKey ? f.key_bits : f.value_bits;
+  const float* at_zero = job.means + (head * 2 + (kIsKey ? 0 : 1)) * dim;
+  for (int pair = lane_index(); pair < dim / 2; pair += kWarp) {
+    const DeviceRope::Pair p = job.ghosts.rope.pairs[pair];
+    TurnedPair turned = {at_zero[p.first], at_zero[p.second]};
+    if (kIsKey)
+      turned =
+          turn_pair(turned.first, turned.second, angle_of(job.ghosts.rope, dim / 2, pair, token));
+    mean[p.first] = turned.first, mean[p.second] = turned.second;
+  }
+  __syncwarp();  // the mean is complete
+  float x[kGhostUnits];
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) {
+    const int i = lane_index() + j * kWarp;
+    x[j] = i < dim ? number_of<kType>(row, i) - mean[i] : 0.0f;
+  }
+  __syncwarp();  // and read: the next token's may be written
+  std::uint32_t* codes = group + (kIsKey ? 0 : f.key_bytes() / 4);
+  const float scale = round_in_warp<kIsKey>(codes, token % kGhostGroup, bits, x, dim);
+  if (lane_index() != 0) return;
+  auto* scales = reinterpret_cast<std::uint8_t*>(group) + f.key_bytes() + f.value_bytes() +
+                 (kIsKey ? 0 : f.scale_bytes());
+  scales[token % kGhostGroup] = byte_of_scale(scale, job.units[head * 2 + (kIsKey ? 0 : 1)]);
+}
+
+}  // namespace thaw

@@ -1,0 +1,170 @@
+#include <algorithm>
+#include <vector>
+
+#include "device/error.h"
+#include "device/kernel.cuh"
+#include "kvstore/ghost_cuda.cuh"
+#include "kvstore/ghost_tier_cuda.h"
+#include "kvstore/tiers.h"
+
+namespace thaw {
+namespace {
+
+constexpr unsigned kMostBlocks = 64;  // groups of a head that are written at a time
+
+// Computes  the centres of a layer's heads, if the step's tokens make centre_tokens full
+// Grid      k/v heads
+// Block     kGhostThreads; a thread has two numbers of a head
+// Shared    none
+// Bytes     reads centre_tokens keys and values twice, writes their means
+template <KvType kType>
+__global__ void fix_centres(GhostJob job) {
+  __shared__ double squares[2 * GhostQuery::kMaxDim];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int n = job.ghosts.centre_tokens;
+  if (job.place->first >= n || job.place->kv_len < n) return;
+  fix_centre<kType>(job, static_cast<int>(blockIdx.x), squares);
+}
+
+// Computes  the ghosts of a step's tokens, and of all before them if those had no centre yet
+// Grid      groups of 32 tokens, in turns x k/v heads
+// Block     kGhostThreads; a warp has a key or a value at a time
+// Shared    a group, and a mean a warp
+// Bytes     reads keys and values and the groups that they go into, writes those groups
+template <KvType kType>
+__global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob job) {
+  __shared__ double squares[2 * GhostQuery::kMaxDim];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int head = static_cast<int>(blockIdx.y), end = job.place->kv_len;
+  const GhostFormat& f = job.ghosts.format;
+  int first = job.place->first;
+  if (end < job.ghosts.centre_tokens) return;
+  if (first < job.ghosts.centre_tokens) {
+    if (job.fixes_centre) fix_centre<kType>(job, head, squares);
+    first = 0;
+  }
+  const int n_words = static_cast<int>(f.group_bytes() / 4);
+  auto* group = dynamic_shared<std::uint32_t>();
+  float* mean = reinterpret_cast<float*>(group + n_words) + warp_index() * f.head_dim;
+  for (int g = first / kGhostGroup + static_cast<int>(blockIdx.x); g * kGhostGroup < end;
+       g += static_cast<int>(gridDim.x)) {
+    auto* stored =
+        reinterpret_cast<std::uint32_t*>(const_cast<std::byte*>(job.ghosts.group(head, g)));
+    for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
+      group[i] = stored[i];
+    __syncthreads();  // what stands in the group so far is there
+    const int begin = max(first, g * kGhostGroup);
+    const int n = min(end, (g + 1) * kGhostGroup) - begin;
+    for (int task = warp_index(); task < 2 * n; task += kGhostThreads / kWarp) {
+      const int token = begin + task / 2;
+      DeviceRows from = job.cold;
+      int row = token, from_head = head;
+      if (job.hot.n_lanes > 0 && token == end - 1) {
+        const int lane = head / job.hot.lane_heads;
+        from = job.hot.rows_of(lane), row = job.hot.n_rows[lane] - 1;
+        from_head = head % job.hot.lane_heads;
+      }
+      if (task % 2 == 0)
+        write_in_warp<kType, true>(job, group, mean, head, token, from.key(from_head, row));
+      else if (f.value_bits > 0)
+        write_in_warp<kType, false>(job, group, mean, head, token, from.value(from_head, row));
+    }
+    __syncthreads();  // all codes and scales are in the group
+    for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
+      stored[i] = group[i];
+    __syncthreads();  // it is stored, before the next one is loaded over it
+  }
+}
+
+int pages_of(int n_tokens) { return (n_tokens + kTierTokens - 1) / kTierTokens; }
+
+}  // namespace
+
+CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format,
+                             int centre_tokens, const Stream& stream)
+    : shape_(shape),
+      format_(format),
+      centre_tokens_(centre_tokens),
+      stream_(stream),
+      pages_(source,
+             static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads *
+                 (kTierTokens / kGhostGroup) * format.group_bytes(),
+             static_cast<std::size_t>(format.present() ? pages_of(shape.capacity) : 0), "ghosts") {
+  if (!format.present()) return;
+  const std::size_t heads = static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads;
+  means_ = DeviceBuffer<float>(heads * 2 * shape.head_dim, "ghosts");
+  units_ = DeviceBuffer<float>(heads * 2, "ghosts");
+  send_tables(GhostRope(shape.rope, shape.head_dim), shape.capacity);
+}
+
+// The host's tables, for every token that there will be: angles are those of the CPU.
+void CudaGhostTier::send_tables(const GhostRope& host, int capacity) {
+  GhostRope rope = host;
+  rope.grow(capacity);
+  const GhostRope::Tables from = rope.tables();
+  std::vector<DeviceRope::Pair> pairs;
+  for (const GhostRope::Pair& p : from.pairs) pairs.push_back({p.first, p.second});
+  pairs_ = DeviceBuffer<DeviceRope::Pair>(pairs.size(), "ghosts");
+  copy_to_device(pairs_.data(), pairs.data(), pairs.size(), stream_);
+  std::vector<float> all;
+  for (const auto& table : {from.middle, from.within, from.cubic, from.rows})
+    all.insert(all.end(), table.begin(), table.end());
+  tables_ = DeviceBuffer<float>(all.size(), "ghosts");
+  copy_to_device(tables_.data(), all.data(), all.size(), stream_);
+  rope_.n_fast = from.n_fast;
+  rope_.pairs = pairs_.data();
+  rope_.middle = tables_.data();
+  rope_.within = rope_.middle + from.middle.size();
+  rope_.cubic = rope_.within + from.within.size();
+  rope_.rows = rope_.cubic + from.cubic.size();
+}
+
+void CudaGhostTier::reserve(int n_tokens) {
+  if (present()) pages_.reserve(static_cast<std::size_t>(pages_of(n_tokens)), stream_);
+}
+
+DeviceGhosts CudaGhostTier::view(int layer) const {
+  DeviceGhosts view;
+  view.format = format_;
+  if (!present()) return view;
+  const std::size_t first_head = static_cast<std::size_t>(layer) * shape_.n_kv_heads;
+  view.centre_tokens = centre_tokens_;
+  view.page_groups = kTierTokens / kGhostGroup;
+  view.pages = pages_.on_device();
+  view.offset = first_head * view.page_groups * format_.group_bytes();
+  view.means = means_.data() + first_head * 2 * shape_.head_dim;
+  view.units = units_.data() + first_head * 2;
+  view.rope = rope_;
+  return view;
+}
+
+void CudaGhostTier::write(int layer, const DeviceRows& cold, const DeviceHot* hot,
+                          const StepPlace* place, int n) {
+  if (!present()) return;
+  GhostJob job = {view(layer), nullptr, nullptr, cold, hot ? *hot : DeviceHot{}, place, n == 1};
+  job.means = const_cast<float*>(job.ghosts.means),
+  job.units = const_cast<float*>(job.ghosts.units);
+  const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
+  // A first step that fills the centre writes more groups than its own tokens': blocks take turns.
+  const auto groups = static_cast<unsigned>((n + kGhostGroup - 1) / kGhostGroup + 1);
+  const std::size_t shared = format_.group_bytes() + kGhostThreads / kWarp * sizeof(float) *
+                                                         static_cast<std::size_t>(shape_.head_dim);
+  with_kv_type(shape_.type, [&](auto type) {
+    constexpr KvType kType = decltype(type)::value;
+    if (n > 1)
+      launch_overlapping("centre", fix_centres<kType>, heads, kGhostThreads, 0, stream_, job);
+    launch_overlapping("ghosts", write_ghosts<kType>,
+                       dim3(n == 1 ? 1 : std::min(groups, kMostBlocks), heads), kGhostThreads,
+                       shared, stream_, job);
+  });
+}
+
+std::int64_t CudaGhostTier::bookkeeping_bytes() const {
+  return static_cast<std::int64_t>(means_.bytes() + units_.bytes() + pairs_.bytes() +
+                                   tables_.bytes()) +
+         pages_.table_bytes();
+}
+
+}  // namespace thaw

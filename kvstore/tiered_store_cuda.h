@@ -1,0 +1,29 @@
+// The store on the GPU under a policy that freezes: every token exactly in pinned host memory, hot
+// rows and ghosts in device memory.
+#pragma once
+
+#include <memory>
+
+#include "device/cuda.h"
+#include "kvstore/kvstore.h"
+
+namespace thaw {
+
+// A store as in kvstore/kvstore.h. Its tiers have the bits of the CPU's, and on the same statistics
+// the same tokens are hot in the same rows, step by step (kvstore/residency_cuda.h).
+//
+// append() takes k and v in device memory. Attention reads KvView::device and writes its statistics
+// where that says (kvstore/device_view.h); what settle() is given is not read. All work is queued
+// on `stream`. begin() waits for the step before, takes memory, and opens rows; from then on until
+// the last settle() nothing is allocated or waited for, and what is queued reads the step's place
+// from device memory: a graph of a decode step serves every later one with the same views.
+//
+// counters() and ghost_mass() wait for the stream, too. A recorder is told of a step when the next
+// one begins or counters() is called. Recovery and recorders of events are not served: reset()
+// throws Error but for Rung::kNone, record() for those.
+//
+// Throws Error for --policy full, --cold-file, and a head_dim that is no multiple of 8 up to 256.
+std::unique_ptr<KvStore> make_cuda_tiered_store(const KvShape& shape, const KvOptions& options,
+                                                const Stream& stream);
+
+}  // namespace thaw

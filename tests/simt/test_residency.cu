@@ -1,0 +1,101 @@
+// Who is hot on the device against who is hot in host memory, step by step, on the same statistics.
+#include "tests/simt/both_stores.h"
+
+using namespace thaw;
+using testing::BothStores;
+using testing::Mood;
+
+namespace {
+
+KvOptions options_of(Policy policy) {
+  KvOptions o;
+  o.policy.policy = policy;
+  o.policy.window = 6;
+  o.policy.sinks = 2;
+  o.policy.epsilon = 0.003f;
+  o.policy.softness = 0.5f;
+  o.centre_tokens = 16;
+  return o;
+}
+
+constexpr int kLayers = testing::kIsSlow ? 1 : 2;
+
+constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Policy::kBudget,
+                                Policy::kAsr};
+
+// A prompt, steps of every mood, cuts into the prompt and to nothing, and prompts after steps.
+void live(BothStores& both) {
+  const auto decode = [&](int n_steps, Mood mood) {
+    both.decode(testing::kIsSlow ? 1 : n_steps, mood);
+  };
+  both.prefill(45, Mood::kPlain);
+  decode(12, Mood::kPlain);
+  decode(6, Mood::kTies);
+  both.rewind(both.cpu->length() - 4);
+  decode(3, Mood::kAllHit);
+  decode(6, Mood::kNoneHit);
+  both.prefill(9, Mood::kTies);
+  decode(8, Mood::kPlain);
+  both.rewind(10);
+  decode(12, Mood::kTies);
+  both.rewind(0);
+  decode(3, Mood::kPlain);
+  both.prefill(40, Mood::kTies);
+  decode(10, Mood::kTies);
+}
+
+}  // namespace
+
+TEST_CASE("cuda residency: every policy, per head and per layer, decides as on the CPU") {
+  for (const Policy policy : kPolicies)
+    for (const bool per_head : {true, false}) {
+      if (policy != Policy::kThaw && per_head) continue;
+      CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+      CAPTURE(per_head);
+      KvOptions options = options_of(policy);
+      options.policy.per_head = per_head;
+      BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 7);
+      live(both);
+      CHECK((both.n_compared > 400 || testing::kIsSlow));
+    }
+}
+
+TEST_CASE("cuda residency: invariants hold after every step") {
+  for (const Policy policy : kPolicies) {
+    CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+    KvOptions options = options_of(policy);
+    options.check = true;
+    options.hot_tokens = 20;
+    BothStores both({1, 2, 8, 200, KvType::kF16, {}}, options, 5);
+    both.prefill(30, Mood::kPlain);
+    both.decode(6, Mood::kTies);
+    both.rewind(25);
+    both.decode(4, Mood::kPlain);
+    both.cuda->check();
+  }
+}
+
+TEST_CASE("cuda residency: and where room is short, down to the least") {
+  for (const Policy policy : kPolicies)
+    for (const int bound : {0, 1, 2, 3}) {
+      if (testing::kIsSlow && bound > 1) continue;
+      if (policy == Policy::kWindow && bound < 2) continue;
+      CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+      CAPTURE(bound);
+      KvOptions options = options_of(policy);
+      if (bound == 0) options.hot_tokens = 2 + 6 + 1;
+      if (bound == 1) options.hot_tokens = 17;
+      if (bound == 2) options.hot_fraction = 0.4;
+      if (bound == 3) options.hot_bytes = kLayers * 2 * 2 * 16 * 24 + 1;  // layers, heads, k and v
+      BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 11 + bound);
+      const int most = testing::kIsSlow ? 1 : 6;
+      both.prefill(40, Mood::kPlain);
+      both.decode(most, Mood::kPlain);
+      both.decode(most, Mood::kTies);
+      both.rewind(39 + most);
+      both.decode(most / 2, Mood::kAllHit);
+      both.prefill(9, Mood::kTies);
+      both.decode(most, Mood::kPlain);
+      CHECK((options.hot_bytes == 0 || both.cuda->usage().hot <= options.hot_bytes));
+    }
+}

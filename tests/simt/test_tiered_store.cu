@@ -1,0 +1,216 @@
+// The store on the GPU as a whole: its memory, its graphs, its order on the stream, its errors.
+#include "tests/error_of.h"
+#include "tests/simt/both_stores.h"
+#include "tests/simt/simt.h"
+
+using namespace thaw;
+using testing::BothStores;
+using testing::error_of;
+using testing::Mood;
+
+namespace {
+
+constexpr std::size_t kMemory = std::size_t{1} << 30;
+
+KvOptions thaw_options() {
+  KvOptions o;
+  o.policy.policy = Policy::kThaw;
+  o.policy.window = 6;
+  o.policy.sinks = 2;
+  o.policy.epsilon = 0.003f;
+  o.centre_tokens = 16;
+  return o;
+}
+
+const KvShape kShape{testing::kIsSlow ? 1 : 2, 2, 8, 300, KvType::kF16, {}};
+
+std::int64_t taken() { return static_cast<std::int64_t>(kMemory - device_facts().free_memory); }
+
+}  // namespace
+
+TEST_CASE("cuda tiers: bytes that are reported are the bytes that were taken") {
+  for (const Policy policy : {Policy::kThaw, Policy::kAsr, Policy::kH2o}) {
+    if (testing::kIsSlow && policy != Policy::kThaw) continue;
+    const std::int64_t before = taken();
+    KvOptions options = thaw_options();
+    options.policy.policy = policy;
+    BothStores both(kShape, options, 3);
+    both.prefill(130, Mood::kPlain);
+    both.decode(2, Mood::kPlain);
+    both.prefill(60, Mood::kTies);
+    both.decode(1, Mood::kAllHit);
+    const KvUsage cuda = both.cuda->usage(), cpu = both.cpu->usage();
+    CHECK(cuda.hot + cuda.ghosts + cuda.bookkeeping == taken() - before);
+    CHECK(cuda.ghosts == cpu.ghosts);
+    CHECK(cuda.cold == cpu.cold);
+    CHECK(cuda.full == cpu.full);
+    CHECK(cuda.resident == cuda.hot + cuda.ghosts);
+    CHECK(cuda.hot > 0);
+  }
+}
+
+TEST_CASE("cuda tiers: rows of every type are hot with the CPU's bits") {
+  for (const KvType type :
+       {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0, KvType::kQ4_0}) {
+    CAPTURE(kv_type_name(type));
+    KvOptions options = thaw_options();
+    options.check = true;
+    BothStores both({1, 2, 96, 100, type, {}}, options, 5);
+    both.prefill(20, Mood::kPlain);
+    both.decode(3, Mood::kPlain);
+    const KvRows cpu = both.cpu->view(0).cold, cuda = both.cuda->view(0).cold;
+    int n_wrong = 0;
+    for (int t = 0; t < 23; ++t)
+      for (int head = 0; head < 2; ++head)
+        n_wrong += std::memcmp(cpu.key(head, t), cuda.key(head, t), cpu.row_bytes) != 0 ||
+                   std::memcmp(cpu.value(head, t), cuda.value(head, t), cpu.row_bytes) != 0;
+    CHECK(n_wrong == 0);
+  }
+}
+
+TEST_CASE("cuda tiers: work in any order that the stream allows gives the same bits") {
+  for (std::uint64_t seed = 1; seed <= (testing::kIsSlow ? 3 : 24); ++seed) {
+    CAPTURE(seed);
+    simt::set_seed(seed);
+    KvOptions options = thaw_options();
+    options.hot_tokens = 24;
+    BothStores both({1, 2, 8, 100, KvType::kF16, {}}, options, 9);
+    both.prefill(30, Mood::kTies);
+    both.decode(4, Mood::kTies);
+    both.rewind(28);
+    both.decode(2, Mood::kPlain);
+  }
+}
+
+// Nobody is hit, so timers fall, and tokens freeze, in steps that only graphs queue.
+TEST_CASE("cuda tiers: a graph of a decode step serves the later ones, across pages and growth") {
+  BothStores both({1, 2, 8, 300, KvType::kF16, {}}, thaw_options(), 3);
+  both.prefill(100, Mood::kAllHit);
+  both.decode(1, Mood::kAllHit);
+  const std::vector<float> row(16, 1.5f);
+  const DeviceBuffer<float> x(row.size(), "x");
+  copy_to_device(x.data(), row.data(), row.size(), both.stream);
+  DeviceView recorded = {};
+  Graph graph;
+  int n_graphs = 0;
+  for (int i = 0; i < (testing::kIsSlow ? 20 : 60); ++i) {
+    both.cpu->begin(1, Phase::kDecode), both.cuda->begin(1, Phase::kDecode);
+    const DeviceView view = *both.cuda->view(0).device;
+    fill_device(view.stats.probability, 0, 2 * static_cast<std::size_t>(view.stats.stride) * 4,
+                both.stream);
+    const auto pass = [&] {
+      both.cuda->append(0, x.data(), x.data(), 1);
+      both.cuda->settle(0, {});
+    };
+    if (graph && view == recorded) {
+      const Stream::Muted muted(both.stream);
+      pass();
+    } else {
+      graph = Graph(both.stream, pass), recorded = view, ++n_graphs;
+    }
+    graph.launch(both.stream);
+    both.cpu->append(0, row.data(), row.data(), 1);
+    AttentionStats stats;
+    for (const LaneView& lane : both.cpu->view(0).lanes)
+      stats.lanes.emplace_back().probability.resize(lane.tokens.size());
+    std::vector<float> entropy(2);
+    copy_to_host(entropy.data(), view.stats.entropy, 2, both.stream);
+    for (std::size_t lane = 0; lane < 2; ++lane) stats.lanes[lane].entropy = entropy[lane];
+    both.cpu->settle(0, stats);
+  }
+  CHECK(n_graphs <= 2);
+  CHECK(both.cuda->counters().frozen == both.cpu->counters().frozen);
+  CHECK(both.cuda->counters().frozen > (testing::kIsSlow ? 5 : 20));
+  both.decode(3, Mood::kPlain);
+  both.cuda->check();
+}
+
+TEST_CASE("cuda tiers: while memory is refused no step begins, and nothing changes") {
+  BothStores both(kShape, thaw_options(), 3);
+  both.prefill(100, Mood::kAllHit);
+  simt::set_memory(kMemory - device_facts().free_memory + 100);
+  for (int i = 0; i < 3; ++i) {
+    CHECK(error_of([&] { both.cuda->begin(1, Phase::kDecode); }).find("out of device memory") !=
+          std::string::npos);
+    CHECK(error_of([&] { both.cuda->begin(100, Phase::kPrefill); }).find("out of device memory") !=
+          std::string::npos);
+    CHECK(both.cuda->length() == 100);
+  }
+  simt::set_memory(kMemory);
+  both.decode(testing::kIsSlow ? 1 : 10, Mood::kPlain);
+  both.prefill(100, Mood::kTies);
+  both.decode(1, Mood::kTies);
+}
+
+TEST_CASE("cuda tiers: a step that is given up leaves no row behind") {
+  KvOptions options = thaw_options();
+  options.hot_tokens = 17;
+  BothStores both(kShape, options, 3);
+  both.prefill(60, Mood::kPlain);
+  both.decode(4, Mood::kPlain);
+  for (int i = 0; i < 3; ++i)
+    both.cuda->begin(1, Phase::kDecode), both.cpu->begin(1, Phase::kDecode);
+  both.rewind(64);
+  both.decode(2, Mood::kTies);
+  both.cuda->begin(1, Phase::kDecode), both.cpu->begin(1, Phase::kDecode);
+  both.rewind(66);
+  both.prefill(4, Mood::kTies);
+  both.decode(1, Mood::kTies);
+}
+
+TEST_CASE("cuda tiers: any call that fails is one clear error") {
+  const auto everything = [&] {
+    BothStores both({1, 1, 8, 200, KvType::kF16, {}}, thaw_options(), 3);
+    both.prefill(20, Mood::kPlain);
+    both.decode(2, Mood::kPlain);
+    both.rewind(10);
+    both.decode(1, Mood::kPlain);
+  };
+  simt::fail_call(0);
+  everything();
+  const int n_calls = simt::fail_call(0);
+  CHECK(n_calls > 100);
+  for (int call = 1; call <= n_calls; call += testing::kIsSlow ? 61 : 3) {
+    simt::fail_call(call);
+    const std::string error = error_of(everything);
+    simt::fail_call(0);
+    forget_failure();
+    if (error.empty()) FAIL("call " << call << " of " << n_calls << " failed, and nobody noticed");
+    if (error.find('\n') != std::string::npos) FAIL("call " << call << ": " << error);
+  }
+}
+
+TEST_CASE("cuda tiers: pinned memory that is refused is plain memory, where the device reads it") {
+  const auto pages = make_pinned_pages();
+  simt::fail_call(1);
+  CHECK(error_of([&] {
+          pages->take(1000, "the cold tier");
+        }).starts_with("the cold tier: the system refuses"));
+  simt::set_plain_memory(true);
+  simt::fail_call(1);
+  const std::byte* page = pages->take(1000, "the cold tier");  // stderr says so
+  simt::set_plain_memory(false);
+  CHECK(std::all_of(page, page + 1000, [](std::byte b) { return b == std::byte{0}; }));
+  simt::fail_call(1);
+  CHECK(pages->take(1000, "the cold tier") != nullptr);  // the system is not asked again
+  simt::fail_call(0);
+}
+
+TEST_CASE("cuda tiers: what cannot be is refused in one line") {
+  const Stream stream;
+  const auto made = [&](const KvShape& shape, const KvOptions& options) {
+    return error_of([&] { make_cuda_tiered_store(shape, options, stream); });
+  };
+  KvOptions options = thaw_options();
+  CHECK(made({1, 1, 12, 10}, options) ==
+        "KV store: expected a head_dim that 8 divides, up to 256, on the GPU, found 12");
+  CHECK(made({1, 1, 8, 0}, options).starts_with("KV store: expected positive sizes"));
+  options.hot_tokens = 3;
+  CHECK(made(kShape, options).starts_with("--hot-tokens: expected room for at least 9 tokens"));
+  options.hot_tokens = 0, options.cold_file = std::string(3, 'x');
+  CHECK(made(kShape, options).starts_with("--cold-file: expected --backend cpu"));
+  const auto store = make_cuda_tiered_store(kShape, thaw_options(), stream);
+  CHECK(store->reset(Rung::kNone) == 0);
+  CHECK(error_of([&] { store->reset(Rung::kSoft); }).starts_with("--recovery: runs on the CPU"));
+  store->record(nullptr);
+}
