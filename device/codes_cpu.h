@@ -1,5 +1,5 @@
-// Exact integer products of 16-bit activation codes with the small codes of weight blocks. One AVX2
-// and one portable form of each; the sums are integers, so both give the same bits.
+// Exact integer products of 16-bit activation codes with the small codes of weight blocks, for
+// AVX-512 VNNI, for AVX2, and portably; the sums are integers, so all give the same bits.
 //
 // The 32 codes of a block, activations and weights alike, stand in the order 0, 2, .. 30, 1, 3, ..
 // 31: a 16-bit lane of stored bytes holds an even element and the odd one after it, so this order
@@ -32,20 +32,27 @@ struct BlockCodes {
   i16x16 even, odd;
 };
 
-// Elements 0 and 1 are the f32 values of the two halves at p; 2 and 3 are zero.
-inline f32x4 load_halves(const std::byte* p) {
+// The f32 values of the two halves at rows[0] + at, then of those at rows[1] + at, and so on.
+inline f32x8 load_halves(const std::byte* const* rows, std::int64_t at) {
+  std::int32_t bits[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&bits[i], rows[i] + at, sizeof bits[i]);
 #ifdef __F16C__
-  std::int32_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return reinterpret_cast<f32x4>(_mm_cvtph_ps(_mm_cvtsi32_si128(bits)));
+  return reinterpret_cast<f32x8>(
+      _mm256_cvtph_ps(_mm_setr_epi32(bits[0], bits[1], bits[2], bits[3])));
 #else
-  std::uint16_t bits[2];
-  std::memcpy(bits, p, sizeof bits);
-  return f32x4{f16_to_f32(bits[0]), f16_to_f32(bits[1]), 0, 0};
+  f32x8 values;
+  for (int i = 0; i < 8; ++i)
+    values[i] = f16_to_f32(static_cast<std::uint16_t>(bits[i / 2] >> i % 2 * 16));
+  return values;
 #endif
 }
 
 #ifdef __AVX2__
+
+inline f32x8 broadcast_element(f32x8 v, int i) {
+  return reinterpret_cast<f32x8>(
+      _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), _mm256_set1_epi32(i)));
+}
 
 // w: 16 bytes, element j in the low nibble of byte j, j + 16 in the high one.
 inline BlockCodes unpack_nibbles(const std::byte* w) {
@@ -64,13 +71,19 @@ inline BlockCodes unpack_bytes(const std::byte* w) {
           reinterpret_cast<i16x16>(_mm256_srai_epi16(bytes, 8))};
 }
 
-// Element c is a[2c] b[2c] + a[2c + 1] b[2c + 1].
-inline i32x8 multiply_pairs(i16x16 a, i16x16 b) {
-  return reinterpret_cast<i32x8>(
-      _mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+// Adds a[2c] b[2c] + a[2c + 1] b[2c + 1] to element c.
+inline void add_products(i32x8& sum, i16x16 a, i16x16 b) {
+  const auto x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
+#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
+  sum = reinterpret_cast<i32x8>(_mm256_dpwssd_epi32(reinterpret_cast<__m256i>(sum), x, y));
+#else
+  sum += reinterpret_cast<i32x8>(_mm256_madd_epi16(x, y));
+#endif
 }
 
 #else
+
+inline f32x8 broadcast_element(f32x8 v, int i) { return f32x8{} + v[i]; }
 
 inline BlockCodes unpack_nibbles(const std::byte* w) {
   BlockCodes codes;
@@ -93,10 +106,8 @@ inline BlockCodes unpack_bytes(const std::byte* w) {
   return codes;
 }
 
-inline i32x8 multiply_pairs(i16x16 a, i16x16 b) {
-  i32x8 products;
-  for (int c = 0; c < 8; ++c) products[c] = a[2 * c] * b[2 * c] + a[2 * c + 1] * b[2 * c + 1];
-  return products;
+inline void add_products(i32x8& sum, i16x16 a, i16x16 b) {
+  for (int c = 0; c < 8; ++c) sum[c] += a[2 * c] * b[2 * c] + a[2 * c + 1] * b[2 * c + 1];
 }
 
 #endif
@@ -106,15 +117,42 @@ inline i32x8 dot_block(const std::int16_t* x, const BlockCodes& w) {
   i16x16 even, odd;
   std::memcpy(&even, x, sizeof even);
   std::memcpy(&odd, x + 16, sizeof odd);
-  return multiply_pairs(even, w.even) + multiply_pairs(odd, w.odd);
+  i32x8 sum = {};
+  add_products(sum, even, w.even), add_products(sum, odd, w.odd);
+  return sum;
 }
 
+// ---- rows of a tile: a pair of codes of each of kTileCols weight rows, in kTileParts vectors ----
+
+#ifdef __AVX512VNNI__
+
+using CodePairs = std::int16_t __attribute__((vector_size(64)));
+using CodeSums = std::int32_t __attribute__((vector_size(64)));
+using FloatSums = float __attribute__((vector_size(64)));
+inline constexpr int kCodeTileRows = 12;  // activation rows at a time: 12 sums, and as many of f32
+
+inline void add_products(CodeSums& sum, CodePairs a, CodePairs b) {
+  sum = reinterpret_cast<CodeSums>(_mm512_dpwssd_epi32(
+      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+}
+
+#else
+
+using CodePairs = i16x16;
+using CodeSums = i32x8;
+using FloatSums = f32x8;
+inline constexpr int kCodeTileRows = 4;  // activation rows at a time: 8 sums in registers
+
+#endif
+
+inline constexpr int kTilePart = sizeof(CodeSums) / sizeof(std::int32_t);
+inline constexpr int kTileParts = kTileCols / kTilePart;
+
 // The two codes at x in every pair of lanes.
-inline i16x16 broadcast_pair(const std::int16_t* x) {
+inline CodePairs broadcast_pair(const std::int16_t* x) {
   std::int32_t pair;
   std::memcpy(&pair, x, sizeof pair);
-  const i32x8 all = {pair, pair, pair, pair, pair, pair, pair, pair};
-  return reinterpret_cast<i16x16>(all);
+  return reinterpret_cast<CodePairs>(CodeSums{} + pair);
 }
 
 }  // namespace thaw

@@ -8,7 +8,6 @@
 
 namespace thaw {
 
-using f32x4 = float __attribute__((vector_size(16)));
 using f32x8 = float __attribute__((vector_size(32)));
 inline constexpr int kTileCols = 16;  // columns of a tile: two vectors of f32x8
 inline constexpr int kTileRows =
@@ -28,11 +27,11 @@ inline void keep(Vector& v) {
   (void)v;
 #endif
 }
-inline f32x4 load2(const float* p) {  // then two zeros
+inline f32x8 broadcast2(const float* p) {  // two floats, four times
   std::int64_t bits;
   std::memcpy(&bits, p, sizeof bits);
-  const std::int64_t __attribute__((vector_size(16))) both = {bits, 0};
-  return reinterpret_cast<f32x4>(both);
+  const std::int64_t __attribute__((vector_size(32))) all = {bits, bits, bits, bits};
+  return reinterpret_cast<f32x8>(all);
 }
 inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 inline float sum8(f32x8 v) {  // in a fixed order

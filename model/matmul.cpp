@@ -4,6 +4,7 @@
 #include <bit>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "device/codes_cpu.h"
 #include "device/error.h"
@@ -15,7 +16,7 @@ namespace {
 constexpr int kBlock = 32;   // elements of a quantised block
 constexpr int kChunk = 512;  // weight columns unpacked at a time: a tile of them stays in L1 or L2
 constexpr int kDotRows = 3;  // up to so many activation rows, dot products are faster than tiles
-constexpr int kCodeTileRows = 4;       // activation rows of an integer tile: 8 sums in registers
+constexpr int kDotCols = 4;  // weight rows that dot products take together
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
 // Codes of one block, round(x / scale) with |code| <= 32767, in code_position() order; its two
@@ -57,76 +58,115 @@ float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n)
   return total;
 }
 
-// out[r] = row r of w . row t of x, for kRows rows that are `stride` bytes apart.
+// The 32 codes of a block; its header precedes them.
+template <DType kType>
+BlockCodes unpack(const std::byte* block) {
+  if constexpr (kType == DType::kQ8_0) return unpack_bytes(block + 2);
+  return unpack_nibbles(block + (kType == DType::kQ4_1 ? 4 : 2));
+}
+
+// out[t * kDotCols + r] = row r of w . row t of x, for kDotCols weight rows `stride` bytes apart
+// and all kRows rows of x: weights are read once. With stride 0 all weight rows are the first.
 template <DType kType, int kRows>
-void dot_blocks(float* out, const Activations& x, std::int64_t t, const std::byte* w,
-                std::int64_t stride) {
+void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64_t stride) {
   constexpr std::int64_t kAhead = 4096;  // bytes; the hardware's prefetcher stops at every page
-  constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
   const std::int64_t n_blocks = x.cols() / kBlock;
-  const std::int16_t* codes = x.codes(t);
-  const float* scales = x.scales(t);
-  f32x8 total[kRows] = {};
-  f32x4 offset[kRows] = {};  // element 1 is used
+  const std::int16_t* codes = x.codes(0);
+  const float* scales = x.scales(0);
+  f32x8 total[kRows][kDotCols] = {}, offset[kRows] = {};  // of offset, odd elements are used
   for (std::int64_t b = 0; b < n_blocks; ++b, codes += kBlock, scales += 2) {
-    const f32x4 factors = load2(scales);
+    const std::byte* rows[] = {w, w + stride, w + 2 * stride, w + 3 * stride};
+    f32x8 header = load_halves(rows, 0);  // d and m of each row, where the format has an m
+    if (kType != DType::kQ4_1)
+      header = __builtin_shufflevector(header, header, 0, 0, 2, 2, 4, 4, 6, 6);
+    f32x8 scaled[kRows];
 #pragma GCC unroll 4
-    for (int r = 0; r < kRows; ++r) {
-      const std::byte* block = w + r * stride;
-      __builtin_prefetch(block + kAhead);
-      const f32x4 header = load_halves(block);  // d, and m where the format has it
-      const f32x4 scaled = (kType == DType::kQ4_1 ? header : f32x4{} + header[0]) * factors;
-      const BlockCodes unpacked =
-          kType == DType::kQ8_0 ? unpack_bytes(block + kHeader) : unpack_nibbles(block + kHeader);
-      total[r] += scaled[0] * to_float(dot_block(codes, unpacked));
-      if (kType != DType::kQ8_0) offset[r] += scaled;
+    for (int i = 0; i < kRows; ++i) {
+      scaled[i] = header * broadcast2(scales + i * 2 * n_blocks);
+      if (kType != DType::kQ8_0) offset[i] += scaled[i];
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < kDotCols; ++r) {
+      __builtin_prefetch(w + r * stride + kAhead);
+      const BlockCodes unpacked = unpack<kType>(w + r * stride);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i)
+        total[i][r] += broadcast_element(scaled[i], 2 * r) *
+                       to_float(dot_block(codes + i * x.cols(), unpacked));
     }
     w += dtype_info(kType).block_bytes;
   }
   constexpr float kOffset = kType == DType::kQ4_0 ? -8 : 1;
-  for (int r = 0; r < kRows; ++r) out[r] = sum8(total[r]) + kOffset * offset[r][1];
+  for (int i = 0; i < kRows; ++i)
+    for (int r = 0; r < kDotCols; ++r)
+      out[i * kDotCols + r] = sum8(total[i][r]) + kOffset * offset[i][2 * r + 1];
 }
 
 template <DType kType>
-void dot_rows(float* out, const Activations& x, std::int64_t t, const Tensor& w,
-              std::int64_t first_row, std::int64_t n_rows) {
-  constexpr int kRows = 4;  // independent sums, to hide the latency of an addition
-  const std::int64_t stride = row_bytes(kType, w.cols);
-  std::int64_t r = 0;
-  for (; r + kRows <= n_rows; r += kRows)
-    dot_blocks<kType, kRows>(out + r, x, t, w.row(first_row + r), stride);
-  for (; r < n_rows; ++r) dot_blocks<kType, 1>(out + r, x, t, w.row(first_row + r), stride);
+void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64_t stride) {
+  switch (x.rows()) {
+    case 1:
+      return dot_blocks<kType, 1>(out, x, w, stride);
+    case 2:
+      return dot_blocks<kType, 2>(out, x, w, stride);
+    default:
+      return dot_blocks<kType, kDotRows>(out, x, w, stride);
+  }
 }
 
-// out[r] = row first_row + r of w . row t of x
-void dot_rows(float* out, const Activations& x, std::int64_t t, const Tensor& w,
-              std::int64_t first_row, std::int64_t n_rows) {
+// out[t * kDotCols + r] = row first_row + r of w . row t of x, for kDotCols weight rows, or for
+// one.
+void dot_rows(float* out, const Activations& x, const Tensor& w, std::int64_t first_row,
+              std::int64_t n_rows) {
+  const std::byte* data = w.row(first_row);
+  const std::int64_t stride = n_rows == kDotCols ? row_bytes(w.type, w.cols) : 0;
   switch (w.type) {
     case DType::kQ8_0:
-      return dot_rows<DType::kQ8_0>(out, x, t, w, first_row, n_rows);
+      return dot_blocks<DType::kQ8_0>(out, x, data, stride);
     case DType::kQ4_0:
-      return dot_rows<DType::kQ4_0>(out, x, t, w, first_row, n_rows);
+      return dot_blocks<DType::kQ4_0>(out, x, data, stride);
     case DType::kQ4_1:
-      return dot_rows<DType::kQ4_1>(out, x, t, w, first_row, n_rows);
+      return dot_blocks<DType::kQ4_1>(out, x, data, stride);
     default:
-      for (std::int64_t r = 0; r < n_rows; ++r)
-        out[r] = dot_floats(x.row(t), w.row(first_row + r), w.type, w.cols);
+      for (std::int64_t t = 0; t < x.rows(); ++t)
+        for (std::int64_t r = 0; r < n_rows; ++r)
+          out[t * kDotCols + r] = dot_floats(x.row(t), w.row(first_row + r), w.type, w.cols);
   }
 }
 
 // ---- tiles: 16 weight rows unpacked, all rows of activations ----
 
-// The unpacked form of up to kChunk columns of 16 weight rows. Rows beyond the matrix are zeros.
+// Eight rows' words of codes, as they stand in a block, to pairs of codes in code_position() order:
+// of the word's every part, `stride` codes from one to the next.
+template <DType kType>
+void expand_words(std::int16_t* to, std::int64_t stride, const float* words) {
+  if constexpr (kType == DType::kQ8_0) {
+    i16x16 bytes;
+    std::memcpy(&bytes, words, sizeof bytes);
+    const i16x16 even = bytes << 8 >> 8, odd = bytes >> 8;
+    std::memcpy(to, &even, sizeof even);
+    std::memcpy(to + stride, &odd, sizeof odd);
+  } else {
+    i32x8 word;
+    std::memcpy(&word, words, sizeof word);
+    for (int part = 0; part < 4; ++part, to += stride) {  // nibbles of each half of the word
+      const i32x8 pairs = word >> 4 * part & 0x000f000f;
+      std::memcpy(to, &pairs, sizeof pairs);
+    }
+  }
+}
+
+// The unpacked form of up to kChunk columns of 16 weight rows.
 struct Tile {
-  alignas(32) float floats[kChunk * kTileCols];          // [column][weight row]
-  alignas(32) std::int16_t pairs[kChunk * kTileCols];    // [column / 2][weight row][column % 2]
-  alignas(32) float d[kChunk / kBlock][kTileCols];       // scale of a block and weight row
-  alignas(32) float offset[kChunk / kBlock][kTileCols];  // what the format adds to every element
+  alignas(64) float floats[kChunk * kTileCols];          // [column][weight row]
+  alignas(64) std::int16_t pairs[kChunk * kTileCols];    // [column / 2][weight row][column % 2]
+  alignas(64) float d[kChunk / kBlock][kTileCols];       // scale of a block and weight row
+  alignas(64) float offset[kChunk / kBlock][kTileCols];  // what the format adds to every element
 };
 
 void unpack_floats(Tile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
                    std::int64_t n) {
-  alignas(32) float rows[8][kChunk];
+  alignas(64) float rows[8][kChunk];
   const std::int64_t n_padded = (n + 7) / 8 * 8;
   for (int half = 0; half < kTileCols; half += 8) {
     for (int r = 0; r < 8; ++r) {
@@ -140,37 +180,85 @@ void unpack_floats(Tile& tile, const Tensor& w, std::int64_t first_row, std::int
   }
 }
 
-// One block of one weight row: its 32 codes as 16 pairs, its scale, its offset.
-void unpack_block(std::int16_t* codes, float& d, float& offset, const std::byte* block,
-                  DType type) {
-  const f32x4 header = load_halves(block);
-  d = header[0];
-  offset = type == DType::kQ4_1 ? header[1] : type == DType::kQ4_0 ? -8 * d : 0;
-  const BlockCodes unpacked = type == DType::kQ8_0
-                                  ? unpack_bytes(block + 2)
-                                  : unpack_nibbles(block + (type == DType::kQ4_1 ? 4 : 2));
-  std::memcpy(codes, &unpacked, sizeof unpacked);
+// Block b of the tile, and where a block takes 16 bytes also b + 1 if there are n_blocks = 2:
+// codes, scales and offsets of 8 weight rows, the tile's first or second half. rows: where block b
+// begins.
+template <DType kType>
+void unpack_blocks(Tile& tile, std::int64_t b, std::int64_t n_blocks, int half,
+                   const std::byte* const* rows) {
+  constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2, kWords = kType == DType::kQ8_0 ? 8 : 4;
+  constexpr float kOffset = kType == DType::kQ4_0 ? -8 : 0;
+  const std::int64_t next = n_blocks > 1 ? dtype_info(kType).block_bytes : 0;
+  alignas(32) float stored[8][8], words[8][8];  // 32 bits of codes as one element
+  for (int r = 0; r < 8; ++r)
+    for (int j = 0; j < 8; j += kWords)
+      std::memcpy(stored[r] + j, rows[r] + (j > 0 ? next : 0) + kHeader, kWords * sizeof(float));
+  transpose_8x8(words[0], 8, stored[0], 8);
+  for (int j = 0; j < 8 && j / kWords < n_blocks; ++j) {
+    std::int16_t* to = tile.pairs + (b + j / kWords) * kBlock * kTileCols + half * 16;
+    expand_words<kType>(to + j % kWords * 2 * kTileCols, kWords * 2 * kTileCols, words[j]);
+  }
+  for (std::int64_t i = 0; i < std::min<std::int64_t>(n_blocks, 8 / kWords); ++i) {
+    for (int r = 0; r < 8; r += 4) {
+      const f32x8 header = load_halves(rows + r, i * next);
+      for (int k = 0; k < 4; ++k) {
+        tile.d[b + i][half * 8 + r + k] = header[2 * k];
+        tile.offset[b + i][half * 8 + r + k] =
+            kType == DType::kQ4_1 ? header[2 * k + 1] : kOffset * header[2 * k];
+      }
+    }
+  }
+}
+
+// Of rows beyond the matrix, the last one's codes: nobody reads their products.
+template <DType kType>
+void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
+                  std::int64_t n) {
+  constexpr int kStep = kType == DType::kQ8_0 ? 1 : 2;
+  const std::int64_t block_bytes = dtype_info(kType).block_bytes;
+  for (int half = 0; half < 2; ++half) {
+    const std::byte* rows[8];
+    for (int r = 0; r < 8; ++r)
+      rows[r] =
+          w.row(std::min(first_row + half * 8 + r, w.rows - 1)) + first_col / kBlock * block_bytes;
+    for (std::int64_t b = 0; b < n / kBlock; b += kStep) {
+      unpack_blocks<kType>(tile, b, std::min<std::int64_t>(kStep, n / kBlock - b), half, rows);
+      for (const std::byte*& row : rows) row += kStep * block_bytes;
+    }
+  }
 }
 
 void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
                   std::int64_t n) {
-  alignas(32) float pairs[8][kBlock / 2];  // a pair of codes travels as one 32-bit element
-  const std::int64_t stride = row_bytes(w.type, w.cols);
-  const int block_bytes = dtype_info(w.type).block_bytes;
-  for (std::int64_t b = 0; b < n / kBlock; ++b) {
-    const std::byte* block = w.row(first_row) + (first_col / kBlock + b) * block_bytes;
-    for (int r = 0; r < kTileCols; ++r, block += stride) {
-      std::int16_t* codes = reinterpret_cast<std::int16_t*>(pairs[r % 8]);
-      if (first_row + r < w.rows) {
-        unpack_block(codes, tile.d[b][r], tile.offset[b][r], block, w.type);
-      } else {
-        std::fill(codes, codes + kBlock, std::int16_t{0});
-        tile.d[b][r] = tile.offset[b][r] = 0;
-      }
-      if (r % 8 < 7) continue;
-      float* to = reinterpret_cast<float*>(tile.pairs) + b * (kBlock / 2) * kTileCols + r - 7;
-      for (int i = 0; i < kBlock / 2; i += 8)
-        transpose_8x8(to + i * kTileCols, kTileCols, pairs[0] + i, kBlock / 2);
+  if (w.type == DType::kQ8_0) return unpack_codes<DType::kQ8_0>(tile, w, first_row, first_col, n);
+  if (w.type == DType::kQ4_0) return unpack_codes<DType::kQ4_0>(tile, w, first_row, first_col, n);
+  unpack_codes<DType::kQ4_1>(tile, w, first_row, first_col, n);
+}
+
+FloatSums load_part(const float* row, int part) {
+  FloatSums v;
+  std::memcpy(&v, row + part * kTilePart, sizeof v);
+  return v;
+}
+
+// sum[r] = products of a block of the tile with kRows rows of activation codes.
+template <int kRows>
+[[gnu::always_inline]] inline void multiply_block(CodeSums (&sum)[kRows][kTileParts],
+                                                  const std::int16_t* codes,
+                                                  std::int64_t code_stride,
+                                                  const std::int16_t* pairs) {
+  for (int i = 0; i < kBlock; i += 2) {
+    CodePairs w[kTileParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < kTileParts; ++part) {
+      std::memcpy(&w[part], pairs + i * kTileCols + part * 2 * kTilePart, sizeof w[part]);
+      keep(w[part]);
+    }
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; ++r) {
+      const CodePairs x = broadcast_pair(codes + r * code_stride + i);
+#pragma GCC unroll 2
+      for (int part = 0; part < kTileParts; ++part) add_products(sum[r][part], w[part], x);
     }
   }
 }
@@ -181,48 +269,35 @@ void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile
                     std::int64_t first_col, std::int64_t n) {
   const std::int16_t* codes = x.codes(t) + first_col;
   const float* scales = x.scales(t) + first_col / kBlock * 2;
-  const std::int64_t code_stride = x.cols(), scale_stride = x.cols() / kBlock * 2;
+  const std::int64_t scale_stride = x.cols() / kBlock * 2;
+  FloatSums total[kRows][kTileParts];
+  for (int r = 0; r < kRows; ++r)
+    for (int part = 0; part < kTileParts; ++part)
+      total[r][part] = load_part(out + r * kTileCols, part);
   for (std::int64_t b = 0; b < n / kBlock; ++b, codes += kBlock, scales += 2) {
-    i32x8 sum[kRows][2] = {};
-    const std::int16_t* pairs = tile.pairs + b * kBlock * kTileCols;
-    for (int i = 0; i < kBlock; i += 2) {
-      i16x16 left, right;
-      std::memcpy(&left, pairs + i * kTileCols, sizeof left);
-      std::memcpy(&right, pairs + (i + 1) * kTileCols, sizeof right);
-      keep(left), keep(right);
-#pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) {
-        const i16x16 pair = broadcast_pair(codes + r * code_stride + i);
-        sum[r][0] += multiply_pairs(pair, left);
-        sum[r][1] += multiply_pairs(pair, right);
-      }
-    }
+    CodeSums sum[kRows][kTileParts] = {};
+    multiply_block<kRows>(sum, codes, x.cols(), tile.pairs + b * kBlock * kTileCols);
 #pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      const f32x8 d = load8(tile.d[b] + 8 * half), offset = load8(tile.offset[b] + 8 * half);
-#pragma GCC unroll 4
+    for (int part = 0; part < kTileParts; ++part) {
+      const FloatSums d = load_part(tile.d[b], part), offset = load_part(tile.offset[b], part);
+#pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
-        float* to = out + r * kTileCols + 8 * half;
         const float* scale = scales + r * scale_stride;
-        store8(to, load8(to) + to_float(sum[r][half]) * (d * scale[0]) + offset * scale[1]);
+        total[r][part] += __builtin_convertvector(sum[r][part], FloatSums) * (d * scale[0]);
+        total[r][part] += offset * scale[1];
       }
     }
   }
+  std::memcpy(out, total, sizeof total);
 }
 
-void multiply_codes(float* out, const Activations& x, const Tile& tile, std::int64_t first_col,
-                    std::int64_t n) {
+template <int... kLess>
+void multiply_all_codes(float* out, const Activations& x, const Tile& tile, std::int64_t first_col,
+                        std::int64_t n, std::integer_sequence<int, kLess...>) {
+  constexpr decltype(&multiply_codes<1>) kByRows[] = {&multiply_codes<kLess + 1>...};
   for (std::int64_t t = 0; t < x.rows(); t += kCodeTileRows, out += kCodeTileRows * kTileCols) {
-    switch (x.rows() - t) {
-      case 1:
-        return multiply_codes<1>(out, x, t, tile, first_col, n);
-      case 2:
-        return multiply_codes<2>(out, x, t, tile, first_col, n);
-      case 3:
-        return multiply_codes<3>(out, x, t, tile, first_col, n);
-      default:
-        multiply_codes<4>(out, x, t, tile, first_col, n);
-    }
+    const std::int64_t n_rows = std::min<std::int64_t>(kCodeTileRows, x.rows() - t);
+    kByRows[n_rows - 1](out, x, t, tile, first_col, n);
   }
 }
 
@@ -239,7 +314,8 @@ void multiply_tile(const Product& p, const Activations& x, std::int64_t first_ro
     const std::int64_t n = std::min<std::int64_t>(kChunk, w.cols - col);
     if (needs_codes(w.type)) {
       unpack_codes(s.tile, w, first_row, col, n);
-      multiply_codes(s.sums.data(), x, s.tile, col, n);
+      multiply_all_codes(s.sums.data(), x, s.tile, col, n,
+                         std::make_integer_sequence<int, kCodeTileRows>{});
     } else {
       unpack_floats(s.tile, w, first_row, col, n);
       tile_multiply(s.sums.data(), kTileCols, x.row(0) + col, x.cols(), x.rows(), s.tile.floats,
@@ -255,12 +331,16 @@ void multiply_tile(const Product& p, const Activations& x, std::int64_t first_ro
 }
 
 void multiply_dots(const Product& p, const Activations& x, std::int64_t first_row) {
-  const std::int64_t n_rows = std::min(kDotTask, p.w->rows - first_row);
-  float y[kDotTask];
-  for (std::int64_t t = 0; t < x.rows(); ++t) {
-    dot_rows(y, x, t, *p.w, first_row, n_rows);
-    float* out = p.out + t * p.out_stride + first_row;
-    for (std::int64_t r = 0; r < n_rows; ++r) out[r] = p.accumulate ? out[r] + y[r] : y[r];
+  const std::int64_t end = std::min(first_row + kDotTask, p.w->rows);
+  for (std::int64_t row = first_row, n = 0; row < end; row += n) {
+    n = end - row >= kDotCols ? kDotCols : 1;
+    float y[kDotRows * kDotCols];
+    dot_rows(y, x, *p.w, row, n);
+    for (std::int64_t t = 0; t < x.rows(); ++t) {
+      float* out = p.out + t * p.out_stride + row;
+      for (std::int64_t r = 0; r < n; ++r)
+        out[r] = p.accumulate ? out[r] + y[t * kDotCols + r] : y[t * kDotCols + r];
+    }
   }
 }
 

@@ -5,8 +5,8 @@
 // block's largest element (8 bits, the usual choice, cost 100 times more KL), and the products of
 // codes are summed exactly in 32-bit integers, so every instruction set gives the same sums.
 //
-// T <= 3: one dot product a row, reading the blocks as stored. More rows: tiles of 16 weight rows
-// are unpacked once and multiplied with all rows of activations from registers.
+// T <= 3: dot products with blocks as stored, of four weight rows and all of T. More rows: tiles of
+// 16 weight rows are unpacked once and multiplied with all rows of activations from registers.
 #pragma once
 
 #include <cstdint>
