@@ -44,9 +44,6 @@ void check_step(const KvShape& shape, std::span<const int> appended, int n_token
 
 namespace {
 
-constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
-constexpr int kWakeSteps = 64;   // how far back the window rung wakes
-constexpr float kAlarmEpsilon = 0.25f;
 constexpr int kCheckSteps = 64;  // decode steps between checks of every token
 
 class TieredKvStore final : public KvStore {
@@ -385,7 +382,7 @@ double TieredKvStore::reset(Rung rung) {
       const int before = lane.lane().n_rows();
       if (rung >= Rung::kFull) lane.forget_history();
       if (rung == Rung::kSoft) lane.wake_sleepers(now);
-      if (rung == Rung::kWindow) lane.wake_recent(now, kWakeSteps);
+      if (rung == Rung::kWindow) lane.wake_recent(now);
       thawed +=
           (lane.lane().n_rows() - before) * lane_heads() / static_cast<double>(shape_.n_kv_heads);
     }
