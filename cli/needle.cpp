@@ -114,7 +114,6 @@ bool parse(const Args& args, Options& o) {
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
-  if (o.recovery.highest != "off") o.common.needs_cpu = "--recovery";
   o.places = places(o.depths);
   std::sort(o.contexts.begin(), o.contexts.end());
   o.contexts.erase(std::unique(o.contexts.begin(), o.contexts.end()), o.contexts.end());

@@ -47,13 +47,6 @@ DeviceBuffer<T> zeros(std::size_t n, const Stream& stream) {
 
 std::int64_t pages_of(int rows) { return (rows + kHotPageRows - 1) / kHotPageRows; }
 
-// Tokens whose probabilities are at least epsilon: these add up to 1, rounding aside.
-int most_recalled_of(const PolicyParams& params, int capacity) {
-  if (params.policy != Policy::kThaw || params.ghost_key_bits == 0) return 0;
-  if (!(params.epsilon > 1.0f / static_cast<float>(capacity))) return capacity;
-  return std::min(capacity, static_cast<int>(1.001f / params.epsilon) + 1);
-}
-
 }  // namespace
 
 CudaLanes::CudaLanes(PageSource& source, const KvShape& shape, const PolicyParams& params,
@@ -82,7 +75,7 @@ CudaLanes::CudaLanes(PageSource& source, const KvShape& shape, const PolicyParam
   n_rows_ = zeros<std::int32_t>(lanes, stream);
   masks_ = zeros<std::uint32_t>(2 * words, stream);
   states_ = DeviceBuffer<LaneState>(lanes, "KV store");
-  const std::vector<LaneState> states(lanes, LaneState{0, 1, 0, 0, 0, 0, 0, 0});
+  const std::vector<LaneState> states(lanes, LaneState{0, 1, 0, 0, {}, 0});
   copy_to_device(states_.data(), states.data(), lanes, stream);
   reports_ = PinnedBuffer<LaneReport>(lanes, "KV store");
   std::fill_n(reports_.data(), lanes, LaneReport{});
@@ -94,13 +87,20 @@ CudaLanes::CudaLanes(PageSource& source, const KvShape& shape, const PolicyParam
   reserve_rows(1);
 }
 
+// Their probabilities are at least epsilon, and add up to 1, rounding aside.
+int CudaLanes::most_recalled(float epsilon) const {
+  if (lanes_.params.policy != Policy::kThaw || lanes_.params.ghost_key_bits == 0) return 0;
+  if (!(epsilon > 1.0f / static_cast<float>(shape_.capacity))) return shape_.capacity;
+  return std::min(shape_.capacity, static_cast<int>(1.001f / epsilon) + 1);
+}
+
 void CudaLanes::make_statistics() {
   const auto lanes = static_cast<std::size_t>(n_lanes_);
   entropy_ = zeros<float>(lanes, stream_), ghost_mass_ = zeros<float>(lanes, stream_);
   decode_.entropy = entropy_.data(), decode_.ghost_mass = ghost_mass_.data();
   exact_entropy_ = zeros<float>(static_cast<std::size_t>(per_layer()), stream_);
   exact_.entropy = exact_entropy_.data();
-  decode_.recalled_room = most_recalled_of(lanes_.params, shape_.capacity);
+  decode_.recalled_room = most_recalled(lanes_.params.epsilon * kAlarmEpsilon);
   if (decode_.recalled_room == 0) return;
   const std::size_t room = lanes * static_cast<std::size_t>(decode_.recalled_room);
   n_recalled_ = zeros<std::int32_t>(lanes, stream_);
@@ -259,12 +259,15 @@ LaneSnapshot CudaLanes::snapshot(int lane, int kv_len) const {
   read(out.mask, lanes_.mask, lanes_.mask_words, (kv_len + kWarp - 1) / kWarp);
   if (lanes_.asleep) read(out.asleep, lanes_.asleep, lanes_.room, state.n_asleep);
   const auto n = static_cast<std::size_t>((kv_len + kTierTokens - 1) / kTierTokens) * kTierTokens;
-  out.score.resize(n), out.hits.resize(n), out.timer.resize(n);
+  out.score.resize(n), out.stamp.resize(n), out.hits.resize(n), out.timer.resize(n);
   for (std::size_t t = 0; t < n; t += kTierTokens) {
     const std::byte* page = token_pages_.on_host()[t / kTierTokens] +
                             static_cast<std::size_t>(lane) * kTierTokens * kTokenStateBytes;
-    const auto* hits = reinterpret_cast<const std::uint16_t*>(page + kTierTokens * sizeof(float));
-    copy_to_host(&out.score[t], reinterpret_cast<const float*>(page), kTierTokens, stream_);
+    const auto* scores = reinterpret_cast<const float*>(page);
+    const auto* stamps = reinterpret_cast<const std::int32_t*>(scores + kTierTokens);
+    const auto* hits = reinterpret_cast<const std::uint16_t*>(stamps + kTierTokens);
+    copy_to_host(&out.score[t], scores, kTierTokens, stream_);
+    copy_to_host(&out.stamp[t], stamps, kTierTokens, stream_);
     copy_to_host(&out.hits[t], hits, kTierTokens, stream_);
     copy_to_host(&out.timer[t], hits + kTierTokens, kTierTokens, stream_);
   }

@@ -17,7 +17,8 @@ namespace thaw {
 struct LaneSnapshot {
   std::vector<std::int32_t> tokens, from;  // a row
   std::vector<std::uint32_t> mask;         // by token
-  std::vector<float> score;                // a token, and so the next two
+  std::vector<float> score;                // a token, and so the next three
+  std::vector<std::int32_t> stamp;
   std::vector<std::uint16_t> hits, timer;
   std::vector<Sleeper> asleep;
   std::vector<std::byte> rows;  // head x row x {key, value}; of rows in kInCold unspecified
@@ -32,7 +33,7 @@ class CudaLanes {
   int n_lanes() const { return n_lanes_; }
   int per_layer() const { return lanes_.lanes_per_layer; }
   const LaneReport& report(int lane) const { return reports_.data()[lane]; }
-  int most_recalled() const { return decode_.recalled_room; }
+  int most_recalled(float epsilon) const;  // tokens of a step
 
   // Room for the state of that many tokens; for statistics of all of them; for that many rows in
   // every lane. Throw Error, with nothing changed, when memory is refused. What grows moves:

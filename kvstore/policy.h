@@ -36,6 +36,16 @@ struct PolicyParams {
 enum class Rung : std::uint8_t { kNone, kSoft, kWindow, kFull, kRewalk };
 inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "rewalk"};
 
+inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts
+inline constexpr float kAlarmEpsilon = 0.25f;  // soft, under thaw: what epsilon is multiplied by
+inline constexpr int kWakeSteps = 64;          // window: how far back it wakes
+
+// Whether a frozen token froze in the last kWakeSteps steps. stamp: the step in which it froze
+// last, plus 1; 0: it never did.
+THAW_HOST_DEVICE inline bool froze_recently(int stamp, int step) {
+  return stamp > 0 && stamp > step - kWakeSteps;
+}
+
 // A token that policies never freeze: a sink or one of the newest.
 THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv_len) {
   return token < p.sinks || token >= kv_len - p.window;

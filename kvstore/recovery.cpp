@@ -23,6 +23,20 @@ void RollingStatistics::add(float x) {
 
 float RollingStatistics::sd() const { return std::sqrt(variance_); }
 
+void Relief::begin(Rung rung, const PolicyParams& params) {
+  const bool timed = params.policy == Policy::kThaw || params.policy == Policy::kAsr;
+  if (rung == Rung::kSoft && params.policy == Policy::kThaw) alarm_steps = kAlarmSteps;
+  if (rung >= Rung::kFull)
+    exact_steps = kAlarmSteps;
+  else if (rung != Rung::kNone && !timed)
+    exact_steps = std::max(exact_steps, rung == Rung::kSoft ? 1 : 4);
+}
+
+void Relief::step() {
+  exact_steps = std::max(0, exact_steps - 1);
+  alarm_steps = std::max(0, alarm_steps - 1);
+}
+
 // Leads down the ladder for the calm since the last firing.
 Rung Recovery::armed(int position) {
   for (; position - quiet_since_ >= params_.calm && level_ > 1; --level_)

@@ -27,6 +27,19 @@ class RollingStatistics {
   int count_ = 0;
 };
 
+// What a rung does to a store for a while. Decode steps are counted; a milder rung does not shorten
+// the help of a stronger one.
+struct Relief {
+  int exact_steps = 0;  // that still attend every token, exactly
+  int alarm_steps = 0;  // with a lower epsilon
+
+  void begin(Rung rung, const PolicyParams& params);
+  void step();  // one is over
+  float epsilon(const PolicyParams& params) const {
+    return params.epsilon * (alarm_steps > 0 ? kAlarmEpsilon : 1.0f);
+  }
+};
+
 struct RecoveryParams {
   Rung highest = Rung::kNone;  // kNone: nothing is ever done
   float z = 2;                 // a spike: value > mean + z max(sd, 0.01)

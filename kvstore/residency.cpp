@@ -9,8 +9,6 @@
 namespace thaw {
 namespace {
 
-constexpr int kRecentSteps = 64;  // how far back wake_recent() can reach
-
 // The q-quantile of values.
 float quantile(std::vector<float> values, float q) {
   if (values.empty()) return 0;
@@ -35,6 +33,7 @@ void Residency::grow(int kv_len) {
   hits_.resize(n);
   timer_.resize(n);
   score_.resize(n);
+  stamp_.resize(n);
 }
 
 int Residency::first_recent(const Moment& now) const {
@@ -66,8 +65,8 @@ void Residency::freeze(const Moment& now, int row, float probability) {
   const std::int32_t token = lane_.token(row);
   lane_.freeze(row);
   ++tally_.frozen;
+  stamp_[static_cast<std::size_t>(token)] = now.step + 1;
   tell(now, KvEvent::kFreeze, token, probability);
-  recent_.push_back({token, 0, now.step});
 }
 
 // rows: ascending; freezing from the last on leaves the rows before it in place.
@@ -82,13 +81,13 @@ void Residency::evict(const Moment& now, const std::vector<int>& rows) {
   for (const int row : rows) {
     const std::int32_t token = lane_.token(row);
     timer_[static_cast<std::size_t>(token)] = 0;
-    if (params_.policy == Policy::kAsr) sleep(now, token, 1);
+    if (params_.policy == Policy::kAsr) sleep(token, 1);
   }
   freeze_rows(now, rows, nullptr);
 }
 
-void Residency::sleep(const Moment& now, std::int32_t token, int steps) {
-  asleep_.push_back({token, steps, now.step});
+void Residency::sleep(std::int32_t token, int steps) {
+  asleep_.push_back({token, steps});
   timer_[static_cast<std::size_t>(token)] = static_cast<std::uint16_t>(steps);
 }
 
@@ -157,7 +156,7 @@ void Residency::seed(const Moment& now) {
   if (params_.policy != Policy::kAsr) return;
   asleep_.clear();
   for (std::int32_t t = 0; t < now.kv_len; ++t)
-    if (!lane_.is_hot(t)) sleep(now, t, 1);
+    if (!lane_.is_hot(t)) sleep(t, 1);
 }
 
 void Residency::make_room(const Moment& now, int incoming) {
@@ -185,7 +184,6 @@ void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
   entropy_ = stats.entropy;
   spread_ = attention_spread(entropy_);
   ghost_mass_ = stats.ghost_mass;
-  std::erase_if(recent_, [&](const Frozen& f) { return f.step < now.step - kRecentSteps; });
   switch (params_.policy) {
     case Policy::kThaw:
       settle_thaw(now, stats);
@@ -245,9 +243,9 @@ void Residency::promote(const Moment& now, const AttentionStats::Recall& recall)
 void Residency::settle_asr(const Moment& now, const AttentionStats::Lane& stats) {
   const std::size_t n_rows = static_cast<std::size_t>(lane_.n_rows());
   std::vector<std::int32_t> waking;
-  for (Frozen& f : asleep_)
-    if (--f.timer == 0) waking.push_back(f.token);
-  std::erase_if(asleep_, [](const Frozen& f) { return f.timer == 0; });
+  for (Sleeper& s : asleep_)
+    if (--s.timer == 0) waking.push_back(s.token);
+  std::erase_if(asleep_, [](const Sleeper& s) { return s.timer == 0; });
   std::vector<int> leaving;
   for (std::size_t row = 0; row < n_rows; ++row) {
     const std::int32_t token = lane_.token(static_cast<int>(row));
@@ -255,55 +253,63 @@ void Residency::settle_asr(const Moment& now, const AttentionStats::Lane& stats)
     score_[t] = stats.relevance[row];
     const int steps = asr_sleep(params_, stats.relevance[row], tau_, always(now, token), hits_[t]);
     if (steps == 0) continue;
-    sleep(now, token, steps);
+    sleep(token, steps);
     leaving.push_back(static_cast<int>(row));
   }
   freeze_rows(now, leaving, &stats.probability);
   for (const std::int32_t token : waking)
-    if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(now, token, 1);
+    if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(token, 1);
 }
 
 bool Residency::cut(const Moment& now, std::int32_t position) {
   lane_.cut(position);
   for (std::size_t t = static_cast<std::size_t>(position); t < hits_.size(); ++t)
-    hits_[t] = timer_[t] = 0, score_[t] = 0;
-  const auto gone = [&](const Frozen& f) { return f.token >= position; };
-  std::erase_if(asleep_, gone);
-  std::erase_if(recent_, gone);
+    hits_[t] = timer_[t] = 0, score_[t] = 0, stamp_[t] = 0;
+  std::erase_if(asleep_, [&](const Sleeper& s) { return s.token >= position; });
   if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;
   make_room(now, 0);
   // What is among the newest now, or has no ghost, must be hot.
   bool all = true;
   for (std::int32_t t = 0; t < position; ++t) {
     if (lane_.is_hot(t) || !(always(now, t) || !now.can_freeze)) continue;
-    std::erase_if(asleep_, [&](const Frozen& f) { return f.token == t; });
+    std::erase_if(asleep_, [&](const Sleeper& s) { return s.token == t; });
     make_room(now, 1);
     all &= thaw(now, t, KvEvent::kThaw, 0);
   }
   return all;
 }
 
-void Residency::wake_sleepers(const Moment& now) {
-  std::erase_if(asleep_, [&](const Frozen& f) {
-    return f.timer > 1 && thaw(now, f.token, KvEvent::kThaw, 0);
-  });
-}
-
-void Residency::wake_recent(const Moment& now, int steps) {
-  for (const Frozen& f : recent_) {
-    if (f.step < now.step - steps || lane_.is_hot(f.token)) continue;
-    if (!thaw(now, f.token, KvEvent::kThaw, 0)) break;
-    const auto t = static_cast<std::size_t>(f.token);
+// tokens: frozen ones, the newest first.
+void Residency::wake(const Moment& now, const std::vector<std::int32_t>& tokens) {
+  for (const std::int32_t token : tokens) {
+    const auto t = static_cast<std::size_t>(token);
+    if (!thaw(now, token, KvEvent::kThaw, 0)) break;
     if (params_.policy == Policy::kThaw)
       timer_[t] = static_cast<std::uint16_t>(std::max(1, stay_steps(params_, hits_[t])));
-    std::erase_if(asleep_, [&](const Frozen& s) { return s.token == f.token; });
   }
+  std::erase_if(asleep_, [&](const Sleeper& s) { return lane_.is_hot(s.token); });
+}
+
+void Residency::wake_sleepers(const Moment& now) {
+  std::vector<std::int32_t> tokens;
+  for (const Sleeper& s : asleep_)
+    if (s.timer > 1) tokens.push_back(s.token);
+  std::sort(tokens.rbegin(), tokens.rend());
+  wake(now, tokens);
+}
+
+void Residency::wake_recent(const Moment& now) {
+  std::vector<std::int32_t> tokens;
+  for (std::int32_t t = now.kv_len; t-- > 0;)
+    if (!lane_.is_hot(t) && froze_recently(stamp_[static_cast<std::size_t>(t)], now.step))
+      tokens.push_back(t);
+  wake(now, tokens);
 }
 
 void Residency::forget_history() {
   std::fill(hits_.begin(), hits_.end(), std::uint16_t{0});
   std::fill(timer_.begin(), timer_.end(), std::uint16_t{0});
-  for (Frozen& f : asleep_) f.timer = 1;
+  for (Sleeper& s : asleep_) s.timer = 1;
 }
 
 Residency::Tally Residency::take_tally() { return std::exchange(tally_, {}); }
@@ -311,8 +317,8 @@ Residency::Tally Residency::take_tally() { return std::exchange(tally_, {}); }
 std::int64_t Residency::bookkeeping_bytes() const {
   return lane_.bookkeeping_bytes() +
          static_cast<std::int64_t>(hits_.capacity() * 2 + timer_.capacity() * 2 +
-                                   score_.capacity() * 4 +
-                                   (asleep_.capacity() + recent_.capacity()) * sizeof(Frozen));
+                                   score_.capacity() * 4 + stamp_.capacity() * 4 +
+                                   asleep_.capacity() * sizeof(Sleeper));
 }
 
 void Residency::check(const Moment& now) const {
@@ -320,14 +326,14 @@ void Residency::check(const Moment& now) const {
   require(lane_.n_rows() <= now.bound, "KV check: layer ", layer_, ": ", lane_.n_rows(),
           " hot tokens, more than the ", now.bound, " allowed");
   std::vector<bool> asleep(static_cast<std::size_t>(now.kv_len));
-  for (const Frozen& f : asleep_) {
-    require(f.token < now.kv_len && !asleep[static_cast<std::size_t>(f.token)], "KV check: layer ",
-            layer_, ": token ", f.token, " sleeps twice");
-    asleep[static_cast<std::size_t>(f.token)] = true;
+  for (const Sleeper& s : asleep_) {
+    require(s.token < now.kv_len && !asleep[static_cast<std::size_t>(s.token)], "KV check: layer ",
+            layer_, ": token ", s.token, " sleeps twice");
+    asleep[static_cast<std::size_t>(s.token)] = true;
     require(
-        f.timer >= 1 &&
-            f.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(f.token)])),
-        "KV check: layer ", layer_, ": token ", f.token, " sleeps ", f.timer, " more steps");
+        s.timer >= 1 &&
+            s.timer <= std::max(1, sleep_steps(params_, hits_[static_cast<std::size_t>(s.token)])),
+        "KV check: layer ", layer_, ": token ", s.token, " sleeps ", s.timer, " more steps");
   }
   for (std::int32_t t = 0; t < now.kv_len; ++t) {
     const bool hot = lane_.is_hot(t);

@@ -49,10 +49,10 @@ class Residency {
   void settle(const Moment& now, const AttentionStats::Lane& stats);
   // False when a token that must be hot now could not be made so: seed() has to.
   bool cut(const Moment& now, std::int32_t position);
-  // Recovery: wakes sleepers with more than one step to go; what froze in the last `steps` steps;
-  // all, with counters and timers at zero.
+  // Recovery: wakes sleepers with more than one step to go; what froze recently; either, the newest
+  // first, as long as there is room. Or sets counters and timers to zero.
   void wake_sleepers(const Moment& now);
-  void wake_recent(const Moment& now, int steps);
+  void wake_recent(const Moment& now);
   void forget_history();
 
   struct Tally {
@@ -65,8 +65,8 @@ class Residency {
   void check(const Moment& now) const;
 
  private:
-  struct Frozen {
-    std::int32_t token, timer, step;
+  struct Sleeper {
+    std::int32_t token, timer;
   };
 
   bool always(const Moment& now, std::int32_t token) const;
@@ -77,10 +77,11 @@ class Residency {
   void freeze_rows(const Moment& now, const std::vector<int>& rows,
                    const std::vector<float>* probability);
   void evict(const Moment& now, const std::vector<int>& rows);
-  void sleep(const Moment& now, std::int32_t token, int steps);
+  void sleep(std::int32_t token, int steps);
   void settle_thaw(const Moment& now, const AttentionStats::Lane& stats);
   void settle_asr(const Moment& now, const AttentionStats::Lane& stats);
   void promote(const Moment& now, const AttentionStats::Recall& recall);
+  void wake(const Moment& now, const std::vector<std::int32_t>& tokens);
   void tell(const Moment& now, KvEvent::Kind kind, std::int32_t token, float probability) const;
 
   const PolicyParams& params_;
@@ -89,8 +90,8 @@ class Residency {
   std::vector<std::uint16_t> hits_;   // per token: thaw: hits; asr: low scores
   std::vector<std::uint16_t> timer_;  // per token: thaw: steps left hot; asr: its last sleep
   std::vector<float> score_;          // per token: rank when room is short
-  std::vector<Frozen> asleep_;        // asr: who sleeps, and for how many steps more
-  std::vector<Frozen> recent_;        // who froze in the last kRecentSteps steps, oldest first
+  std::vector<std::int32_t> stamp_;   // per token: when it froze last (froze_recently())
+  std::vector<Sleeper> asleep_;       // asr: who sleeps, and for how many steps more
   float entropy_ = 0, spread_ = 1;    // H of the last attention, and e^H
   float ghost_mass_ = 0, tau_ = 0;
   Tally tally_;

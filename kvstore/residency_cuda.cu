@@ -1,4 +1,5 @@
 #include "kvstore/residency_seed_cuda.cuh"
+#include "kvstore/residency_wake_cuda.cuh"
 
 namespace thaw {
 namespace {
@@ -126,6 +127,44 @@ __global__ void cut_lanes(LaneCall call, int position, int length) {
   block.finish();
 }
 
+// Computes  whom a rung of recovery wakes, and how many rows there will be
+// Grid      lanes
+// Block     kLaneThreads
+// Shared    as above
+// Bytes     reads the stamps twice, or who sleeps
+__global__ void choose_woken_rows(LaneCall call, Rung rung) {
+  __shared__ LaneShared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  call.block(static_cast<int>(blockIdx.x), shared).choose_woken(rung);
+}
+
+// Computes  rows for those, and timers
+// Grid      lanes
+// Block     kLaneThreads; one thread does all: it is rare
+// Shared    as above
+// Bytes     reads who was chosen and who sleeps, writes rows and timers
+__global__ void wake_lanes(LaneCall call) {
+  __shared__ LaneShared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  LaneBlock block = call.block(static_cast<int>(blockIdx.x), shared);
+  block.wake_chosen();
+  block.store();
+}
+
+// Computes  hits and timers of 0, and sleepers with one step to go
+// Grid      lanes
+// Block     kLaneThreads
+// Shared    as above
+// Bytes     writes hits and timers of every token
+__global__ void forget_history(LaneCall call) {
+  __shared__ LaneShared shared;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  call.block(static_cast<int>(blockIdx.x), shared).forget();
+}
+
 template <class... Params, class... Args>
 void launch_lanes(const LaneWork& work, const char* name, void (*kernel)(LaneCall, Params...),
                   int n_lanes, Args... args) {
@@ -150,5 +189,10 @@ void LaneWork::drop(int position) const {
 void LaneWork::cut(int position, int length) const {
   launch_lanes(*this, "cut", cut_lanes, n_lanes, position, length);
 }
+void LaneWork::choose_woken(Rung rung) const {
+  launch_lanes(*this, "choose woken", choose_woken_rows, n_lanes, rung);
+}
+void LaneWork::wake() const { launch_lanes(*this, "wake", wake_lanes, n_lanes); }
+void LaneWork::forget() const { launch_lanes(*this, "forget", forget_history, n_lanes); }
 
 }  // namespace thaw

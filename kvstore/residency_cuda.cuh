@@ -56,6 +56,9 @@ class LaneBlock {
   __device__ void settle();
   __device__ void drop(int position);
   __device__ void cut(int position, int length);
+  __device__ void choose_woken(Rung rung);
+  __device__ void wake_chosen();
+  __device__ void forget();
   // Moves rows to where they belong, and stores the state; store() where no row has changed.
   __device__ void finish();
   __device__ void store();
@@ -63,16 +66,18 @@ class LaneBlock {
  private:
   struct TokenState {
     float* score;
+    std::int32_t* stamp;
     std::uint16_t *hits, *timer;
   };
-  // A page has, lane by lane, the scores of its tokens, then their hits, then their timers.
+  // A page has, lane by lane, the scores of its tokens, then their stamps, hits and timers.
   __device__ TokenState state_of(int token) const {
     auto* page = const_cast<std::byte*>(g_.token_pages[token / kTierTokens]) +
                  static_cast<std::size_t>(lane_) * kTierTokens * kTokenStateBytes;
     auto* scores = reinterpret_cast<float*>(page);
-    auto* hits = reinterpret_cast<std::uint16_t*>(scores + kTierTokens);
+    auto* stamps = reinterpret_cast<std::int32_t*>(scores + kTierTokens);
+    auto* hits = reinterpret_cast<std::uint16_t*>(stamps + kTierTokens);
     const int i = token % kTierTokens;
-    return {scores + i, hits + i, hits + kTierTokens + i};
+    return {scores + i, stamps + i, hits + i, hits + kTierTokens + i};
   }
   __device__ bool always(int token) const { return token < p_.sinks || token >= first_recent_; }
   __device__ bool is_hot(int token) const { return (mask_[token / 32] >> token % 32 & 1u) != 0; }
@@ -111,11 +116,12 @@ class LaneBlock {
 
   // One thread calls these.
   __device__ void remove(int row);
+  __device__ void freeze(int row);
   __device__ bool insert(int token);
   __device__ void fall_asleep(int token, int steps);
   __device__ void wake(int token);
 
-  __device__ void remove_marked(bool counted);
+  __device__ void remove_marked(bool frozen);
   __device__ void evict_marked();
   __device__ void promote(int token, float probability);
   __device__ void settle_thaw(const float* probability);
@@ -184,6 +190,12 @@ __device__ inline void LaneBlock::remove(int row) {
   tokens_[row] = tokens_[last], from_[row] = from_[last];
 }
 
+__device__ inline void LaneBlock::freeze(int row) {
+  *state_of(tokens_[row]).stamp = now_.step + 1;
+  ++s_.state.tally.frozen;
+  remove(row);
+}
+
 __device__ inline bool LaneBlock::insert(int token) {
   if (s_.n_rows >= min(bound_, g_.room)) return false;
   tokens_[s_.n_rows] = token, from_[s_.n_rows] = kInCold;
@@ -206,8 +218,8 @@ __device__ inline void LaneBlock::wake(int token) {
   s_.state.n_asleep = kept;
 }
 
-// From the last on, which leaves the rows before it in place.
-__device__ inline void LaneBlock::remove_marked(bool counted) {
+// From the last on, which leaves the rows before it in place. frozen: not forgotten.
+__device__ inline void LaneBlock::remove_marked(bool frozen) {
   const int n_words = (s_.n_rows + kWarp - 1) / kWarp;
   __syncthreads();  // all have read n_rows
   if (threadIdx.x == 0) {
@@ -215,8 +227,10 @@ __device__ inline void LaneBlock::remove_marked(bool counted) {
       for (unsigned bits = marks_[word]; bits != 0;) {
         const int bit = kWarp - 1 - __clz(static_cast<int>(bits));
         bits &= ~(1u << bit);
-        remove(word * kWarp + bit);
-        if (counted) ++s_.state.frozen;
+        if (frozen)
+          freeze(word * kWarp + bit);
+        else
+          remove(word * kWarp + bit);
       }
     }
   }
@@ -270,9 +284,6 @@ __device__ inline void LaneBlock::settle() {
   if (threadIdx.x != 0) return;
   LaneReport& report = g_.reports[lane_];
   report.n_attended = n, report.n_recalled = n_recalled;
-  report.promoted = s_.state.promoted, report.thawed = s_.state.thawed;
-  report.frozen = s_.state.frozen;
-  s_.state.promoted = s_.state.thawed = s_.state.frozen = 0;
 }
 
 __device__ inline void LaneBlock::settle_thaw(const float* probability) {
@@ -313,15 +324,14 @@ __device__ inline void LaneBlock::promote(int token, float probability) {
       if (threadIdx.x == 0) {
         const int row = static_cast<int>(lowest & 0xffffffffu);
         *state_of(tokens_[row]).timer = 0;
-        remove(row);
-        ++s_.state.frozen;
+        freeze(row);
       }
     }
   }
   __syncthreads();  // there is room, if there can be
   if (threadIdx.x == 0) {
     if (*state.timer > 0 && insert(token))
-      ++s_.state.promoted;
+      ++s_.state.tally.promoted;
     else
       *state.timer = 0;
   }
@@ -350,7 +360,7 @@ __device__ inline void LaneBlock::store() {
   if (threadIdx.x != 0) return;
   g_.states[lane_] = s_.state, g_.n_rows[lane_] = s_.n_rows;
   LaneReport& report = g_.reports[lane_];
-  report.n_rows = s_.n_rows;
+  report.n_rows = s_.n_rows, report.tally = s_.state.tally;
   report.entropy = s_.state.entropy, report.ghost_mass = s_.state.ghost_mass;
   report.tau = s_.state.tau;
 }

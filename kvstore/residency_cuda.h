@@ -15,20 +15,25 @@
 
 namespace thaw {
 
-// What a lane tells the host, in pinned memory. Sums since the last settle that the host took.
+// Residency::Tally, of all that ever happened: the host takes differences, which may wrap around.
+struct LaneTally {
+  std::uint32_t promoted, thawed, frozen;
+};
+
+// What a lane tells the host, in pinned memory.
 struct LaneReport {
-  std::int32_t n_rows;                    // hot now
-  std::int32_t n_attended, n_recalled;    // of the last settle: hot rows that were read, recalled
-  std::int32_t promoted, thawed, frozen;  // up to the last settle: Residency::Tally
-  std::int32_t n_chosen;                  // by choose_rows
-  std::int32_t complete;                  // cut_lanes: every token that must be hot is
+  std::int32_t n_rows;                  // hot now
+  std::int32_t n_attended, n_recalled;  // of the last settle: hot rows that were read, recalled
+  LaneTally tally;
+  std::int32_t n_chosen;  // rows that there will be: choose_rows, choose_woken
+  std::int32_t complete;  // cut_lanes: every token that must be hot is
   float entropy, ghost_mass, tau;
 };
 
 // Of one lane, what is not by token or row.
 struct LaneState {
   float entropy, spread, ghost_mass, tau;
-  std::int32_t promoted, thawed, frozen;
+  LaneTally tally;
   std::int32_t n_asleep;
 };
 
@@ -51,7 +56,7 @@ struct DeviceLanes {
   DeviceRows cold;                      // of layer 0
   std::int32_t* n_rows;                 // a lane
   std::int32_t *tokens, *from;          // lane x room: the token of a row, and where its copy is
-  std::uint32_t *mask, *chosen;         // lane x mask_words, by token: hot; what choose_rows chose
+  std::uint32_t *mask, *chosen;         // lane x mask_words, by token: hot; chosen to be
   const std::byte* const* token_pages;  // kTierTokens tokens each: see LaneBlock::state_of()
   Sleeper* asleep;                      // asr: lane x room, in the order in which they fell asleep
   std::int32_t* waking;                 // asr: lane x room
@@ -60,8 +65,8 @@ struct DeviceLanes {
   DeviceStats stats;                    // of decode, from lane 0 of layer 0 on
 };
 
-// Bytes of one token's score, hits and timer.
-inline constexpr std::size_t kTokenStateBytes = 8;
+// Bytes of one token's score, stamp (froze_recently()), hits and timer.
+inline constexpr std::size_t kTokenStateBytes = 12;
 
 // The kernels, each queued for all lanes. bounds: most hot tokens of a lane, a layer.
 struct LaneWork {
@@ -82,6 +87,11 @@ struct LaneWork {
   void settle() const;                       // Residency::settle() of lanes.stats
   void drop(int position) const;             // rows of a step that was given up
   void cut(int position, int length) const;  // Residency::cut(); length: tokens so far
+  // Whom Residency::wake_sleepers() (kSoft) or wake_recent() (kWindow) wakes, and waking those, for
+  // which there must be room; forget_history().
+  void choose_woken(Rung rung) const;
+  void wake() const;
+  void forget() const;
 };
 
 }  // namespace thaw

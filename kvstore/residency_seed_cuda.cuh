@@ -167,7 +167,7 @@ __device__ inline void LaneBlock::settle_asr(const float* relevance) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < s_.n_waking; ++i) {
       if (insert(waking[i]))
-        ++s_.state.thawed;
+        ++s_.state.tally.thawed;
       else
         fall_asleep(waking[i], 1);
     }
@@ -185,7 +185,7 @@ __device__ inline void LaneBlock::cut(int position, int length) {
   drop(position);
   for (int t = position + static_cast<int>(threadIdx.x); t < length; t += kLaneThreads) {
     const TokenState state = state_of(t);
-    *state.score = 0, *state.hits = *state.timer = 0;
+    *state.score = 0, *state.stamp = 0, *state.hits = *state.timer = 0;
   }
   if (threadIdx.x == 0) {
     int kept = 0;
@@ -215,7 +215,7 @@ __device__ inline void LaneBlock::thaw_again(int token, bool& complete) {
   make_room(1);
   if (threadIdx.x == 0) {
     const bool fits = insert(token);
-    s_.state.thawed += fits ? 1 : 0;
+    s_.state.tally.thawed += fits ? 1 : 0;
     complete = complete && fits;
   }
   __syncthreads();  // it is hot, if it can be

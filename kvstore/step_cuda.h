@@ -13,6 +13,7 @@ struct StepPlace {
 
 // And what decisions about residency need to know of the moment.
 struct DeviceMoment : StepPlace {
+  std::int32_t step;        // decode steps since the store was made or cleared
   std::int32_t can_freeze;  // 0 while frozen tokens would have no ghosts yet
   float epsilon;            // thaw: PolicyParams::epsilon, or less during recovery
 };

@@ -7,46 +7,15 @@
 #include "kvstore/bounds.h"
 #include "kvstore/kvstore.h"
 #include "kvstore/lane.h"
+#include "kvstore/recovery.h"
 #include "kvstore/residency.h"
+#include "kvstore/step_counter.h"
 #include "kvstore/tiers.h"
 
 namespace thaw {
 
-std::int64_t KvShape::bytes_per_token() const {
-  return std::int64_t{2} * n_layers * n_kv_heads *
-         static_cast<std::int64_t>(kv_row_bytes(type, head_dim));
-}
-
-void check_shape(const KvShape& s) {
-  require(s.n_layers > 0 && s.n_kv_heads > 0 && s.head_dim > 0 && s.capacity > 0,
-          "KV store: expected positive sizes, found ", s.n_layers, " layers, ", s.n_kv_heads,
-          " heads of ", s.head_dim, ", ", s.capacity, " tokens");
-  std::int64_t total = 8;
-  bool overflows = false;
-  for (int factor : {s.n_layers, s.n_kv_heads, s.head_dim, s.capacity})
-    overflows |= __builtin_mul_overflow(total, factor, &total);
-  require(!overflows, "KV store: ", s.capacity, " tokens of ", s.n_layers, " layers of ",
-          s.n_kv_heads, " heads of ", s.head_dim, " do not fit 64 bits");
-  require((s.type != KvType::kQ8_0 && s.type != KvType::kQ4_0) || s.head_dim % 32 == 0,
-          "KV store: ", kv_type_name(s.type), ": expected a head_dim that 32 divides, found ",
-          s.head_dim);
-}
-
-void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase) {
-  const int first = *std::min_element(appended.begin(), appended.end());
-  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
-          n_tokens);
-  require(n_tokens <= shape.capacity - first, "KV store: expected at most ", shape.capacity,
-          " tokens, found ", std::int64_t{first} + n_tokens);
-  for (const int n : appended)
-    require(n == first, "KV store: the last step reached only some layers; rewind first");
-}
-
 namespace {
 
-constexpr int kAlarmSteps = 16;  // decode steps that a rung's help lasts
-constexpr int kWakeSteps = 64;   // how far back the window rung wakes
-constexpr float kAlarmEpsilon = 0.25f;
 constexpr int kCheckSteps = 64;  // decode steps between checks of every token
 
 class TieredKvStore final : public KvStore {
@@ -69,13 +38,13 @@ class TieredKvStore final : public KvStore {
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
-  const KvCounters& counters() const override { return counters_; }
+  const KvCounters& counters() const override { return counter_.counters(); }
   float ghost_mass() const override;
 
  private:
   const PolicyParams& params() const { return options_.policy; }
   bool full() const { return params().policy == Policy::kFull; }
-  bool exact() const { return full() || phase_ == Phase::kPrefill || exact_steps_ > 0; }
+  bool exact() const { return full() || phase_ == Phase::kPrefill || relief_.exact_steps > 0; }
   int lane_heads() const {
     return params().policy == Policy::kThaw && params().per_head ? 1 : shape_.n_kv_heads;
   }
@@ -105,10 +74,8 @@ class TieredKvStore final : public KvStore {
   Phase phase_ = Phase::kPrefill;
   int step_first_ = 0;   // first token of the step
   bool seeded_ = false;  // residency has been decided since the last exact step
-  int exact_steps_ = 0;  // recovery: decode steps that still attend everything
-  int alarm_steps_ = 0;  // recovery: decode steps with a lower epsilon
-  KvCounters counters_;
-  KvStep line_;  // of the running decode step
+  Relief relief_;
+  StepCounter counter_;
   KvRecorder* recorder_ = nullptr;
 };
 
@@ -128,8 +95,8 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
               bounds_.centre_tokens()),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)) {
-  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
+      unsettled_(static_cast<std::size_t>(shape.n_layers)),
+      counter_(shape_, options_.policy, lane_heads()) {
   check_options();
   make_lanes();
 }
@@ -168,9 +135,9 @@ std::span<const Residency> TieredKvStore::lanes(int layer) const {
 Moment TieredKvStore::moment(int layer, int kv_len) const {
   Moment now;
   now.kv_len = kv_len;
-  now.step = static_cast<int>(counters_.steps);
+  now.step = static_cast<int>(counter_.counters().steps);
   now.bound = bounds_.bound(layer, kv_len);
-  now.epsilon = params().epsilon * (alarm_steps_ > 0 ? kAlarmEpsilon : 1.0f);
+  now.epsilon = relief_.epsilon(params());
   const GhostView ghosts = ghosts_.view(layer);
   now.can_freeze = !ghosts.format.present() || kv_len >= ghosts_.centre_tokens();
   now.cold = cold_.rows(layer, kv_len);
@@ -195,7 +162,7 @@ void TieredKvStore::make_residency(int kv_len) {
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       entropy_[static_cast<std::size_t>(layer)] = std::max(1e-6f, lanes(layer)[0].entropy());
   bounds_.share(kv_len + 1, entropy_);
-  if (exact_steps_ == 0 && !seeded_) seed(kv_len);
+  if (relief_.exact_steps == 0 && !seeded_) seed(kv_len);
   arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
     return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
   }));
@@ -211,10 +178,8 @@ void TieredKvStore::begin(int n_tokens, Phase phase) {
   if (phase == Phase::kDecode && !full()) make_residency(first);
   phase_ = phase;
   step_first_ = first;
-  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
-  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
-  if (phase == Phase::kPrefill || full()) return;
-  for (int layer = 0; exact_steps_ == 0 && layer < shape_.n_layers; ++layer)
+  counter_.begin(kv_len);
+  for (int layer = 0; !exact() && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
 }
 
@@ -261,52 +226,27 @@ int TieredKvStore::stats_rows(int n_tokens) const {
 }
 
 void TieredKvStore::count(int layer, const AttentionStats& stats) {
-  const double heads = shape_.n_kv_heads, share = lane_heads() / heads;
-  const int kv_len = appended_[static_cast<std::size_t>(layer)];
-  const std::int64_t row =
-      2 * static_cast<std::int64_t>(kv_row_bytes(shape_.type, shape_.head_dim));
-  const std::int64_t lane_row = row * lane_heads();
-  KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
-  std::int64_t bytes = 0;
-  counters_.visible += kv_len;
-  if (full()) {
-    counters_.attended += kv_len;
-    line.hot = static_cast<float>(kv_len);
-  }
-  counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
-  std::size_t i = 0;
+  std::vector<LaneStep> steps;
   for (Residency& lane : lanes(layer)) {
     const Residency::Tally tally = lane.take_tally();
-    std::size_t read = 0;  // tokens, from the cold tier: what is recalled is made hot without
-                           // another read
-    if (exact_steps_ > 0) {
-      counters_.attended += share * kv_len;
-      read = static_cast<std::size_t>(kv_len - lane.lane().n_rows());
-    } else {
-      const std::size_t recalled = stats.lanes[i].recalled.size();
-      read = recalled + static_cast<std::size_t>(tally.thawed);
-      counters_.attended +=
-          share * static_cast<double>(stats.lanes[i].probability.size() + recalled);
-      counters_.recalled += share * static_cast<double>(recalled);
-      line.recalled += static_cast<float>(share * static_cast<double>(recalled));
-    }
-    bytes += lane_row * static_cast<std::int64_t>(read);
-    const double thawed = share * (tally.promoted + tally.thawed);
-    counters_.thawed += thawed;
-    line.thawed += static_cast<float>(thawed);
-    counters_.frozen += share * tally.frozen;
-    line.frozen += static_cast<float>(share * tally.frozen);
-    line.hot += static_cast<float>(share * lane.lane().n_rows());
-    line.entropy += static_cast<float>(share) * lane.entropy();
-    line.ghost_mass += static_cast<float>(share) * lane.ghost_mass();
-    line.threshold = params().policy == Policy::kAsr    ? lane.tau()
-                     : params().policy == Policy::kThaw ? moment(layer, kv_len).epsilon
-                                                        : 0.0f;
-    ++i;
+    LaneStep& step = steps.emplace_back();
+    step = {lane.lane().n_rows(),
+            0,
+            0,
+            tally.promoted,
+            tally.thawed,
+            tally.frozen,
+            lane.entropy(),
+            lane.ghost_mass(),
+            lane.tau()};
+    if (exact()) continue;
+    const AttentionStats::Lane& seen = stats.lanes[steps.size() - 1];
+    step.n_attended = static_cast<int>(seen.probability.size());
+    step.n_recalled = static_cast<int>(seen.recalled.size());
   }
-  line.budget = static_cast<float>(bounds_.bound(layer, kv_len));
-  line_.cold_bytes_read += bytes;
-  counters_.cold_bytes_read += bytes;
+  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  const Moment now = moment(layer, kv_len);
+  counter_.count({layer, kv_len, now.bound, exact(), now.epsilon}, steps);
 }
 
 void TieredKvStore::settle(int layer, const AttentionStats& stats) {
@@ -330,18 +270,13 @@ void TieredKvStore::settle(int layer, const AttentionStats& stats) {
 void TieredKvStore::finish_step() {
   if (exact()) seeded_ = false;
   if (phase_ == Phase::kDecode) {
-    ++counters_.steps;
-    if (recorder_) {
-      const KvUsage used = usage();
-      line_.hot_bytes = used.resident - used.ghosts;
-      line_.ghost_bytes = used.ghosts;
-      recorder_->step(line_);
-    }
-    if (exact_steps_ > 0) --exact_steps_;
-    if (alarm_steps_ > 0) --alarm_steps_;
+    const KvUsage used = usage();
+    const KvStep& line = counter_.finish(used.resident - used.ghosts, used.ghosts);
+    if (recorder_) recorder_->step(line);
+    relief_.step();
   }
   if (!options_.check) return;
-  const bool all = phase_ == Phase::kDecode && counters_.steps % kCheckSteps == 0;
+  const bool all = phase_ == Phase::kDecode && counter_.counters().steps % kCheckSteps == 0;
   check_from(all ? 0 : step_first_);
 }
 
@@ -352,7 +287,7 @@ void TieredKvStore::rewind(int position) {
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
   if (position == 0) {
-    exact_steps_ = alarm_steps_ = 0, seeded_ = false;
+    relief_ = {}, seeded_ = false;
     std::fill(entropy_.begin(), entropy_.end(), 1.0f);
   }
   bounds_.share(position, entropy_);
@@ -360,23 +295,18 @@ void TieredKvStore::rewind(int position) {
     for (Residency& lane : lanes(layer))
       seeded_ = lane.cut(moment(layer, position), position) && seeded_;
   if (recorder_)
-    recorder_->event(
-        {KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1, position, 0, 0, 0});
+    recorder_->event({KvEvent::kRewind, static_cast<std::int32_t>(counter_.counters().steps), -1,
+                      -1, position, 0, 0, 0});
 }
 
 void TieredKvStore::clear() {
   rewind(0);
-  counters_ = {};
+  counter_.clear();
 }
 
 double TieredKvStore::reset(Rung rung) {
   if (rung == Rung::kNone || full()) return 0;
-  const bool timed = params().policy == Policy::kThaw || params().policy == Policy::kAsr;
-  if (rung == Rung::kSoft && params().policy == Policy::kThaw) alarm_steps_ = kAlarmSteps;
-  if (rung >= Rung::kFull)
-    exact_steps_ = kAlarmSteps;
-  else if (!timed)
-    exact_steps_ = std::max(exact_steps_, rung == Rung::kSoft ? 1 : 4);
+  relief_.begin(rung, params());
   double thawed = 0;
   const int kv_len = length();
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
@@ -385,7 +315,7 @@ double TieredKvStore::reset(Rung rung) {
       const int before = lane.lane().n_rows();
       if (rung >= Rung::kFull) lane.forget_history();
       if (rung == Rung::kSoft) lane.wake_sleepers(now);
-      if (rung == Rung::kWindow) lane.wake_recent(now, kWakeSteps);
+      if (rung == Rung::kWindow) lane.wake_recent(now);
       thawed +=
           (lane.lane().n_rows() - before) * lane_heads() / static_cast<double>(shape_.n_kv_heads);
     }

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <limits>
+#include <optional>
 #include <vector>
 
 #include "device/error.h"
@@ -9,6 +10,8 @@
 #include "kvstore/cold_tier_cuda.h"
 #include "kvstore/ghost_tier_cuda.h"
 #include "kvstore/lanes_cuda.h"
+#include "kvstore/recovery.h"
+#include "kvstore/step_counter.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
 
@@ -36,7 +39,7 @@ class CudaTieredStore final : public KvStore {
   int stats_rows(int n_tokens) const override { return stats_rows(n_tokens, phase_); }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
-  void clear() override { rewind(0), counters_ = {}; }
+  void clear() override { rewind(0), counter_.clear(); }
   double reset(Rung rung) override;
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
@@ -45,12 +48,13 @@ class CudaTieredStore final : public KvStore {
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
-  const KvCounters& counters() const override { return catch_up(), counters_; }
+  const KvCounters& counters() const override { return catch_up(), counter_.counters(); }
   float ghost_mass() const override;
 
  private:
   const PolicyParams& params() const { return options_.policy; }
-  bool exact() const { return phase_ == Phase::kPrefill; }
+  bool exact(Phase phase) const { return phase == Phase::kPrefill || relief_.exact_steps > 0; }
+  bool exact() const { return exact(phase_); }
   int stats_rows(int n_tokens, Phase phase) const;
   DeviceMoment moment(int first, int kv_len) const;
   void send_moment(const DeviceMoment& moment);
@@ -66,9 +70,9 @@ class CudaTieredStore final : public KvStore {
   void close_rows(int position);
   void cut(int position);
   void make_views();
+  double wake(Rung rung, int kv_len);
   void catch_up() const;
   void count() const;
-  void count_layer(int layer) const;
   void finish_step();
   void check_from(int first) const;
 
@@ -89,13 +93,18 @@ class CudaTieredStore final : public KvStore {
   std::vector<int> appended_;               // tokens held, a layer
   std::vector<char> unsettled_;             // a layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
-  int n_step_ = 0;                  // tokens of the step
-  bool seeded_ = false;             // residency has been decided since the last exact step
-  bool is_open_ = false;            // a decode step has begun, and its end is not queued yet
+  int n_step_ = 0;        // tokens of the step
+  bool seeded_ = false;   // residency has been decided since the last exact step
+  bool is_open_ = false;  // a decode step has begun, and its end is not queued yet
+  Relief relief_;
   mutable bool reporting_ = false;  // work is queued that writes reports
-  mutable bool uncounted_ = false;  // and that of a decode step is not in the counters yet
-  mutable KvCounters counters_;
-  mutable KvStep line_;  // of the last decode step that was counted
+  struct Ended {
+    bool exact;
+    float epsilon;
+  };
+  mutable std::optional<Ended> uncounted_;  // a decode step that is not in the counters yet
+  mutable std::vector<LaneTally> counted_;  // a lane: what is
+  mutable StepCounter counter_;
   KvRecorder* recorder_ = nullptr;
 };
 
@@ -132,15 +141,16 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       views_(static_cast<std::size_t>(shape.n_layers)),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)) {
+      unsettled_(static_cast<std::size_t>(shape.n_layers)),
+      counted_(static_cast<std::size_t>(lanes_.n_lanes())),
+      counter_(shape_, options_.policy, lanes_.all().lane_heads) {
   fill_device(limits_.data(), 0, limits_.bytes(), stream);
-  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
 }
 
 int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
   switch (params().policy) {
     case Policy::kWindow:
-      return phase == Phase::kPrefill ? 0 : 1;
+      return exact(phase) ? 0 : 1;
     case Policy::kH2o:
     case Policy::kBudget:
       return n_tokens;
@@ -152,8 +162,9 @@ int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
 DeviceMoment CudaTieredStore::moment(int first, int kv_len) const {
   DeviceMoment now;
   now.first = first, now.kv_len = kv_len;
+  now.step = static_cast<std::int32_t>(counter_.counters().steps);
   now.can_freeze = !ghosts_.present() || kv_len >= ghosts_.centre_tokens();
-  now.epsilon = params().epsilon;
+  now.epsilon = relief_.epsilon(params());
   return now;
 }
 
@@ -167,15 +178,14 @@ void CudaTieredStore::catch_up() const {
   if (reporting_) stream_.synchronize();
   reporting_ = false;
   if (uncounted_) count();
-  uncounted_ = false;
+  uncounted_.reset();
 }
 
 void CudaTieredStore::reserve(int kv_len, int n_tokens, Phase phase) {
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
   lanes_.reserve_tokens(kv_len);
-  if (phase == Phase::kPrefill && stats_rows(n_tokens, phase) > 0)
-    lanes_.reserve_statistics(kv_len);
+  if (exact(phase) && stats_rows(n_tokens, phase) > 0) lanes_.reserve_statistics(kv_len);
 }
 
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
@@ -186,18 +196,19 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   reserve(first + n_tokens, n_tokens, phase);
   if (phase == Phase::kDecode) make_residency(first);
   phase_ = phase, n_step_ = n_tokens;
-  if (phase == Phase::kPrefill) send_moment(moment(first, first + n_tokens));
+  if (exact()) send_moment(moment(first, first + n_tokens));
   make_views();
 }
 
 // Before a decode step: hot tokens are chosen, if that is still to be done, and every lane has a
-// row for one more.
+// row for one more. Where every token is attended, lanes stay as they are.
 void CudaTieredStore::make_residency(int kv_len) {
   if (!seeded_ && params().policy == Policy::kBudget && kv_len > 0)
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       entropy_[static_cast<std::size_t>(layer)] =
           std::max(1e-6f, lanes_.report(layer * lanes_.per_layer()).entropy);
   bounds_.share(kv_len + 1, entropy_);
+  if (relief_.exact_steps > 0) return;
   send_limits(kv_len);
   if (!seeded_) seed(kv_len);
   open_rows(kv_len + 1);
@@ -214,7 +225,8 @@ void CudaTieredStore::send_limits(int kv_len) {
 // Most rows of a lane after a step that begins with n_rows.
 int CudaTieredStore::most_rows(int n_rows, int bound, int kv_len) const {
   if (params().policy == Policy::kAsr) return kv_len;
-  return std::min(bound, n_rows + std::min(lanes_.most_recalled(), kv_len));
+  return std::min(bound,
+                  n_rows + std::min(lanes_.most_recalled(relief_.epsilon(params())), kv_len));
 }
 
 void CudaTieredStore::seed(int kv_len) {
@@ -297,7 +309,7 @@ KvView CudaTieredStore::view(int layer) const {
   view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
   view.lane_heads = lanes_.all().lane_heads;
-  if (!exact()) view.recall = params().epsilon;
+  if (!exact()) view.recall = relief_.epsilon(params());
   return view;
 }
 
@@ -313,58 +325,51 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
 
 // Every layer's statistics are there: one kernel settles all lanes.
 void CudaTieredStore::finish_step() {
-  if (exact()) {
+  const bool was_exact = exact(), decode = phase_ == Phase::kDecode;
+  if (was_exact)
     seeded_ = false;
-  } else {
-    work(true).settle();
-    is_open_ = false, uncounted_ = true;
-  }
+  else
+    work(true).settle(), is_open_ = false;
+  if (decode) uncounted_ = {was_exact, relief_.epsilon(params())}, relief_.step();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
   const int n = length(), first = n - n_step_;
   for (int token = first; token < n; ++token)
     for (int l = 0; l < shape_.n_layers; ++l) cold_.wrote(l, token);
   catch_up();
-  check_from(!exact() && counters_.steps % kCheckSteps == 0 ? 0 : first);
+  check_from(decode && counter_.counters().steps % kCheckSteps == 0 ? 0 : first);
 }
 
 // As the CPU's store counts, lane by lane and in that order.
 void CudaTieredStore::count() const {
-  line_ = {static_cast<std::int32_t>(counters_.steps), length(), std::move(line_.layers), 0, 0, 0};
-  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
-  for (int layer = 0; layer < shape_.n_layers; ++layer) count_layer(layer);
-  ++counters_.steps;
-  counters_.cold_bytes_read += line_.cold_bytes_read;
-  if (!recorder_) return;
-  line_.hot_bytes = lanes_.hot_bytes(), line_.ghost_bytes = ghosts_.bytes();
-  recorder_->step(line_);
-}
-
-void CudaTieredStore::count_layer(int layer) const {
-  const double heads = shape_.n_kv_heads, share = lanes_.all().lane_heads / heads;
-  const int kv_len = appended_[static_cast<std::size_t>(layer)];
-  const std::int64_t row = 2 * static_cast<std::int64_t>(lanes_.all().kv_row);
-  KvStep::Layer& line = line_.layers[static_cast<std::size_t>(layer)];
-  counters_.visible += kv_len;
-  counters_.cold_bytes_visible += static_cast<double>(kv_len * row * shape_.n_kv_heads);
-  line.budget = static_cast<float>(bounds_.bound(layer, kv_len));
-  for (int i = 0; i < lanes_.per_layer(); ++i) {
-    const LaneReport& lane = lanes_.report(layer * lanes_.per_layer() + i);
-    const double recalled = share * lane.n_recalled, frozen = share * lane.frozen;
-    const double thawed = share * (lane.promoted + lane.thawed);
-    counters_.attended += share * (lane.n_attended + lane.n_recalled);
-    counters_.recalled += recalled, counters_.thawed += thawed, counters_.frozen += frozen;
-    line_.cold_bytes_read += row * lanes_.all().lane_heads * (lane.n_recalled + lane.thawed);
-    line.recalled += static_cast<float>(recalled);
-    line.thawed += static_cast<float>(thawed);
-    line.frozen += static_cast<float>(frozen);
-    line.hot += static_cast<float>(share * lane.n_rows);
-    line.entropy += static_cast<float>(share) * lane.entropy;
-    line.ghost_mass += static_cast<float>(share) * lane.ghost_mass;
-    line.threshold = params().policy == Policy::kAsr    ? lane.tau
-                     : params().policy == Policy::kThaw ? params().epsilon
-                                                        : 0.0f;
+  counter_.begin(length());
+  std::vector<LaneStep> steps(static_cast<std::size_t>(lanes_.per_layer()));
+  for (int layer = 0; layer < shape_.n_layers; ++layer) {
+    for (int i = 0; i < lanes_.per_layer(); ++i) {
+      const int lane = layer * lanes_.per_layer() + i;
+      const LaneReport& now = lanes_.report(lane);
+      LaneTally& counted = counted_[static_cast<std::size_t>(lane)];
+      const auto since = [](std::uint32_t all, std::uint32_t until) {
+        return static_cast<int>(all - until);
+      };
+      steps[static_cast<std::size_t>(i)] = {now.n_rows,
+                                            now.n_attended,
+                                            now.n_recalled,
+                                            since(now.tally.promoted, counted.promoted),
+                                            since(now.tally.thawed, counted.thawed),
+                                            since(now.tally.frozen, counted.frozen),
+                                            now.entropy,
+                                            now.ghost_mass,
+                                            now.tau};
+      counted = now.tally;
+    }
+    const int kv_len = appended_[static_cast<std::size_t>(layer)];
+    counter_.count(
+        {layer, kv_len, bounds_.bound(layer, kv_len), uncounted_->exact, uncounted_->epsilon},
+        steps);
   }
+  const KvStep& line = counter_.finish(lanes_.hot_bytes(), ghosts_.bytes());
+  if (recorder_) recorder_->step(line);
 }
 
 void CudaTieredStore::rewind(int position) {
@@ -387,7 +392,10 @@ void CudaTieredStore::close_rows(int position) {
 // Lanes without the tokens from `position` on. Waits for the stream.
 void CudaTieredStore::cut(int position) {
   stream_.synchronize();  // limits may be on their way
-  if (position == 0) seeded_ = false, std::fill(entropy_.begin(), entropy_.end(), 1.0f);
+  if (position == 0) {
+    relief_ = {}, seeded_ = false;
+    std::fill(entropy_.begin(), entropy_.end(), 1.0f);
+  }
   bounds_.share(position, entropy_);
   send_limits(position);
   const DeviceMoment now = moment(position, position);
@@ -411,9 +419,38 @@ void CudaTieredStore::cut(int position) {
 }
 
 double CudaTieredStore::reset(Rung rung) {
-  require(rung == Rung::kNone, "--recovery: runs on the CPU backend only; expected --recovery off ",
-          "or --backend cpu");
+  if (rung == Rung::kNone) return 0;
+  const int kv_len = length();
+  catch_up();
+  if (is_open_) close_rows(kv_len);
+  stream_.synchronize();  // limits may be on their way
+  send_limits(kv_len);
+  send_moment(moment(kv_len, kv_len));
+  relief_.begin(rung, params());
+  if (rung == Rung::kWindow || (rung == Rung::kSoft && params().policy == Policy::kAsr))
+    return wake(rung, kv_len);
+  if (rung >= Rung::kFull) work(false).forget();
   return 0;
+}
+
+// Waits for the stream. Returns tokens woken.
+double CudaTieredStore::wake(Rung rung, int kv_len) {
+  work(false).choose_woken(rung);
+  stream_.synchronize();  // how many rows there will be is known
+  std::vector<int> before;
+  int most = params().policy == Policy::kAsr ? kv_len : 1;
+  for (int lane = 0; lane < lanes_.n_lanes(); ++lane) {
+    before.push_back(lanes_.report(lane).n_rows);
+    most = std::max(most, lanes_.report(lane).n_chosen);
+  }
+  lanes_.reserve_rows(most);
+  work(false).wake();
+  stream_.synchronize();  // and how many there are
+  double woken = 0;
+  for (int lane = 0; lane < lanes_.n_lanes(); ++lane)
+    woken += (lanes_.report(lane).n_rows - before[static_cast<std::size_t>(lane)]) *
+             lanes_.all().lane_heads / static_cast<double>(shape_.n_kv_heads);
+  return woken;
 }
 
 void CudaTieredStore::record(KvRecorder* recorder) {
@@ -451,7 +488,7 @@ void CudaTieredStore::check_from(int first) const {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     const KvRows cold = cold_.host().rows(layer, n);
     ghost_check_.check(layer, cold, ghosts_.view(layer), first, n, stream_);
-    if (!seeded_ || exact()) continue;
+    if (!seeded_ || phase_ == Phase::kPrefill) continue;
     for (int i = 0; i < lanes_.per_layer(); ++i)
       check_lane(
           lanes_.snapshot(layer * lanes_.per_layer() + i, n),

@@ -18,9 +18,9 @@ namespace thaw {
 // the last settle() nothing is allocated or waited for, and what is queued reads the step's place
 // from device memory: a graph of a decode step serves every later one with the same views.
 //
-// counters() and ghost_mass() wait for the stream, too. A recorder is told of a step when the next
-// one begins or counters() is called. Recovery and recorders of events are not served: reset()
-// throws Error but for Rung::kNone, record() for those.
+// counters(), ghost_mass() and reset() wait for the stream, too; reset() throws Error when memory is
+// refused for the rows of those that it wakes. A recorder is told of a step when the next one begins
+// or counters() is called. Recorders of events are not served: record() throws Error for those.
 //
 // Throws Error for --policy full, --cold-file, and a head_dim that is no multiple of 8 up to 256.
 std::unique_ptr<KvStore> make_cuda_tiered_store(const KvShape& shape, const KvOptions& options,

@@ -33,7 +33,8 @@ expect "thaw, with a store that checks itself" 0 "$first" "run      cuda" -n 1 -
 expect "checked finds nothing" 0 "$first" "run      checked" -n 1 -v --backend checked
 expect "auto takes the device" 0 "$first" "backend  cuda: " -n 1
 expect "auto takes the cpu for what the device lacks" 0 "$cpu" \
-  "backend  cpu: --recovery runs on the CPU only" -n 3 --recovery soft
+  "backend  cpu: --report, --trace or --heat runs on the CPU only" -n 3 --report "$work/map.html"
+expect "recovery, checked" 0 "$first" "recovery" -n 1 --backend checked --recovery rewalk
 expect "what the device lacks" 1 "" "--cold-file: runs on the CPU only; expected --backend cpu" \
   --backend cuda --cold-file "$work/cold"
 echo "$passed passed, $failed failed"

@@ -10,8 +10,8 @@ mutants=$(grep -vE '^(#|$)' <<'END'
 kvstore/tiers.cpp|s/to.value_offset, v + head/to.value_offset, k + head/|a value in the cold tier
 kvstore/lane.cpp|s/cold.value(first_head_ + head, token)/cold.key(first_head_ + head, token)/|a hot copy
 # 2: a token is hot or frozen, never neither
-kvstore/residency.cpp|s/if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(now, token, 1);/thaw(now, token, KvEvent::kThaw, 0);/|asr forgets who found no room
-kvstore/residency.cpp|s/if (params_.policy == Policy::kAsr) sleep(now, token, 1);//|asr forgets who had to leave
+kvstore/residency.cpp|s/if (!thaw(now, token, KvEvent::kThaw, 0)) sleep(token, 1);/thaw(now, token, KvEvent::kThaw, 0);/|asr forgets who found no room
+kvstore/residency.cpp|s/if (params_.policy == Policy::kAsr) sleep(token, 1);//|asr forgets who had to leave
 # 3: rows, mask and free pages fit each other
 kvstore/lane.cpp|s/^  mask_.*&= .*$//|the mask of hot tokens
 kvstore/lane.cpp|s/^    arena_.give(pages_.back());$//|a page is lost
@@ -19,7 +19,7 @@ kvstore/lane.cpp|s/^    arena_.give(pages_.back());$//|a page is lost
 kvstore/lane.cpp|s/row_key(last, head), 2 \* kv_row_/row_key(last, head), kv_row_/|the value of a moved row
 kvstore/residency.cpp|s/token >= first_recent(now)/token > first_recent(now)/|the window
 # 5: timers and counters
-kvstore/residency.cpp|s/if (--f.timer == 0) waking/if (f.timer-- == 0) waking/|a sleep is a step too long
+kvstore/residency.cpp|s/if (--s.timer == 0) waking/if (s.timer-- == 0) waking/|a sleep is a step too long
 kvstore/policy.h|s/p.stay \* std::sqrt(static_cast<float>(hits))/p.stay * static_cast<float>(hits)/|stays without the root
 # 6: no more hot bytes than promised
 kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound || /if (/|the bound of a lane

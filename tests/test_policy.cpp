@@ -468,6 +468,30 @@ TEST_CASE("reset: each rung wakes what it names") {
   thaw.kv().check();
 }
 
+TEST_CASE("reset: when room is short the newest of those that froze lately are woken") {
+  KvOptions o = options(Policy::kThaw, 2, 1);
+  o.hot_tokens = 6;
+  Told thaw(o);
+  const auto on = [](std::vector<int> tokens) {
+    return [=](int, int token) {
+      return std::count(tokens.begin(), tokens.end(), token) > 0 ? 0.1f : 0.0f;
+    };
+  };
+  thaw.prefill(20, on({5, 8, 11}));
+  thaw.decode(nobody);
+  CHECK(thaw.hot() == std::vector<int>{0, 19, 20});
+  thaw.kv().reset(Rung::kWindow);  // 18, 11, 8 and 5 froze, and three fit
+  CHECK(thaw.hot() == std::vector<int>{0, 8, 11, 18, 19, 20});
+}
+
+TEST_CASE("reset: what froze long ago stays frozen") {
+  Told thaw(options(Policy::kThaw, 2, 1));
+  thaw.prefill(20, [](int, int token) { return token == 8 ? 0.1f : 0.0f; });
+  for (int step = 0; step < 65; ++step) thaw.decode(nobody);
+  CHECK(thaw.kv().reset(Rung::kWindow) == 64);  // 8 and 18 froze in step 0, 19 to 82 since
+  CHECK(thaw.hot() == joined({0}, range(19, 85)));
+}
+
 TEST_CASE("reset: a milder rung does not shorten the help of a stronger one") {
   KvOptions o = options(Policy::kH2o, 2, 1);
   o.hot_tokens = 6;

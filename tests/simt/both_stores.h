@@ -67,6 +67,12 @@ class BothStores {
     compare_counters();
   }
 
+  void reset(Rung rung) {
+    const double woken = cuda->reset(rung);
+    CHECK(cpu->reset(rung) == woken);
+    n_woken += woken;
+  }
+
   void step(int n, Phase phase, Mood mood) {
     const KvShape& s = cpu->shape();
     cpu->begin(n, phase), cuda->begin(n, phase);
@@ -81,8 +87,9 @@ class BothStores {
       stream.synchronize();
       const KvView view = cpu->view(layer);
       const AttentionStats stats =
-          phase == Phase::kPrefill ? prompt_stats(view, n, mood) : decode_stats(view, mood);
+          view.lanes.empty() ? prompt_stats(view, n, mood) : decode_stats(view, mood);
       if (phase == Phase::kDecode) compare_hot(view, *cuda->view(layer).device);
+      CHECK(cuda->view(layer).recall == view.recall);
       write_stats(stats, cuda->view(layer).device->stats);
       cpu->settle(layer, stats), cuda->settle(layer, {});
     }
@@ -92,6 +99,7 @@ class BothStores {
   Stream stream;
   std::unique_ptr<KvStore> cpu, cuda;
   int n_compared = 0;  // hot rows
+  double n_woken = 0;  // tokens, by reset()
 
  private:
   float draw(Mood mood) {
@@ -172,9 +180,12 @@ class BothStores {
   void compare_hot(const KvView& view, const DeviceView& device) {
     const DeviceHot& hot = device.hot;
     REQUIRE(hot.n_lanes == static_cast<int>(view.lanes.size()));
-    REQUIRE(hot.lane_heads == view.lane_heads);
     const std::int32_t kv_len = read(device.kv_len, 1)[0];
     CHECK(kv_len == view.kv_len);
+    if (hot.n_lanes == 0) return;
+    REQUIRE(hot.lane_heads == view.lane_heads);
+    const float recall = read(device.recall, 1)[0];
+    CHECK(recall == view.recall);
     const std::vector<std::int32_t> n_rows = read(hot.n_rows, view.lanes.size());
     for (std::size_t i = 0; i < view.lanes.size(); ++i) {
       const LaneView& lane = view.lanes[i];

@@ -7,6 +7,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -28,9 +29,11 @@ using Logits = std::vector<float>;
 
 // ThreadSanitizer is slow, and sees what is unordered in any order.
 #ifdef __SANITIZE_THREAD__
+constexpr bool kIsSlow = true;
 constexpr int kOrders = 3, kEveryCall = 23, kGraphPrompt = 10, kTieredSteps = 8;
 constexpr DType kTypes[] = {DType::kBF16, DType::kQ4_1};
 #else
+constexpr bool kIsSlow = false;
 constexpr int kOrders = 32, kEveryCall = 1, kGraphPrompt = 120;  // and its steps open a page
 constexpr int kTieredSteps = 40;
 constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
@@ -67,10 +70,12 @@ struct Machine {
 };
 
 // The prompt, then n tokens greedily; logits of every step one after the other.
-Tokens generate(Machine& m, const Tokens& prompt, int n, Logits* all = nullptr) {
+Tokens generate(Machine& m, const Tokens& prompt, int n, Logits* all = nullptr,
+                const std::function<void(int)>& before_step = {}) {
   std::span<const float> logits = m.transformer.prefill(prompt, *m.kv);
   Tokens tokens;
   for (int i = 0; i < n; ++i) {
+    if (before_step) before_step(i);
     if (all) all->insert(all->end(), logits.begin(), logits.end());
     const auto best = std::max_element(logits.begin(), logits.end()) - logits.begin();
     tokens.push_back(static_cast<std::int32_t>(best));
@@ -205,6 +210,48 @@ TEST_CASE("cuda forward: under two policies, by graph and without, what the CPU 
     CHECK(run(std::move(plain), without) == expected);
     CHECK(by_graph == without);
     CHECK(testing::nmse(by_graph, cpu) <= 3.2e-5);
+  }
+}
+
+// Tolerance as above. The exact steps share a graph, which is not that of the steps around them.
+TEST_CASE("cuda forward: recovery in the middle of a text, by graph and without, as on the CPU") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
+  for (const Policy policy : {Policy::kThaw, Policy::kAsr, Policy::kH2o}) {
+    if (kIsSlow && policy != Policy::kThaw) continue;
+    CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+    KvOptions o;
+    o.policy.policy = policy;
+    o.policy.window = 4, o.policy.softness = 0.4f;
+    o.policy.epsilon = 1e-2f;
+    o.centre_tokens = 16;
+    if (policy == Policy::kH2o) o.hot_tokens = 12;
+    const KvShape shape = kv_shape(tiny.model.config, 300, KvType::kF32);
+    int n_calls = 0;  // of CUDA, in an exact step
+    const auto run = [&](std::unique_ptr<Backend> backend, Logits& logits) {
+      Machine m(tiny.model, std::move(backend));
+      m.kv = m.transformer.backend().make_kv_store(shape, o);
+      const auto reset = [&](int step) {
+        if (step == 3) m.kv->reset(Rung::kSoft);
+        if (step == 7) m.kv->reset(Rung::kWindow);
+        if (step == 11) m.kv->reset(Rung::kFull);
+        const int since_last = simt::fail_call(0);
+        if (step == 16) n_calls = since_last;
+      };
+      const Tokens all = generate(m, prompt(20, 96), kIsSlow ? 17 : 34, &logits, reset);
+      CHECK(m.kv->counters().frozen > 0);
+      return all;
+    };
+    auto plain = std::make_unique<CudaBackend>(tiny.model, 1);
+    plain->use_graphs(false);
+    Logits cpu, by_graph, without, checked;
+    const Tokens expected = run(make_cpu_backend(tiny.model, 1), cpu);
+    CHECK(run(make_cuda_backend(tiny.model, 1), by_graph) == expected);
+    CHECK(n_calls < 10);
+    CHECK(run(std::move(plain), without) == expected);
+    CHECK(n_calls > 20);
+    CHECK(by_graph == without);
+    CHECK(testing::nmse(by_graph, cpu) <= 3.2e-5);
+    CHECK(run(make_checked_backend(tiny.model, 1), checked) == expected);
   }
 }
 

@@ -84,6 +84,30 @@ class BothLanes {
     cuda_.work(moment_.data(), bounds_.data()).place();
     compare();
     settle(bound);
+    ++step_;
+  }
+
+  void reset(Rung rung, int bound) {
+    send_moment(at(kv_len_, bound));
+    const LaneWork work = cuda_.work(moment_.data(), bounds_.data());
+    if (rung == Rung::kFull) {
+      work.forget();
+      for (Residency& lane : cpu_) lane.forget_history();
+      return compare();
+    }
+    work.choose_woken(rung);
+    stream_.synchronize();
+    int most = kv_len_;
+    for (std::size_t i = 0; i < cpu_.size(); ++i) {
+      const int n_chosen = cuda_.report(static_cast<int>(i)).n_chosen;
+      if (rung == Rung::kSoft) cpu_[i].wake_sleepers(host_moment(bound));
+      if (rung == Rung::kWindow) cpu_[i].wake_recent(host_moment(bound));
+      CHECK(n_chosen == cpu_[i].lane().n_rows());
+      most = std::max(most, n_chosen);
+    }
+    cuda_.reserve_rows(most);
+    cuda_.work(moment_.data(), bounds_.data()).wake();
+    compare();
   }
 
   void cut(int position, int bound) {
@@ -126,11 +150,12 @@ class BothLanes {
 
   DeviceMoment at(int kv_len, int bound) {
     bound_ = std::min(bound, kv_len);
-    return {{kv_len - 1, kv_len}, kv_len >= 20, params_.epsilon};
+    return {{kv_len - 1, kv_len}, step_, kv_len >= 20, params_.epsilon};
   }
   Moment host_moment(int bound) {
     Moment now;
     now.kv_len = kv_len_;
+    now.step = step_;
     now.bound = std::min(bound, kv_len_);
     now.epsilon = params_.epsilon;
     now.can_freeze = kv_len_ >= 20;
@@ -188,9 +213,11 @@ class BothLanes {
     for (std::size_t i = 0; i < cpu_.size(); ++i) {
       const Residency::Tally tally = cpu_[i].take_tally();
       const LaneReport& report = cuda_.report(static_cast<int>(i));
-      CHECK(report.promoted == tally.promoted);
-      CHECK(report.thawed == tally.thawed);
-      CHECK(report.frozen == tally.frozen);
+      LaneTally& all = tallies_[i];
+      all.promoted += tally.promoted, all.thawed += tally.thawed, all.frozen += tally.frozen;
+      CHECK(report.tally.promoted == all.promoted);
+      CHECK(report.tally.thawed == all.thawed);
+      CHECK(report.tally.frozen == all.frozen);
       n_promoted += tally.promoted, n_thawed += tally.thawed, n_frozen += tally.frozen;
     }
   }
@@ -219,7 +246,7 @@ class BothLanes {
   Stream stream_;
   PolicyParams params_;
   int n_heads_, kv_len_ = 0;
-  std::int32_t bound_ = 0;
+  std::int32_t bound_ = 0, step_ = 0;
   std::unique_ptr<PageSource> pinned_, memory_, device_;
   ColdTier cold_;
   DeviceBuffer<const std::byte*> table_;
@@ -228,6 +255,7 @@ class BothLanes {
   DeviceBuffer<DeviceMoment> moment_;
   DeviceBuffer<std::int32_t> bounds_;
   std::vector<Residency> cpu_;
+  LaneTally tallies_[kHeads] = {};
   testing::Random random_;
 };
 
@@ -250,6 +278,10 @@ TEST_CASE("cuda lanes: hits, timers, ranks and rows are those of the CPU after e
       both.prefill(1 + random.below(round == 3 ? 200 : 30));
       both.seed(bound());
       for (int i = random.below(testing::kIsSlow ? 3 : 9); i >= 0; --i) both.step(bound());
+      if (random.below(2) == 0) {
+        both.reset(static_cast<Rung>(1 + random.below(3)), bound());
+        for (int i = random.below(3); i > 0; --i) both.step(bound());
+      }
       if (random.below(2) == 0) both.cut(random.below(both.length() + 1), bound());
     }
     promoted += both.n_promoted, thawed += both.n_thawed, frozen += both.n_frozen;

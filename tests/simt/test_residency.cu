@@ -60,6 +60,52 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
     }
 }
 
+// Rungs between steps, alone, one after the other and in the middle of what an earlier one began.
+double recover(const KvOptions& options) {
+  BothStores both({kLayers, 2, 8, 300, KvType::kF16, {}}, options, 3);
+  both.reset(Rung::kWindow);
+  both.prefill(45, Mood::kPlain);
+  both.reset(Rung::kWindow);
+  for (const Rung rung : {Rung::kSoft, Rung::kWindow, Rung::kFull, Rung::kRewalk}) {
+    if (testing::kIsSlow && rung == Rung::kRewalk) continue;
+    CAPTURE(kRungNames[static_cast<int>(rung)]);
+    both.decode(testing::kIsSlow ? 1 : 5, Mood::kNoneHit);
+    both.reset(rung);
+    both.decode(testing::kIsSlow ? 2 : 18, Mood::kTies);
+    both.reset(rung);
+    both.decode(2, Mood::kPlain);
+    both.reset(Rung::kWindow);
+    both.reset(Rung::kSoft);
+    both.rewind(both.cpu->length() - 3);
+    both.decode(testing::kIsSlow ? 1 : 3, Mood::kPlain);
+    both.prefill(1, Mood::kTies);
+    both.reset(Rung::kFull);
+    both.decode(testing::kIsSlow ? 1 : 18, Mood::kTies);
+    both.cuda->check();
+  }
+  both.reset(Rung::kFull);
+  both.rewind(0);
+  both.decode(2, Mood::kTies);
+  return both.n_woken;
+}
+
+TEST_CASE("cuda residency: every rung of recovery wakes whom it wakes on the CPU") {
+  for (const Policy policy : kPolicies) {
+    CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+    double n_woken = 0;
+    for (const int bound : {0, 13, 60}) {
+      if (testing::kIsSlow && bound != 0) continue;
+      CAPTURE(bound);
+      KvOptions options = options_of(policy);
+      options.hot_tokens = bound;
+      options.check = bound == 60;
+      n_woken += recover(options);
+    }
+    const bool timed = policy == Policy::kThaw || policy == Policy::kAsr;
+    CHECK((n_woken > 0 || !timed));
+  }
+}
+
 TEST_CASE("cuda residency: invariants hold after every step") {
   for (const Policy policy : kPolicies) {
     CAPTURE(kPolicyNames[static_cast<int>(policy)]);
