@@ -302,9 +302,7 @@ double TieredKvStore::reset(Rung rung) {
     for (Residency& lane : lanes(layer)) {
       const Moment now = moment(layer, kv_len);
       const int before = lane.lane().n_rows();
-      if (rung >= Rung::kFull) lane.forget_history();
-      if (rung == Rung::kSoft) lane.wake_sleepers(now);
-      if (rung == Rung::kWindow) lane.wake_recent(now);
+      lane.reset(rung, now);
       thawed +=
           (lane.lane().n_rows() - before) * lane_heads() / static_cast<double>(shape_.n_kv_heads);
     }

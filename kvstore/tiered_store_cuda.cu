@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "device/error.h"
@@ -9,6 +10,7 @@
 #include "kvstore/cold_tier_cuda.h"
 #include "kvstore/ghost_tier_cuda.h"
 #include "kvstore/hot_tier_cuda.h"
+#include "kvstore/shadow_lanes_cuda.h"
 #include "kvstore/step_counter.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
@@ -47,7 +49,12 @@ class CudaTieredStore final : public KvStore {
   int stats_rows(int n_tokens, Phase phase) const;
   void make_views();
   void catch_up() const;
-  void count() const;
+  struct Ended {
+    Phase phase;
+    bool exact;
+    float epsilon;
+  };
+  void count(const Ended& ended) const;
   void finish_step();
   void check_from(int first) const;
 
@@ -65,14 +72,11 @@ class CudaTieredStore final : public KvStore {
   std::vector<int> appended_;      // tokens held, a layer
   std::vector<char> unsettled_;    // a layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
-  int n_step_ = 0;                  // tokens of the step
-  mutable bool reporting_ = false;  // work is queued that writes reports
-  struct Ended {
-    bool exact;
-    float epsilon;
-  };
-  mutable std::optional<Ended> uncounted_;  // a decode step that is not in the counters yet
+  int n_step_ = 0;                      // tokens of the step
+  mutable bool reporting_ = false;      // work is queued that writes reports
+  mutable std::optional<Ended> ended_;  // a step that is not in the counters yet
   KvRecorder* recorder_ = nullptr;
+  mutable std::optional<ShadowLanes> shadow_;  // where it wants events
 };
 
 void check_options(const KvShape& shape, const KvOptions& o) {
@@ -115,8 +119,13 @@ int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
 void CudaTieredStore::catch_up() const {
   if (reporting_) stream_.synchronize();
   reporting_ = false;
-  if (uncounted_) count();
-  uncounted_.reset();
+  const std::optional<Ended> ended = std::exchange(ended_, {});
+  if (!ended) return;
+  if (shadow_ && ended->exact)
+    shadow_->end_exact(length());
+  else if (shadow_)
+    shadow_->end_decode(length(), ended->epsilon);
+  if (ended->phase == Phase::kDecode) count(*ended);
 }
 
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
@@ -127,10 +136,12 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
   hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase) > 0 ? kv_len : 0);
+  const bool seeds = !hot_.is_seeded();
   if (phase == Phase::kDecode)
     hot_.begin_decode(first);
   else
     hot_.begin_exact(first, kv_len);
+  if (shadow_ && phase == Phase::kDecode) shadow_->begin_decode(first, seeds);
   phase_ = phase, n_step_ = n_tokens;
   make_views();
 }
@@ -203,7 +214,8 @@ void CudaTieredStore::finish_step() {
     hot_.end_exact();
   else
     hot_.settle();
-  if (decode) uncounted_ = {was_exact, hot_.epsilon()}, hot_.end_decode();
+  ended_ = {phase_, was_exact, hot_.epsilon()};
+  if (decode) hot_.end_decode();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
   const int n = length(), first = n - n_step_;
@@ -214,16 +226,15 @@ void CudaTieredStore::finish_step() {
 }
 
 // As the CPU's store counts, lane by lane and in that order.
-void CudaTieredStore::count() const {
+void CudaTieredStore::count(const Ended& ended) const {
   counter_.begin(length());
   const int n = hot_.lanes().per_layer();
   std::vector<LaneStep> steps(static_cast<std::size_t>(n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
     const int kv_len = appended_[static_cast<std::size_t>(layer)];
-    counter_.count(
-        {layer, kv_len, bounds_.bound(layer, kv_len), uncounted_->exact, uncounted_->epsilon},
-        steps);
+    counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
+                   steps);
   }
   const KvStep& line = counter_.finish(hot_.lanes().hot_bytes(), ghosts_.bytes());
   if (recorder_) recorder_->step(line);
@@ -237,19 +248,29 @@ void CudaTieredStore::rewind(int position) {
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
   ghost_check_.cut(position);
+  if (!shadow_) return;
+  shadow_->cut(position);
+  const auto step = static_cast<std::int32_t>(counter_.counters().steps);
+  recorder_->event({KvEvent::kRewind, step, -1, -1, position, 0, 0, 0});
 }
 
 double CudaTieredStore::reset(Rung rung) {
   catch_up();
-  return hot_.reset(rung, length());
+  const double woken = hot_.reset(rung, length());
+  if (shadow_) shadow_->reset(rung, length());
+  return woken;
 }
 
 void CudaTieredStore::record(KvRecorder* recorder) {
-  require(recorder == nullptr || !recorder->wants_events(),
-          "KV store: which tokens freeze and thaw is told by the CPU backend only: expected ",
-          "--backend cpu, or neither --report nor --trace");
   catch_up();
+  const bool wants_events = recorder && recorder->wants_events();
+  require(!wants_events || length() == 0,
+          "KV store: a recorder of freezes and thaws: expected an empty store, found ", length(),
+          " tokens");
   recorder_ = recorder;
+  shadow_.reset();
+  if (wants_events)
+    shadow_.emplace(shape_, params(), bounds_, cold_, hot_, counter_, *recorder, stream_);
 }
 
 KvUsage CudaTieredStore::usage() const {
