@@ -37,11 +37,13 @@ void CudaHotTier::send_moment(int first, int kv_len) {
 }
 
 void CudaHotTier::send_limits(int kv_len) {
+  limits_read_.synchronize();  // the copy of the last ones has read host_limits_
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     host_limits_.data()[layer] = bounds_.bound(layer, kv_len);
     host_limits_.data()[shape_.n_layers + layer] = bounds_.bound(layer, kv_len + 1);
   }
   copy_to_device(limits_.data(), host_limits_.data(), limits_.size(), stream_);
+  limits_read_.record(stream_);
 }
 
 void CudaHotTier::reserve(int kv_len, int stats_of) {
@@ -119,7 +121,7 @@ void CudaHotTier::close(int first) {
 }
 
 void CudaHotTier::cut(int position, int length) {
-  stream_.synchronize();  // limits may be on their way
+  stream_.synchronize();  // a step that was opened has reported
   if (position == 0) {
     relief_ = {}, seeded_ = false;
     std::fill(entropy_.begin(), entropy_.end(), 1.0f);
@@ -147,7 +149,6 @@ void CudaHotTier::cut(int position, int length) {
 double CudaHotTier::reset(Rung rung, int kv_len) {
   if (rung == Rung::kNone) return 0;
   close(kv_len);
-  stream_.synchronize();  // limits may be on their way
   send_limits(kv_len);
   send_moment(kv_len, kv_len);
   relief_.begin(rung, options_.policy);

@@ -64,6 +64,7 @@ class CudaHotTier {
   DeviceBuffer<DeviceMoment> moment_;
   DeviceBuffer<std::int32_t> limits_;       // a layer, before the step's token; likewise, with it
   PinnedBuffer<std::int32_t> host_limits_;  // the same
+  Event limits_read_;                       // host_limits_ may be written again
   std::vector<float> entropy_;              // budget: of each layer's attention to the prompt
   mutable std::vector<LaneTally> taken_;    // a lane: what take_step() told
   Relief relief_;
