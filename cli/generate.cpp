@@ -108,7 +108,6 @@ bool parse(const Args& args, Options& o) {
       "  thaw generate -m model.gguf -f story.txt --stop $'\\n\\n' --seed 7 > more.txt\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
-  if (o.watch.any()) o.common.needs_cpu = "--report, --trace or --heat";
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
   if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");

@@ -151,6 +151,7 @@ void Watch::attach(GenerateOptions& options) {
     if (inner) inner(done, total);
   };
   options.on_logits = [this, inner = options.on_logits](std::span<const float> logits) {
+    static_cast<void>(kv_.counters());  // tells of the step, if a device has not yet
     if (store_steps_ != told_steps_) ran(logits);
     if (inner) inner(logits);
     if (trace_) trace_->begin();

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <numeric>
 #include <string_view>
 
@@ -41,6 +42,22 @@ int KvBounds::centre_tokens() const {
 
 bool KvBounds::has_ghosts() const {
   return params().policy == Policy::kThaw && params().ghost_key_bits > 0;
+}
+
+GhostFormat KvBounds::ghost_format() const {
+  if (params().policy != Policy::kThaw) return {0, 0, shape_.head_dim};
+  return {params().ghost_key_bits, params().ghost_value_bits, shape_.head_dim};
+}
+
+int KvBounds::lane_heads() const {
+  return params().policy == Policy::kThaw && params().per_head ? 1 : shape_.n_kv_heads;
+}
+
+std::int64_t KvBounds::most_pages() const {
+  if (options_.hot_bytes == 0) return std::numeric_limits<std::int64_t>::max() / 2;
+  const std::size_t row =
+      2 * kv_row_bytes(shape_.type, shape_.head_dim) * static_cast<std::size_t>(lane_heads());
+  return options_.hot_bytes / static_cast<std::int64_t>(row * kHotPageRows);
 }
 
 double KvBounds::promised(int kv_len) const {

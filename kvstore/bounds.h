@@ -1,4 +1,5 @@
-// How many tokens may be hot: what the options promise, by layer and length of context.
+// What the options promise: how many tokens may be hot, by layer and length of context, in which
+// lanes, and with what ghosts.
 #pragma once
 
 #include <cstdint>
@@ -17,6 +18,9 @@ class KvBounds {
   // All tokens are hot until there are ghosts, so no more can be asked for than the promise holds.
   int centre_tokens() const;
   bool has_ghosts() const;
+  GhostFormat ghost_format() const;  // not present() where frozen tokens are mute
+  int lane_heads() const;            // k/v heads that freeze and thaw together
+  std::int64_t most_pages() const;   // of the hot rows of all lanes
   // Most hot tokens of a layer, mean over layers, for a context of kv_len.
   double promised(int kv_len) const;
   // Most hot tokens of a lane.

@@ -275,6 +275,19 @@ LaneSnapshot CudaLanes::snapshot(int lane, int kv_len) const {
   return out;
 }
 
+std::vector<float> CudaLanes::scores(int kv_len) const {
+  const auto n = static_cast<std::size_t>(kv_len);
+  std::vector<float> all(static_cast<std::size_t>(n_lanes_) * n);
+  std::vector<std::byte> page(token_pages_.page_bytes());
+  for (std::size_t t = 0; t < n; t += kTierTokens) {
+    copy_to_host(page.data(), token_pages_.on_host()[t / kTierTokens], page.size(), stream_);
+    const std::size_t bytes = std::min<std::size_t>(kTierTokens, n - t) * sizeof(float);
+    for (std::size_t lane = 0; lane < static_cast<std::size_t>(n_lanes_); ++lane)
+      std::memcpy(&all[lane * n + t], &page[lane * kTierTokens * kTokenStateBytes], bytes);
+  }
+  return all;
+}
+
 void CudaLanes::check_pages() const {
   std::int64_t lent = 0;
   for (const auto& pages : pages_) lent += std::ssize(pages);

@@ -58,7 +58,8 @@ class CudaLanes {
 
   std::int64_t hot_bytes() const { return arena_.bytes(); }
   std::int64_t bookkeeping_bytes() const;
-  // Waits for the stream.
+  // These two wait for the stream.
+  std::vector<float> scores(int kv_len) const;  // lane x kv_len
   LaneSnapshot snapshot(int lane, int kv_len) const;
   // Throws Error when pages in use and free ones are not all there are.
   void check_pages() const;

@@ -106,6 +106,12 @@ void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len)
     tau_ = quantile({stats.relevance.begin(), stats.relevance.begin() + kv_len}, params_.quantile);
 }
 
+void Residency::take_over(std::span<const float> scores, float entropy, float tau) {
+  std::copy(scores.begin(), scores.end(), score_.begin());
+  entropy_ = entropy, tau_ = tau;
+  spread_ = attention_spread(entropy);
+}
+
 // The tokens that should be hot as decoding begins, ascending, at most now.bound.
 std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   std::vector<std::int32_t> chosen, others;
@@ -277,6 +283,12 @@ bool Residency::cut(const Moment& now, std::int32_t position) {
     all &= thaw(now, t, KvEvent::kThaw, 0);
   }
   return all;
+}
+
+void Residency::reset(Rung rung, const Moment& now) {
+  if (rung == Rung::kSoft) wake_sleepers(now);
+  if (rung == Rung::kWindow) wake_recent(now);
+  if (rung >= Rung::kFull) forget_history();
 }
 
 // tokens: frozen ones, the newest first.

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "kvstore/lane.h"
@@ -49,11 +50,12 @@ class Residency {
   void settle(const Moment& now, const AttentionStats::Lane& stats);
   // False when a token that must be hot now could not be made so: seed() has to.
   bool cut(const Moment& now, std::int32_t position);
-  // Recovery: wakes sleepers with more than one step to go; what froze recently; either, the newest
-  // first, as long as there is room. Or sets counters and timers to zero.
-  void wake_sleepers(const Moment& now);
-  void wake_recent(const Moment& now);
-  void forget_history();
+  // Recovery: kSoft wakes sleepers with more than one step to go, kWindow what froze recently;
+  // either, the newest first, as long as there is room. kFull and above set counters and timers to
+  // zero.
+  void reset(Rung rung, const Moment& now);
+  // What learn() leads to, of every token, where another did it.
+  void take_over(std::span<const float> scores, float entropy, float tau);
 
   struct Tally {
     int promoted = 0;  // made hot after a recall
@@ -82,6 +84,9 @@ class Residency {
   void settle_asr(const Moment& now, const AttentionStats::Lane& stats);
   void promote(const Moment& now, const AttentionStats::Recall& recall);
   void wake(const Moment& now, const std::vector<std::int32_t>& tokens);
+  void wake_sleepers(const Moment& now);
+  void wake_recent(const Moment& now);
+  void forget_history();
   void tell(const Moment& now, KvEvent::Kind kind, std::int32_t token, float probability) const;
 
   const PolicyParams& params_;

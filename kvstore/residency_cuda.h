@@ -87,8 +87,8 @@ struct LaneWork {
   void settle() const;                       // Residency::settle() of lanes.stats
   void drop(int position) const;             // rows of a step that was given up
   void cut(int position, int length) const;  // Residency::cut(); length: tokens so far
-  // Whom Residency::wake_sleepers() (kSoft) or wake_recent() (kWindow) wakes, and waking those, for
-  // which there must be room; forget_history().
+  // Residency::reset(): whom kSoft or kWindow wakes, and waking those, for which there must be
+  // room; kFull.
   void choose_woken(Rung rung) const;
   void wake() const;
   void forget() const;

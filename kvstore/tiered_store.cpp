@@ -1,6 +1,5 @@
 // The store: tiers, lanes and the policy, step by step.
 #include <algorithm>
-#include <limits>
 #include <optional>
 
 #include "device/error.h"
@@ -45,9 +44,7 @@ class TieredKvStore final : public KvStore {
   const PolicyParams& params() const { return options_.policy; }
   bool full() const { return params().policy == Policy::kFull; }
   bool exact() const { return full() || phase_ == Phase::kPrefill || relief_.exact_steps > 0; }
-  int lane_heads() const {
-    return params().policy == Policy::kThaw && params().per_head ? 1 : shape_.n_kv_heads;
-  }
+  int lane_heads() const { return bounds_.lane_heads(); }
   int lanes_per_layer() const { return shape_.n_kv_heads / lane_heads(); }
   std::span<Residency> lanes(int layer);
   std::span<const Residency> lanes(int layer) const;
@@ -87,12 +84,7 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
       fast_(std::move(fast)),
       slow_(std::move(cold)),
       cold_(*slow_, shape, options.check),
-      ghosts_(*fast_, shape,
-              options.policy.policy == Policy::kThaw
-                  ? GhostFormat{options.policy.ghost_key_bits, options.policy.ghost_value_bits,
-                                shape.head_dim}
-                  : GhostFormat{0, 0, shape.head_dim},
-              bounds_.centre_tokens()),
+      ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens()),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       appended_(static_cast<std::size_t>(shape.n_layers)),
       unsettled_(static_cast<std::size_t>(shape.n_layers)),
@@ -104,10 +96,7 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
 void TieredKvStore::make_lanes() {
   if (full()) return;
   const std::size_t row = 2 * kv_row_bytes(shape_.type, shape_.head_dim) * lane_heads();
-  const std::int64_t most = options_.hot_bytes > 0
-                                ? options_.hot_bytes / static_cast<std::int64_t>(row * kHotPageRows)
-                                : std::numeric_limits<std::int64_t>::max() / 2;
-  arena_.emplace(*fast_, row, most);
+  arena_.emplace(*fast_, row, bounds_.most_pages());
   lanes_.reserve(static_cast<std::size_t>(shape_.n_layers) * lanes_per_layer());
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (int lane = 0; lane < lanes_per_layer(); ++lane)
@@ -313,9 +302,7 @@ double TieredKvStore::reset(Rung rung) {
     for (Residency& lane : lanes(layer)) {
       const Moment now = moment(layer, kv_len);
       const int before = lane.lane().n_rows();
-      if (rung >= Rung::kFull) lane.forget_history();
-      if (rung == Rung::kSoft) lane.wake_sleepers(now);
-      if (rung == Rung::kWindow) lane.wake_recent(now);
+      lane.reset(rung, now);
       thawed +=
           (lane.lane().n_rows() - before) * lane_heads() / static_cast<double>(shape_.n_kv_heads);
     }

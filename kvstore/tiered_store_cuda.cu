@@ -1,6 +1,6 @@
 #include <algorithm>
-#include <limits>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "device/error.h"
@@ -9,8 +9,8 @@
 #include "kvstore/check_cuda.h"
 #include "kvstore/cold_tier_cuda.h"
 #include "kvstore/ghost_tier_cuda.h"
-#include "kvstore/lanes_cuda.h"
-#include "kvstore/recovery.h"
+#include "kvstore/hot_tier_cuda.h"
+#include "kvstore/shadow_lanes_cuda.h"
 #include "kvstore/step_counter.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
@@ -19,15 +19,6 @@ namespace thaw {
 namespace {
 
 constexpr int kCheckSteps = 64;  // decode steps between checks of every token
-
-GhostFormat ghost_format(const KvShape& shape, const PolicyParams& p) {
-  if (p.policy != Policy::kThaw) return {0, 0, shape.head_dim};
-  return {p.ghost_key_bits, p.ghost_value_bits, shape.head_dim};
-}
-
-int lane_heads_of(const KvShape& shape, const PolicyParams& p) {
-  return p.policy == Policy::kThaw && p.per_head ? 1 : shape.n_kv_heads;
-}
 
 class CudaTieredStore final : public KvStore {
  public:
@@ -53,26 +44,17 @@ class CudaTieredStore final : public KvStore {
 
  private:
   const PolicyParams& params() const { return options_.policy; }
-  bool exact(Phase phase) const { return phase == Phase::kPrefill || relief_.exact_steps > 0; }
+  bool exact(Phase phase) const { return phase == Phase::kPrefill || hot_.attends_all(); }
   bool exact() const { return exact(phase_); }
   int stats_rows(int n_tokens, Phase phase) const;
-  DeviceMoment moment(int first, int kv_len) const;
-  void send_moment(const DeviceMoment& moment);
-  void reserve(int kv_len, int n_tokens, Phase phase);
-  LaneWork work(bool next) const {
-    return lanes_.work(moment_.data(), limits_.data() + (next ? shape_.n_layers : 0));
-  }
-  void make_residency(int kv_len);
-  void send_limits(int kv_len);
-  void seed(int kv_len);
-  void open_rows(int kv_len);
-  int most_rows(int n_rows, int bound, int kv_len) const;
-  void close_rows(int position);
-  void cut(int position);
   void make_views();
-  double wake(Rung rung, int kv_len);
   void catch_up() const;
-  void count() const;
+  struct Ended {
+    Phase phase;
+    bool exact;
+    float epsilon;
+  };
+  void count(const Ended& ended) const;
   void finish_step();
   void check_from(int first) const;
 
@@ -83,29 +65,18 @@ class CudaTieredStore final : public KvStore {
   std::unique_ptr<PageSource> fast_;
   CudaColdTier cold_;
   CudaGhostTier ghosts_;
-  CudaLanes lanes_;
-  GhostCheck ghost_check_;
-  DeviceBuffer<DeviceMoment> moment_;
-  DeviceBuffer<std::int32_t> limits_;       // a layer, before the step's token; likewise, with it
-  PinnedBuffer<std::int32_t> host_limits_;  // the same
-  std::vector<DeviceView> views_;           // a layer, of the running step
-  std::vector<float> entropy_;              // budget: of each layer's attention to the prompt
-  std::vector<int> appended_;               // tokens held, a layer
-  std::vector<char> unsettled_;             // a layer: appended, and not settled yet
-  Phase phase_ = Phase::kPrefill;
-  int n_step_ = 0;        // tokens of the step
-  bool seeded_ = false;   // residency has been decided since the last exact step
-  bool is_open_ = false;  // a decode step has begun, and its end is not queued yet
-  Relief relief_;
-  mutable bool reporting_ = false;  // work is queued that writes reports
-  struct Ended {
-    bool exact;
-    float epsilon;
-  };
-  mutable std::optional<Ended> uncounted_;  // a decode step that is not in the counters yet
-  mutable std::vector<LaneTally> counted_;  // a lane: what is
   mutable StepCounter counter_;
+  CudaHotTier hot_;
+  GhostCheck ghost_check_;
+  std::vector<DeviceView> views_;  // a layer, of the running step
+  std::vector<int> appended_;      // tokens held, a layer
+  std::vector<char> unsettled_;    // a layer: appended, and not settled yet
+  Phase phase_ = Phase::kPrefill;
+  int n_step_ = 0;                      // tokens of the step
+  mutable bool reporting_ = false;      // work is queued that writes reports
+  mutable std::optional<Ended> ended_;  // a step that is not in the counters yet
   KvRecorder* recorder_ = nullptr;
+  mutable std::optional<ShadowLanes> shadow_;  // where it wants events
 };
 
 void check_options(const KvShape& shape, const KvOptions& o) {
@@ -116,13 +87,6 @@ void check_options(const KvShape& shape, const KvOptions& o) {
           ", on the GPU, found ", shape.head_dim);
 }
 
-std::int64_t most_pages(const KvShape& shape, const KvOptions& o) {
-  if (o.hot_bytes == 0) return std::numeric_limits<std::int64_t>::max() / 2;
-  const std::size_t row = 2 * kv_row_bytes(shape.type, shape.head_dim) *
-                          static_cast<std::size_t>(lane_heads_of(shape, o.policy));
-  return o.hot_bytes / static_cast<std::int64_t>(row * kHotPageRows);
-}
-
 CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
                                  const Stream& stream)
     : shape_(shape),
@@ -131,21 +95,13 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       stream_(stream),
       fast_(make_device_pages(stream)),
       cold_(shape, options.check, stream),
-      ghosts_(*fast_, shape, ghost_format(shape, options.policy), bounds_.centre_tokens(), stream),
-      lanes_(*fast_, shape_, options_.policy, lane_heads_of(shape, options.policy), cold_.rows(0),
-             most_pages(shape, options), stream),
-      ghost_check_(shape, ghost_format(shape, options.policy), bounds_.centre_tokens()),
-      moment_(1, "KV store"),
-      limits_(2 * static_cast<std::size_t>(shape.n_layers), "KV store"),
-      host_limits_(limits_.size(), "KV store"),
+      ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), stream),
+      counter_(shape_, options_.policy, bounds_.lane_heads()),
+      hot_(*fast_, shape_, options_, bounds_, cold_.rows(0), counter_, stream),
+      ghost_check_(shape, bounds_.ghost_format(), bounds_.centre_tokens()),
       views_(static_cast<std::size_t>(shape.n_layers)),
-      entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)),
-      counted_(static_cast<std::size_t>(lanes_.n_lanes())),
-      counter_(shape_, options_.policy, lanes_.all().lane_heads) {
-  fill_device(limits_.data(), 0, limits_.bytes(), stream);
-}
+      unsettled_(static_cast<std::size_t>(shape.n_layers)) {}
 
 int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
   switch (params().policy) {
@@ -159,122 +115,50 @@ int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
   }
 }
 
-DeviceMoment CudaTieredStore::moment(int first, int kv_len) const {
-  DeviceMoment now;
-  now.first = first, now.kv_len = kv_len;
-  now.step = static_cast<std::int32_t>(counter_.counters().steps);
-  now.can_freeze = !ghosts_.present() || kv_len >= ghosts_.centre_tokens();
-  now.epsilon = relief_.epsilon(params());
-  return now;
-}
-
-void CudaTieredStore::send_moment(const DeviceMoment& moment) {
-  launch_overlapping("begin", set_place<DeviceMoment>, 1, kWarp, 0, stream_, moment_.data(),
-                     moment);
-}
-
 // Waits until what the device reported of the last steps is here, and counts it.
 void CudaTieredStore::catch_up() const {
   if (reporting_) stream_.synchronize();
   reporting_ = false;
-  if (uncounted_) count();
-  uncounted_.reset();
-}
-
-void CudaTieredStore::reserve(int kv_len, int n_tokens, Phase phase) {
-  cold_.reserve(kv_len);
-  ghosts_.reserve(kv_len);
-  lanes_.reserve_tokens(kv_len);
-  if (exact(phase) && stats_rows(n_tokens, phase) > 0) lanes_.reserve_statistics(kv_len);
+  const std::optional<Ended> ended = std::exchange(ended_, {});
+  if (!ended) return;
+  if (shadow_ && ended->exact)
+    shadow_->end_exact(length());
+  else if (shadow_)
+    shadow_->end_decode(length(), ended->epsilon);
+  if (ended->phase == Phase::kDecode) count(*ended);
 }
 
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
-  const int first = length();
+  const int first = length(), kv_len = first + n_tokens;
   check_step(shape_, appended_, n_tokens, phase);
   catch_up();
-  if (is_open_) close_rows(first);
-  reserve(first + n_tokens, n_tokens, phase);
-  if (phase == Phase::kDecode) make_residency(first);
+  hot_.close(first);
+  cold_.reserve(kv_len);
+  ghosts_.reserve(kv_len);
+  hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase) > 0 ? kv_len : 0);
+  const bool seeds = !hot_.is_seeded();
+  if (phase == Phase::kDecode)
+    hot_.begin_decode(first);
+  else
+    hot_.begin_exact(first, kv_len);
+  if (shadow_ && phase == Phase::kDecode) shadow_->begin_decode(first, seeds);
   phase_ = phase, n_step_ = n_tokens;
-  if (exact()) send_moment(moment(first, first + n_tokens));
   make_views();
-}
-
-// Before a decode step: hot tokens are chosen, if that is still to be done, and every lane has a
-// row for one more. Where every token is attended, lanes stay as they are.
-void CudaTieredStore::make_residency(int kv_len) {
-  if (!seeded_ && params().policy == Policy::kBudget && kv_len > 0)
-    for (int layer = 0; layer < shape_.n_layers; ++layer)
-      entropy_[static_cast<std::size_t>(layer)] =
-          std::max(1e-6f, lanes_.report(layer * lanes_.per_layer()).entropy);
-  bounds_.share(kv_len + 1, entropy_);
-  if (relief_.exact_steps > 0) return;
-  send_limits(kv_len);
-  if (!seeded_) seed(kv_len);
-  open_rows(kv_len + 1);
-}
-
-void CudaTieredStore::send_limits(int kv_len) {
-  for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    host_limits_.data()[layer] = bounds_.bound(layer, kv_len);
-    host_limits_.data()[shape_.n_layers + layer] = bounds_.bound(layer, kv_len + 1);
-  }
-  copy_to_device(limits_.data(), host_limits_.data(), limits_.size(), stream_);
-}
-
-// Most rows of a lane after a step that begins with n_rows.
-int CudaTieredStore::most_rows(int n_rows, int bound, int kv_len) const {
-  if (params().policy == Policy::kAsr) return kv_len;
-  return std::min(bound,
-                  n_rows + std::min(lanes_.most_recalled(relief_.epsilon(params())), kv_len));
-}
-
-void CudaTieredStore::seed(int kv_len) {
-  send_moment(moment(kv_len, kv_len));
-  work(false).choose();
-  stream_.synchronize();  // how many are chosen is known
-  int most = 1;
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane)
-    most = std::max({most, lanes_.report(lane).n_chosen, lanes_.report(lane).n_rows});
-  lanes_.reserve_rows(params().policy == Policy::kAsr ? std::max(most, kv_len) : most);
-  work(false).seed();
-  seeded_ = true;
-  stream_.synchronize();  // and who has a row
-}
-
-void CudaTieredStore::open_rows(int kv_len) {
-  std::vector<int> rows(static_cast<std::size_t>(lanes_.n_lanes()));
-  bool crowded = false;
-  int most = 1;
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane) {
-    const int n = lanes_.report(lane).n_rows;
-    const int bound = bounds_.bound(lane / lanes_.per_layer(), kv_len);
-    crowded |= n + 1 > bound;
-    rows[static_cast<std::size_t>(lane)] = std::min(n, bound - 1) + 1;
-    most = std::max({most, n, most_rows(rows[static_cast<std::size_t>(lane)], bound, kv_len)});
-  }
-  lanes_.reserve_rows(most);
-  lanes_.reserve_pages(rows);
-  send_moment(moment(kv_len - 1, kv_len));
-  if (crowded) work(true).make_room();
-  lanes_.share_pages(rows);
-  work(true).place();
-  is_open_ = true;
 }
 
 void CudaTieredStore::make_views() {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     DeviceView& view = views_[static_cast<std::size_t>(layer)] = {};
     view.rows = cold_.rows(layer);
-    view.kv_len = &moment_.data()->kv_len;
+    view.kv_len = &hot_.moment()->kv_len;
     if (exact()) {
-      if (stats_rows(n_step_) > 0) view.stats = lanes_.exact_stats();
+      if (stats_rows(n_step_) > 0) view.stats = hot_.lanes().exact_stats();
       continue;
     }
-    view.hot = lanes_.hot(layer);
+    view.hot = hot_.lanes().hot(layer);
     view.ghosts = ghosts_.view(layer);
-    view.recall = &moment_.data()->epsilon;
-    view.stats = lanes_.decode_stats(layer);
+    view.recall = &hot_.moment()->epsilon;
+    view.stats = hot_.lanes().decode_stats(layer);
   }
 }
 
@@ -283,19 +167,19 @@ void CudaTieredStore::append(int layer, const float* k, const float* v, int n_to
   require(n + n_tokens <= cold_.host().room(), "KV store: append without begin");
   const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
   const DeviceRows cold = cold_.rows(layer);
-  const DeviceHot hot = lanes_.hot(layer);
-  std::int32_t* filled =
-      lanes_.all().from + std::int64_t{layer} * lanes_.per_layer() * lanes_.all().room;
+  const DeviceHot hot = hot_.lanes().hot(layer);
+  std::int32_t* filled = hot_.lanes().all().from +
+                         std::int64_t{layer} * hot_.lanes().per_layer() * hot_.lanes().all().room;
   with_kv_type(shape_.type, [&](auto type) {
     constexpr KvType kType = decltype(type)::value;
     if (exact())
       launch_overlapping("append", append_rows<kType>, dim3(static_cast<unsigned>(n_tokens), heads),
-                         kAppendThreads, 0, stream_, cold, k, v, moment_.data(), shape_.head_dim);
+                         kAppendThreads, 0, stream_, cold, k, v, hot_.moment(), shape_.head_dim);
     else
       launch_overlapping("append", append_hot_row<kType>, heads, kAppendThreads, 0, stream_, cold,
-                         hot, filled, k, v, moment_.data(), shape_.head_dim);
+                         hot, filled, k, v, hot_.moment(), shape_.head_dim);
   });
-  ghosts_.write(layer, cold, exact() ? nullptr : &hot, moment_.data(), n_tokens);
+  ghosts_.write(layer, cold, exact() ? nullptr : &hot, hot_.moment(), n_tokens);
   n += n_tokens;
   unsettled_[static_cast<std::size_t>(layer)] = 1;
 }
@@ -308,8 +192,8 @@ KvView CudaTieredStore::view(int layer) const {
   view.head_dim = shape_.head_dim;
   view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
-  view.lane_heads = lanes_.all().lane_heads;
-  if (!exact()) view.recall = relief_.epsilon(params());
+  view.lane_heads = hot_.lanes().all().lane_heads;
+  if (!exact()) view.recall = hot_.epsilon();
   return view;
 }
 
@@ -318,7 +202,7 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
   require(unsettled_.at(i) != 0, "KV store: layer ", layer, ": settled without an append");
   unsettled_[i] = 0;
   const int n_rows = stats_rows(n_step_);
-  if (exact() && n_rows > 0) work(false).learn(layer, lanes_.exact_stats(), n_rows);
+  if (exact() && n_rows > 0) hot_.learn(layer, n_rows);
   reporting_ = true;
   if (layer + 1 == shape_.n_layers) finish_step();
 }
@@ -327,10 +211,11 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
 void CudaTieredStore::finish_step() {
   const bool was_exact = exact(), decode = phase_ == Phase::kDecode;
   if (was_exact)
-    seeded_ = false;
+    hot_.end_exact();
   else
-    work(true).settle(), is_open_ = false;
-  if (decode) uncounted_ = {was_exact, relief_.epsilon(params())}, relief_.step();
+    hot_.settle();
+  ended_ = {phase_, was_exact, hot_.epsilon()};
+  if (decode) hot_.end_decode();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
   const int n = length(), first = n - n_step_;
@@ -341,34 +226,17 @@ void CudaTieredStore::finish_step() {
 }
 
 // As the CPU's store counts, lane by lane and in that order.
-void CudaTieredStore::count() const {
+void CudaTieredStore::count(const Ended& ended) const {
   counter_.begin(length());
-  std::vector<LaneStep> steps(static_cast<std::size_t>(lanes_.per_layer()));
+  const int n = hot_.lanes().per_layer();
+  std::vector<LaneStep> steps(static_cast<std::size_t>(n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    for (int i = 0; i < lanes_.per_layer(); ++i) {
-      const int lane = layer * lanes_.per_layer() + i;
-      const LaneReport& now = lanes_.report(lane);
-      LaneTally& counted = counted_[static_cast<std::size_t>(lane)];
-      const auto since = [](std::uint32_t all, std::uint32_t until) {
-        return static_cast<int>(all - until);
-      };
-      steps[static_cast<std::size_t>(i)] = {now.n_rows,
-                                            now.n_attended,
-                                            now.n_recalled,
-                                            since(now.tally.promoted, counted.promoted),
-                                            since(now.tally.thawed, counted.thawed),
-                                            since(now.tally.frozen, counted.frozen),
-                                            now.entropy,
-                                            now.ghost_mass,
-                                            now.tau};
-      counted = now.tally;
-    }
+    for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
     const int kv_len = appended_[static_cast<std::size_t>(layer)];
-    counter_.count(
-        {layer, kv_len, bounds_.bound(layer, kv_len), uncounted_->exact, uncounted_->epsilon},
-        steps);
+    counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
+                   steps);
   }
-  const KvStep& line = counter_.finish(lanes_.hot_bytes(), ghosts_.bytes());
+  const KvStep& line = counter_.finish(hot_.lanes().hot_bytes(), ghosts_.bytes());
   if (recorder_) recorder_->step(line);
 }
 
@@ -376,89 +244,33 @@ void CudaTieredStore::rewind(int position) {
   require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
           length(), ", found ", position);
   catch_up();
-  cut(position);
+  hot_.cut(position, *std::max_element(appended_.begin(), appended_.end()));
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
   ghost_check_.cut(position);
-}
-
-// The rows that a step opened, which was given up.
-void CudaTieredStore::close_rows(int position) {
-  work(false).drop(position);
-  stream_.synchronize();  // how many rows are left is known
-  is_open_ = false;
-}
-
-// Lanes without the tokens from `position` on. Waits for the stream.
-void CudaTieredStore::cut(int position) {
-  stream_.synchronize();  // limits may be on their way
-  if (position == 0) {
-    relief_ = {}, seeded_ = false;
-    std::fill(entropy_.begin(), entropy_.end(), 1.0f);
-  }
-  bounds_.share(position, entropy_);
-  send_limits(position);
-  const DeviceMoment now = moment(position, position);
-  int most = 1, longest = position;
-  for (const int n : appended_) longest = std::max(longest, n);
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane) {
-    const int bound = bounds_.bound(lane / lanes_.per_layer(), position);
-    const int must = now.can_freeze == 0
-                         ? position
-                         : params().sinks + position - first_recent(params(), position, bound);
-    const int n = lanes_.report(lane).n_rows + (is_open_ ? 1 : 0);
-    most = std::max({most, n, std::min(bound, n + must)});
-  }
-  lanes_.reserve_rows(params().policy == Policy::kAsr ? std::max(most, position) : most);
-  send_moment(now);
-  work(false).cut(position, longest);
-  stream_.synchronize();  // whether every lane is complete is known
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane)
-    seeded_ = seeded_ && lanes_.report(lane).complete != 0;
-  is_open_ = false;
+  if (!shadow_) return;
+  shadow_->cut(position);
+  const auto step = static_cast<std::int32_t>(counter_.counters().steps);
+  recorder_->event({KvEvent::kRewind, step, -1, -1, position, 0, 0, 0});
 }
 
 double CudaTieredStore::reset(Rung rung) {
-  if (rung == Rung::kNone) return 0;
-  const int kv_len = length();
   catch_up();
-  if (is_open_) close_rows(kv_len);
-  stream_.synchronize();  // limits may be on their way
-  send_limits(kv_len);
-  send_moment(moment(kv_len, kv_len));
-  relief_.begin(rung, params());
-  if (rung == Rung::kWindow || (rung == Rung::kSoft && params().policy == Policy::kAsr))
-    return wake(rung, kv_len);
-  if (rung >= Rung::kFull) work(false).forget();
-  return 0;
-}
-
-// Waits for the stream. Returns tokens woken.
-double CudaTieredStore::wake(Rung rung, int kv_len) {
-  work(false).choose_woken(rung);
-  stream_.synchronize();  // how many rows there will be is known
-  std::vector<int> before;
-  int most = params().policy == Policy::kAsr ? kv_len : 1;
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane) {
-    before.push_back(lanes_.report(lane).n_rows);
-    most = std::max(most, lanes_.report(lane).n_chosen);
-  }
-  lanes_.reserve_rows(most);
-  work(false).wake();
-  stream_.synchronize();  // and how many there are
-  double woken = 0;
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane)
-    woken += (lanes_.report(lane).n_rows - before[static_cast<std::size_t>(lane)]) *
-             lanes_.all().lane_heads / static_cast<double>(shape_.n_kv_heads);
+  const double woken = hot_.reset(rung, length());
+  if (shadow_) shadow_->reset(rung, length());
   return woken;
 }
 
 void CudaTieredStore::record(KvRecorder* recorder) {
-  require(recorder == nullptr || !recorder->wants_events(),
-          "KV store: which tokens freeze and thaw is told by the CPU backend only: expected ",
-          "--backend cpu, or neither --report nor --trace");
   catch_up();
+  const bool wants_events = recorder && recorder->wants_events();
+  require(!wants_events || length() == 0,
+          "KV store: a recorder of freezes and thaws: expected an empty store, found ", length(),
+          " tokens");
   recorder_ = recorder;
+  shadow_.reset();
+  if (wants_events)
+    shadow_.emplace(shape_, params(), bounds_, cold_, hot_, counter_, *recorder, stream_);
 }
 
 KvUsage CudaTieredStore::usage() const {
@@ -466,9 +278,8 @@ KvUsage CudaTieredStore::usage() const {
   u.cold = cold_.host().bytes();
   u.full = length() * shape_.bytes_per_token();
   u.ghosts = ghosts_.bytes();
-  u.hot = lanes_.hot_bytes();
-  u.bookkeeping = ghosts_.bookkeeping_bytes() + lanes_.bookkeeping_bytes() + cold_.table_bytes() +
-                  static_cast<std::int64_t>(moment_.bytes() + limits_.bytes());
+  u.hot = hot_.lanes().hot_bytes();
+  u.bookkeeping = ghosts_.bookkeeping_bytes() + hot_.bookkeeping_bytes() + cold_.table_bytes();
   u.resident = u.hot + u.ghosts;
   return u;
 }
@@ -476,8 +287,9 @@ KvUsage CudaTieredStore::usage() const {
 float CudaTieredStore::ghost_mass() const {
   catch_up();
   float sum = 0;
-  for (int lane = 0; lane < lanes_.n_lanes(); ++lane) sum += lanes_.report(lane).ghost_mass;
-  return sum / static_cast<float>(lanes_.n_lanes());
+  for (int lane = 0; lane < hot_.lanes().n_lanes(); ++lane)
+    sum += hot_.lanes().report(lane).ghost_mass;
+  return sum / static_cast<float>(hot_.lanes().n_lanes());
 }
 
 void CudaTieredStore::check_from(int first) const {
@@ -488,16 +300,15 @@ void CudaTieredStore::check_from(int first) const {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     const KvRows cold = cold_.host().rows(layer, n);
     ghost_check_.check(layer, cold, ghosts_.view(layer), first, n, stream_);
-    if (!seeded_ || phase_ == Phase::kPrefill) continue;
-    for (int i = 0; i < lanes_.per_layer(); ++i)
-      check_lane(
-          lanes_.snapshot(layer * lanes_.per_layer() + i, n),
-          {params(), layer, i * lanes_.all().lane_heads, lanes_.all().lane_heads, n,
-           bounds_.bound(layer, n), moment(n, n).can_freeze != 0, lanes_.all().kv_row, cold});
+    if (!hot_.is_seeded() || phase_ == Phase::kPrefill) continue;
+    for (int i = 0; i < hot_.lanes().per_layer(); ++i)
+      check_lane(hot_.lanes().snapshot(layer * hot_.lanes().per_layer() + i, n),
+                 {params(), layer, i * hot_.lanes().all().lane_heads, hot_.lanes().all().lane_heads,
+                  n, bounds_.bound(layer, n), hot_.can_freeze(n), hot_.lanes().all().kv_row, cold});
   }
-  lanes_.check_pages();
-  require(options_.hot_bytes == 0 || lanes_.hot_bytes() <= options_.hot_bytes,
-          "KV check: ", lanes_.hot_bytes(), " hot bytes, more than the ", options_.hot_bytes,
+  hot_.lanes().check_pages();
+  require(options_.hot_bytes == 0 || hot_.lanes().hot_bytes() <= options_.hot_bytes,
+          "KV check: ", hot_.lanes().hot_bytes(), " hot bytes, more than the ", options_.hot_bytes,
           " promised");
 }
 

@@ -18,9 +18,10 @@ namespace thaw {
 // the last settle() nothing is allocated or waited for, and what is queued reads the step's place
 // from device memory: a graph of a decode step serves every later one with the same views.
 //
-// counters(), ghost_mass() and reset() wait for the stream, too; reset() throws Error when memory is
-// refused for the rows of those that it wakes. A recorder is told of a step when the next one begins
-// or counters() is called. Recorders of events are not served: record() throws Error for those.
+// counters(), ghost_mass() and reset() wait for the stream, too; reset() throws Error when memory
+// is refused for the rows of those that it wakes. A recorder is told of a step when the next one
+// begins or counters() is called; one that wants events must be there from the first token on,
+// record() throws Error otherwise, and makes steps much slower (kvstore/shadow_lanes_cuda.h).
 //
 // Throws Error for --policy full, --cold-file, and a head_dim that is no multiple of 8 up to 256.
 std::unique_ptr<KvStore> make_cuda_tiered_store(const KvShape& shape, const KvOptions& options,

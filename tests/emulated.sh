@@ -33,9 +33,17 @@ expect "thaw, with a store that checks itself" 0 "$first" "run      cuda" -n 1 -
 expect "checked finds nothing" 0 "$first" "run      checked" -n 1 -v --backend checked
 expect "auto takes the device" 0 "$first" "backend  cuda: " -n 1
 expect "auto takes the cpu for what the device lacks" 0 "$cpu" \
-  "backend  cpu: --report, --trace or --heat runs on the CPU only" -n 3 --report "$work/map.html"
+  "backend  cpu: --cold-file runs on the CPU only" -n 3 --cold-file "$work/cold"
 expect "recovery, checked" 0 "$first" "recovery" -n 1 --backend checked --recovery rewalk
 expect "what the device lacks" 1 "" "--cold-file: runs on the CPU only; expected --backend cpu" \
   --backend cuda --cold-file "$work/cold"
+expect "a freeze map and a trace of every step" 0 "$cpu" "" -n 3 --backend cuda \
+  --report "$work/map.html" --trace "$work/trace.json"
+if [ "$(grep -c '"name":"decode"' "$work/trace.json")" = 2 ] && [ -s "$work/map.html" ] &&
+  [ "$(grep -c '"name":"seed"' "$work/trace.json")" = 30 ]; then
+  passed=$((passed + 1))
+else
+  failed=$((failed + 1)) && echo "emulated: failed: the trace lacks a step, or what a layer seeded"
+fi
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

@@ -35,6 +35,9 @@ kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not 
 kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
 # policies
 kvstore/residency.cpp|s/stats.probability\[t\], n_rows)/stats.probability[t], 1)/|h2o counts a prompt once
+# recovery
+kvstore/policy.h|s/stamp > step - kWakeSteps/stamp > step - 2 * kWakeSteps/|old freezes are recent
+kvstore/residency.cpp|s/t = now.kv_len; t-- > 0;/t = 0; t < now.kv_len; ++t/|the oldest wake first
 # attention over tiers
 attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
 attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice

@@ -32,12 +32,16 @@ enum class Mood {
   kNoneHit,  // nobody does
 };
 
-// The last step that a store told.
+// The last step that a store told, and where they are wanted all events.
 class LastStep final : public KvRecorder {
  public:
-  bool wants_events() const override { return false; }
-  void event(const KvEvent&) override {}
+  explicit LastStep(bool wants_events) : wants_events_(wants_events) {}
+  bool wants_events() const override { return wants_events_; }
+  void event(const KvEvent& event) override {
+    if (wants_events_) events.push_back(event);
+  }
   void step(const KvStep& told) override { step_ = told; }
+  std::vector<KvEvent> events;
   bool same_as(const LastStep& other) const {
     const KvStep &a = step_, &b = other.step_;
     return a.step == b.step && a.length == b.length && a.cold_bytes_read == b.cold_bytes_read &&
@@ -46,14 +50,24 @@ class LastStep final : public KvRecorder {
   }
 
  private:
+  bool wants_events_;
   KvStep step_ = {};
 };
 
+inline bool same(const KvEvent& a, const KvEvent& b) {
+  return a.kind == b.kind && a.step == b.step && a.layer == b.layer && a.head == b.head &&
+         a.token == b.token && a.probability == b.probability && a.hits == b.hits &&
+         a.timer == b.timer;
+}
+
 class BothStores {
  public:
-  BothStores(const KvShape& shape, const KvOptions& options, std::uint64_t seed)
+  BothStores(const KvShape& shape, const KvOptions& options, std::uint64_t seed,
+             bool wants_events = false)
       : cpu(make_kv_store(shape, options)),
         cuda(make_cuda_tiered_store(shape, options, stream)),
+        cpu_step_(wants_events),
+        cuda_step_(wants_events),
         random_(seed) {
     cpu->record(&cpu_step_), cuda->record(&cuda_step_);
   }
@@ -98,8 +112,9 @@ class BothStores {
 
   Stream stream;
   std::unique_ptr<KvStore> cpu, cuda;
-  int n_compared = 0;  // hot rows
-  double n_woken = 0;  // tokens, by reset()
+  int n_compared = 0;            // hot rows
+  double n_woken = 0;            // tokens, by reset()
+  std::size_t n_events[6] = {};  // a kind
 
  private:
   float draw(Mood mood) {
@@ -233,8 +248,21 @@ class BothStores {
     CHECK(a.cold_bytes_read == b.cold_bytes_read);
     CHECK(a.cold_bytes_visible == b.cold_bytes_visible);
     CHECK(cpu_step_.same_as(cuda_step_));
+    compare_events();
     const float ghost_mass = cuda->ghost_mass();
     CHECK(cpu->ghost_mass() == ghost_mass);
+  }
+
+  void compare_events() {
+    REQUIRE(cpu_step_.events.size() == cuda_step_.events.size());
+    for (std::size_t i = 0; i < cpu_step_.events.size(); ++i) {
+      const KvEvent& event = cpu_step_.events[i];
+      CAPTURE(i);
+      CAPTURE(int{event.kind});
+      REQUIRE(same(event, cuda_step_.events[i]));
+      ++n_events[event.kind];
+    }
+    cpu_step_.events.clear(), cuda_step_.events.clear();
   }
 
   LastStep cpu_step_, cuda_step_;

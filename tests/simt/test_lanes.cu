@@ -92,7 +92,7 @@ class BothLanes {
     const LaneWork work = cuda_.work(moment_.data(), bounds_.data());
     if (rung == Rung::kFull) {
       work.forget();
-      for (Residency& lane : cpu_) lane.forget_history();
+      for (Residency& lane : cpu_) lane.reset(rung, host_moment(bound));
       return compare();
     }
     work.choose_woken(rung);
@@ -100,8 +100,7 @@ class BothLanes {
     int most = kv_len_;
     for (std::size_t i = 0; i < cpu_.size(); ++i) {
       const int n_chosen = cuda_.report(static_cast<int>(i)).n_chosen;
-      if (rung == Rung::kSoft) cpu_[i].wake_sleepers(host_moment(bound));
-      if (rung == Rung::kWindow) cpu_[i].wake_recent(host_moment(bound));
+      cpu_[i].reset(rung, host_moment(bound));
       CHECK(n_chosen == cpu_[i].lane().n_rows());
       most = std::max(most, n_chosen);
     }

@@ -61,8 +61,7 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
 }
 
 // Rungs between steps, alone, one after the other and in the middle of what an earlier one began.
-double recover(const KvOptions& options) {
-  BothStores both({kLayers, 2, 8, 300, KvType::kF16, {}}, options, 3);
+void recover(BothStores& both) {
   both.reset(Rung::kWindow);
   both.prefill(45, Mood::kPlain);
   both.reset(Rung::kWindow);
@@ -86,7 +85,6 @@ double recover(const KvOptions& options) {
   both.reset(Rung::kFull);
   both.rewind(0);
   both.decode(2, Mood::kTies);
-  return both.n_woken;
 }
 
 TEST_CASE("cuda residency: every rung of recovery wakes whom it wakes on the CPU") {
@@ -99,11 +97,31 @@ TEST_CASE("cuda residency: every rung of recovery wakes whom it wakes on the CPU
       KvOptions options = options_of(policy);
       options.hot_tokens = bound;
       options.check = bound == 60;
-      n_woken += recover(options);
+      BothStores both({kLayers, 2, 8, 300, KvType::kF16, {}}, options, 3);
+      recover(both);
+      n_woken += both.n_woken;
     }
     const bool timed = policy == Policy::kThaw || policy == Policy::kAsr;
     CHECK((n_woken > 0 || !timed));
   }
+}
+
+TEST_CASE("cuda residency: a recorder is told of each decision, as by the CPU and in that order") {
+  std::size_t n_events[6] = {};
+  for (const Policy policy : kPolicies)
+    for (const int bound : {0, 24}) {
+      if (testing::kIsSlow && bound == 0) continue;
+      CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+      CAPTURE(bound);
+      KvOptions options = options_of(policy);
+      options.hot_tokens = bound;
+      BothStores both({kLayers, 2, 8, 300, KvType::kF16, {}}, options, 5, true);
+      live(both);
+      both.cpu->clear(), both.cuda->clear();
+      recover(both);
+      for (std::size_t kind = 0; kind < 6; ++kind) n_events[kind] += both.n_events[kind];
+    }
+  for (const std::size_t n : n_events) CHECK((n > 20 || testing::kIsSlow));
 }
 
 TEST_CASE("cuda residency: invariants hold after every step") {

@@ -215,4 +215,9 @@ TEST_CASE("cuda tiers: what cannot be is refused in one line") {
   CHECK(made(kShape, options).starts_with("--cold-file: expected --backend cpu"));
   const auto store = make_cuda_tiered_store(kShape, thaw_options(), stream);
   store->record(nullptr);
+  BothStores both(kShape, thaw_options(), 3);
+  both.prefill(20, Mood::kPlain);
+  testing::LastStep recorder(true);
+  CHECK(error_of([&] { both.cuda->record(&recorder); }) ==
+        "KV store: a recorder of freezes and thaws: expected an empty store, found 20 tokens");
 }
