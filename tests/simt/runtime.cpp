@@ -17,6 +17,7 @@
 #include "tests/simt/queue.h"
 #include "tests/simt/sanitizers.h"
 #include "tests/simt/simt.h"
+#include "tests/simt/sites.h"
 
 namespace simt {
 namespace {
@@ -221,7 +222,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return fails() ? cudaErrorLaunchFailure : wait_for(last_of(*stream));
+  if (fails()) return cudaErrorLaunchFailure;
+  return skipped_by_caller() ? cudaSuccess : wait_for(last_of(*stream));
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t* out) {
@@ -240,10 +242,11 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   if (fails()) return cudaErrorLaunchFailure;
-  return enqueue_wait(*stream, event->op);
+  return skipped_by_caller() ? cudaSuccess : enqueue_wait(*stream, event->op);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return fails() ? cudaErrorLaunchFailure : wait_for(event->op);
+  if (fails()) return cudaErrorLaunchFailure;
+  return skipped_by_caller() ? cudaSuccess : wait_for(event->op);
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (fails()) return cudaErrorLaunchFailure;
