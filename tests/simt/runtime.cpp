@@ -185,8 +185,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
                                                       : "copy on device";
   const auto n = static_cast<std::int64_t>(bytes);
   if (from_kind == Kind::kPageable) {  // staged: read before the call returns
-    const cudaError_t result = wait_for(last_of(*stream));
-    if (result != cudaSuccess) return result;
+    if (n_captures() > 0) return cudaErrorStreamCaptureUnsupported;
     const auto* first = static_cast<const char*>(from);
     enqueue(*stream, name, [to, staged = std::vector<char>(first, first + bytes), n](const Op&) {
       std::memcpy(to, staged.data(), staged.size());

@@ -275,6 +275,7 @@ TEST_CASE("cuda attention: a graph serves every length, and reads keys and value
   for (const int kv_len : {200, 31, 1}) {
     auto* device_len = const_cast<std::int32_t*>(pages.view().device->kv_len);
     copy_to_device(device_len, &kv_len, 1, stream);
+    stream.synchronize();
     simt::counts().clear();
     graph.launch(stream);
     Vector got(q.size());
