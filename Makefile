@@ -91,8 +91,8 @@ demo:
 test:
 	@tools/setup.sh build test weights
 	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests $(BUILD)/thaw-emulated
-	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests "tests/readme.sh $(BUILD)/thaw" \
-	  "tests/emulated.sh $(BUILD)/thaw-emulated"
+	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests" \
+	  "tests/readme.sh $(BUILD)/thaw" "tests/emulated.sh $(BUILD)/thaw-emulated"
 
 ## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize:
@@ -100,7 +100,7 @@ sanitize:
 	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 WARN= sanitize-run
 
 sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
+	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests"
 
 ## race        the kernels' tests on the emulator under ThreadSanitizer
 race:
@@ -108,7 +108,7 @@ race:
 	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= race-run
 
 race-run: $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-simt-tests
+	@tests/tally.sh "tests/cases.py $<"
 
 ## cuda-objects  compile every kernel for the GPU; needs nvcc, and no GPU
 cuda-objects: $(CUDA_OBJECTS)
@@ -251,5 +251,6 @@ $(BUILD)/flags: force
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
-.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects \
-  kernels profile trace mutants install setup weights clean help force
+.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run \
+  cuda-objects kernels profile trace mutants install setup weights clean help \
+  force
