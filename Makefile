@@ -110,6 +110,16 @@ race:
 race-run: $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/cases.py $<"
 
+## barriers    take away one barrier, fence, atomic or wait at a time: a test must notice (ten minutes)
+# SHARE=8: every eighth, others after every commit.
+SHARE ?= 1
+barriers:
+	@tools/setup.sh build test
+	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= barriers-run
+
+barriers-run: $(BUILD)/thaw-simt-tests
+	@tests/tally.sh "tests/barriers.py $< $(SHARE)"
+
 ## cuda-objects  compile every kernel for the GPU; needs nvcc, and no GPU
 cuda-objects: $(CUDA_OBJECTS)
 
@@ -252,5 +262,5 @@ $(BUILD)/flags: force
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
 
 .PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run \
-  cuda-objects kernels profile trace mutants install setup weights clean help \
+  barriers barriers-run cuda-objects kernels profile trace mutants install setup weights clean help \
   force
