@@ -53,6 +53,8 @@ int fail_call(int n) {
   return std::exchange(n_calls, 0);
 }
 
+bool emulated() { return true; }
+
 void set_plain_memory(bool readable) { can_read_plain_memory = readable; }
 
 std::map<std::string, Count>& counts() {

@@ -168,6 +168,7 @@ TEST_CASE("cuda forward: twenty steps by graph are twenty steps without, and one
     const auto y = without.transformer.forward({&token, 1}, *without.kv, 1, Phase::kDecode);
     CHECK(Logits(x.begin(), x.end()) == Logits(y.begin(), y.end()));
   }
+  if (!simt::emulated()) return;
   simt::fail_call(0);
   with.transformer.forward({&few[0], 1}, *with.kv, 1, Phase::kDecode);
   const int by_graph = simt::fail_call(0);
