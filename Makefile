@@ -58,14 +58,20 @@ SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
 # What the emulator's tests are linked with: the host code that they need, and the kernels.
 SIMT_NEEDS := device/% kvstore/% attention/% model/%
+SIMT_HOST := $(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA))
 EMULATED := $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o)
-SIMT_LINKED := $(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA)) $(BUILD)/tests/main.o \
-  $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+SIMT_LINKED := $(SIMT_HOST) $(BUILD)/tests/main.o $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+# Those that are not of the emulator itself run on a device, too.
+CUDA_TESTS := $(filter-out %/test_block.cu %/test_cublaslt.cu %/test_streams.cu,$(SIMT_TESTS)) \
+  tests/simt/on_device.cu
+CUDA_TEST_OBJECTS := $(CUDA_TESTS:%.cu=$(BUILD)/cuda/%.o)
 
 # Real code for Ampere and Hopper, and PTX for what comes after.
-NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. -gencode arch=compute_80,code=sm_80 \
-  -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90 -lineinfo \
+NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. $(CUDA_DEVICES) -lineinfo \
   -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v
+# Tests are compiled for one device only, whose code newer ones translate: that takes half the time.
+CUDA_DEVICES = -gencode arch=compute_80,code=sm_80 \
+  -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
 SIMT_COMPILE = $(COMPILE) -Wno-unknown-pragmas -Itests/simt/include -x c++
 
 MODEL := weights/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -91,8 +97,9 @@ demo:
 test:
 	@tools/setup.sh build test weights
 	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests $(BUILD)/thaw-emulated
-	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests "tests/readme.sh $(BUILD)/thaw" \
-	  "tests/emulated.sh $(BUILD)/thaw-emulated"
+	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests" \
+	  "tests/readme.sh $(BUILD)/thaw" "tests/emulated.sh $(BUILD)/thaw-emulated" \
+	  "tools/gpu_check.sh --emulated"
 
 ## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
 sanitize:
@@ -100,7 +107,7 @@ sanitize:
 	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 WARN= sanitize-run
 
 sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
+	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests"
 
 ## race        the kernels' tests on the emulator under ThreadSanitizer
 race:
@@ -108,7 +115,20 @@ race:
 	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= race-run
 
 race-run: $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-simt-tests
+	@tests/tally.sh "tests/cases.py $<"
+
+## barriers    take away one barrier, fence, atomic or wait at a time: a test must notice (ten minutes)
+# SHARE=8: every eighth, others after every commit.
+SHARE ?= 1
+barriers:
+	@tools/setup.sh build test
+	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= barriers-run
+
+barriers-run: $(BUILD)/thaw-simt-tests
+	@tests/tally.sh "tests/barriers.py $< $(SHARE)"
+
+## cuda-tests  build/thaw-cuda-tests: the kernels' tests for a GPU; needs nvcc, and to run, a GPU
+cuda-tests: $(BUILD)/thaw-cuda-tests
 
 ## cuda-objects  compile every kernel for the GPU; needs nvcc, and no GPU
 cuda-objects: $(CUDA_OBJECTS)
@@ -177,6 +197,10 @@ $(BUILD)/thaw-cuda: $(BUILD)/main.o $(WITH_CUDA) $(CUDA_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS) $(CUDA_LIBS)
 
+$(BUILD)/thaw-cuda-tests: $(SIMT_HOST) $(CUDA_OBJECTS) $(CUDA_TEST_OBJECTS)
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS) $(CUDA_LIBS)
+
 $(BUILD)/thaw-emulated: $(BUILD)/main.o $(WITH_CUDA) $(EMULATED) $(SIMT_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
@@ -229,6 +253,7 @@ $(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) -Itests/simt/include -MMD -MP -c -o $@ $<
 
+$(CUDA_TEST_OBJECTS): CUDA_DEVICES := -gencode arch=compute_80,code=compute_80
 $(BUILD)/cuda/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	@test -n "$(NVCC)" || { echo "nvcc is missing: the CUDA toolkit has it"; exit 1; }
@@ -249,7 +274,8 @@ $(BUILD)/flags: force
 	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@
 
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
-  $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d)
+  $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TEST_OBJECTS:.o=.d)
 
-.PHONY: all cuda emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run cuda-objects \
-  kernels profile trace mutants install setup weights clean help force
+.PHONY: all cuda cuda-tests emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run \
+  barriers barriers-run cuda-objects kernels profile trace mutants install setup weights clean \
+  help force

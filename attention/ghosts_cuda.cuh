@@ -96,7 +96,8 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
       -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
 }
 
-// GhostRope::turn_query() by a warp: what a query's centre scores of a span are made of.
+// GhostRope::turn_query() by a warp: what a query's centre scores of a span are made of. A lane
+// reads what it has prepared itself, and so waits for nobody.
 __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& at,
                                         const DeviceRope& rope, int half, int query, int span) {
   const float* cosine = rope.middle + static_cast<std::int64_t>(span) * 2 * half;
@@ -283,7 +284,6 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_ghosts(Tier
     prepare_ghost_query(shared, at, p, kv_head, query, first);
   for (int token = share.begin; token < share.end; token += GhostRope::kSpan) {
     const int span = token / GhostRope::kSpan;
-    __syncwarp();  // a warp turns what it has prepared
     for (int query = warp_index(); query < n_queries; query += kTiledWarps)
       turn_ghost_query(shared, at, ghosts.rope, half, query, span);
     __syncthreads();  // all queries are turned

@@ -148,8 +148,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) sum_token_stats(S
         out[static_cast<std::int64_t>(lane) * stats.stride + first + lane_index()] =
             mean * (warp_index() == 0 ? sum : kLn2 * sum);
     }
-    __syncthreads();  // and read: the next tile's overwrite them
-  }
+  }  // nobody writes the next tile's sums before add_head()'s barriers
   if (blockIdx.x != 0) return;
   float entropy = 0;
   for (int i = thread; i < n_queries; i += kTiledThreads)

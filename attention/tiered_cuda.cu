@@ -38,7 +38,8 @@ struct JoinedHead {
   float ghosts, frozen;
 };
 
-// weights[i] = what part i is to be multiplied by. All threads call and get the same.
+// weights[i] = what part i is to be multiplied by. All threads call and get the same, and see all
+// weights: the sums of the block wait for them.
 __device__ JoinedHead join_states(float* weights, const HeadParts& parts) {
   float peak = kLowest;
   for (int i = static_cast<int>(threadIdx.x); i < parts.n_all; i += kTiledThreads) {
@@ -130,7 +131,6 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) finish_decode(Tie
   wait_for_previous_kernel();
   let_next_kernel_start();
   const JoinedHead joined = join_states(weights, parts);
-  __syncthreads();  // all weights are there
   for (int d = static_cast<int>(threadIdx.x); d < p.head_dim; d += kTiledThreads) {
     float sum = 0, turned = 0;
     for (int i = 0; i < parts.n_exact; ++i)

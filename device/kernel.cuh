@@ -220,25 +220,27 @@ __device__ inline void cp_async_commit() {
 }
 // Waits until at most kPending of this thread's groups, the newest, are on their way. Other threads
 // see what arrived after a __syncthreads() that follows.
+#ifdef THAW_EMULATED
+using simt::cp_async_wait;
+#else
 template <int kPending>
 __device__ inline void cp_async_wait() {
-#ifdef THAW_EMULATED
-  simt::cp_async_wait(kPending);
-#else
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-#endif
 }
+#endif
 
 // ---- Programmatic dependent launch; see launch_overlapping() in device/cuda.h.
 
 // Returns when all earlier work on the stream is done and visible. Nothing where it is so anyway.
-__device__ inline void wait_for_previous_kernel() {
 #ifdef THAW_EMULATED
-  simt::wait_for_previous_kernel();
-#elif __CUDA_ARCH__ >= 900
+using simt::wait_for_previous_kernel;
+#else
+__device__ inline void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+#endif
 // Once every block has called it or ended, the next kernel may start, if it was launched to
 // overlap.
 __device__ inline void let_next_kernel_start() {

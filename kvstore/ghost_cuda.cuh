@@ -87,8 +87,8 @@ __device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
 }
 
 // The mean of a head's first keys, turned back to position 0, and values, and the units of their
-// scales. squares: shared, {key, value} x head_dim. All threads call, and see both when they
-// return.
+// scales. squares: shared, {key, value} x head_dim. All threads call; they see the means when they
+// return, and the units behind the next barrier.
 template <KvType kType>
 __device__ void fix_centre(const GhostJob& job, int head, double* squares) {
   const GhostFormat& f = job.ghosts.format;
@@ -124,7 +124,6 @@ __device__ void fix_centre(const GhostJob& job, int head, double* squares) {
   __syncthreads();  // all means and sums of squares are there
   if (threadIdx.x == 0) units[0] = ghost_step(f.key_bits) * rms_of(squares, n, dim);
   if (threadIdx.x == kWarp) units[1] = ghost_step(f.value_bits) * rms_of(squares + dim, n, dim);
-  __syncthreads();  // the units are
 }
 
 // The key or the value of one token into its group in shared memory, by one warp.

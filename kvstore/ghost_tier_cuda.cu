@@ -73,8 +73,7 @@ __global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob job) {
     }
     __syncthreads();  // all codes and scales are in the group
     for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
-      stored[i] = group[i];
-    __syncthreads();  // it is stored, before the next one is loaded over it
+      stored[i] = group[i];  // a thread's words are its own when the next group is loaded, too
   }
 }
 

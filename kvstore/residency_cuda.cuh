@@ -278,9 +278,8 @@ __device__ inline void LaneBlock::settle() {
   } else {
     for (int row = static_cast<int>(threadIdx.x); row < n; row += kLaneThreads)
       *state_of(tokens_[row]).score += g_.stats.probability[at + row];
-    __syncthreads();  // scores are accumulated
   }
-  make_room(0);
+  make_room(0);  // begins with a barrier: scores are accumulated
   if (threadIdx.x != 0) return;
   LaneReport& report = g_.reports[lane_];
   report.n_attended = n, report.n_recalled = n_recalled;
@@ -355,8 +354,8 @@ __device__ inline void LaneBlock::finish() {
   store();
 }
 
+// The first thread has decided all that it stores.
 __device__ inline void LaneBlock::store() {
-  __syncthreads();  // the state is decided
   if (threadIdx.x != 0) return;
   g_.states[lane_] = s_.state, g_.n_rows[lane_] = s_.n_rows;
   LaneReport& report = g_.reports[lane_];

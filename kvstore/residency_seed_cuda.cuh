@@ -69,9 +69,9 @@ __device__ inline void LaneBlock::seed() {
       *state.timer = static_cast<std::uint16_t>(stay_steps(p_, *state.hits));
     }
   }
-  if (warp_index() == 0) insert_chosen();
-  __syncthreads();  // rows, mask and number of rows are those of the chosen
-  if (p_.policy == Policy::kAsr && warp_index() == 0) sleep_all_frozen();
+  if (warp_index() != 0) return;
+  insert_chosen();
+  if (p_.policy == Policy::kAsr) sleep_all_frozen();
 }
 
 // One warp: a row for each chosen token that has none, ascending.
@@ -91,7 +91,7 @@ __device__ inline void LaneBlock::insert_chosen() {
       tokens_[row] = word * kWarp + __ffs(static_cast<int>(bits)) - 1, from_[row] = kInCold;
     n_rows += __shfl_sync(kAllLanes, end, kWarp - 1);
   }
-  __syncwarp();  // all lanes have read how many there were
+  __syncwarp();  // all lanes have read how many there were, and the mask is complete
   if (lane_index() == 0) s_.n_rows = n_rows;
 }
 
@@ -144,7 +144,6 @@ __device__ inline void LaneBlock::settle_asr(const float* relevance) {
       if (exists && sleeper.timer != 0) asleep()[n_asleep + place_in(sleeps)] = sleeper;
       n_waking += __popc(wakes), n_asleep += __popc(sleeps);
     }
-    __syncwarp();  // all have been read
     for (int base = 0; base < s_.n_rows; base += kWarp) {
       const int row = base + lane_index();
       int token = 0, steps = 0;
@@ -162,8 +161,7 @@ __device__ inline void LaneBlock::settle_asr(const float* relevance) {
     __syncwarp();  // all lanes have read how many sleep
     if (lane_index() == 0) s_.state.n_asleep = n_asleep, s_.n_waking = n_waking;
   }
-  __syncthreads();  // marks and sleepers are there
-  remove_marked(true);
+  remove_marked(true);  // begins with a barrier: marks and sleepers are there
   if (threadIdx.x == 0) {
     for (int i = 0; i < s_.n_waking; ++i) {
       if (insert(waking[i]))
@@ -194,8 +192,7 @@ __device__ inline void LaneBlock::cut(int position, int length) {
     s_.state.n_asleep = kept;
     if (position == 0) s_.state.entropy = s_.state.ghost_mass = s_.state.tau = 0;
   }
-  __syncthreads();  // nothing is left of what was cut
-  make_room(0);
+  make_room(0);  // begins with a barrier: nothing is left of what was cut
   // What is among the newest now, or has no ghost, must be hot.
   bool complete = true;
   const int sinks = min(p_.sinks, position);
@@ -207,12 +204,9 @@ __device__ inline void LaneBlock::cut(int position, int length) {
 
 // complete: of the first thread only.
 __device__ inline void LaneBlock::thaw_again(int token, bool& complete) {
-  const bool hot = is_hot(token);
-  __syncthreads();  // all have read the mask
-  if (hot) return;
+  if (is_hot(token)) return;
   if (threadIdx.x == 0) wake(token);
-  __syncthreads();  // it does not sleep
-  make_room(1);
+  make_room(1);  // begins with a barrier: all have read the mask
   if (threadIdx.x == 0) {
     const bool fits = insert(token);
     s_.state.tally.thawed += fits ? 1 : 0;

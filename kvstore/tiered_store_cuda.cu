@@ -294,7 +294,7 @@ float CudaTieredStore::ghost_mass() const {
 
 void CudaTieredStore::check_from(int first) const {
   catch_up();
-  stream_.synchronize();  // what the kernels wrote can be read
+  stream_.synchronize();  // what kernels wrote can be read, in the middle of a step, too
   const int n = length();
   cold_.host().check(first, n);
   for (int layer = 0; layer < shape_.n_layers; ++layer) {

@@ -201,7 +201,6 @@ class CudaOps final : public Ops {
     const std::vector<float> frequencies = rope_inverse_frequencies(config);
     inverse_frequencies_ = DeviceBuffer<float>(frequencies.size(), "RoPE frequencies");
     copy_to_device(inverse_frequencies_.data(), frequencies.data(), frequencies.size(), stream);
-    stream.synchronize();  // the frequencies' host memory ends here
   }
 
   void embed(float* x, std::span<const std::int32_t> tokens, const Weights& weights) override {

@@ -17,7 +17,7 @@ if [ "${1:-}" = --emulated ]; then emulated=true && shift; fi
 case ${1:-} in -*) echo "gpu_check: expected --emulated or a folder, found '$1'" >&2; exit 2 ;; esac
 if $emulated; then
   out=${1:-build} thaw=build/thaw-emulated tests="build/thaw-simt-tests -tc=*attention:*refused*"
-  shape=tiny formats="q8_0" depths=4,40 prompts=9 tokens=2 repetitions=1 answer=1
+  shape=tiny formats="q8_0" depths=4,40 prompts=9 tokens=2 repetitions=1 answer=2
 else
   out=${1:-docs} thaw=build/thaw-cuda tests=build/thaw-cuda-tests
   shape=8b formats="bf16 q8_0 q4_0" depths=512,8192,32768,131072 prompts=512,4096,32768

@@ -178,7 +178,10 @@ void Multiprocessor::run_block() {
   active = nullptr;
 }
 
-int barrier_sum(int value, Where where) {
+namespace {
+
+// Until all threads are there; returns the sum of their values.
+int join_barrier(int value, Where where, bool orders) {
   Multiprocessor& m = *active;
   Fiber& f = *m.current;
   for (int i = 0; m.n_at_barrier > 0 && i < m.n_threads; ++i) {
@@ -190,7 +193,7 @@ int barrier_sum(int value, Where where) {
   }
   // By turns: with one clock a fast thread's next arrival would order what a slow one did before.
   char* clock = &m.barrier_clocks[m.n_barriers % 2];
-  release(clock);
+  if (orders) release(clock);
   f.where = where, f.state = State::kAtBarrier;
   m.sum += value;
   if (++m.n_at_barrier == m.n_threads) {
@@ -199,11 +202,17 @@ int barrier_sum(int value, Where where) {
     for (const int thread : m.order) push(thread);
   }
   suspend();
-  acquire(clock);
+  if (orders) acquire(clock);
   return m.last_sum;
 }
 
-void barrier(Where where) { barrier_sum(0, where); }
+}  // namespace
+
+// Without its sum a kernel would be another: where it is skipped it still counts.
+int barrier_sum(int value, Where where) { return join_barrier(value, where, !skipped(where)); }
+void barrier(Where where) {
+  if (!skipped(where)) join_barrier(0, where, true);
+}
 
 void pause() {
   push(active->current->thread);
@@ -214,7 +223,7 @@ void* dynamic_shared() {
   return active->dynamic_end - (active->launch->shared_bytes + 127) / 128 * 128;
 }
 
-void cp_async_16(void* shared, const void* global, bool valid) {
+void begin_copy(void* shared, const void* global, bool valid) {
   Fiber& f = *active->current;
   if (valid) count_bytes(16);
   f.copies.push_back({shared, valid ? global : nullptr, f.group});
@@ -228,7 +237,8 @@ bool next_landing(int pending, Landing& landing) {
   return true;
 }
 
-void wait_for_previous_kernel() {
+void wait_for_previous_kernel(Where where) {
+  if (skipped(where)) return;
   active->waited = true;
   acquire(&active->launch->begun);
 }

@@ -17,6 +17,7 @@
 #include "tests/simt/queue.h"
 #include "tests/simt/sanitizers.h"
 #include "tests/simt/simt.h"
+#include "tests/simt/sites.h"
 
 namespace simt {
 namespace {
@@ -51,6 +52,8 @@ int fail_call(int n) {
   calls_until_failure = n;
   return std::exchange(n_calls, 0);
 }
+
+bool emulated() { return true; }
 
 void set_plain_memory(bool readable) { can_read_plain_memory = readable; }
 
@@ -184,8 +187,7 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, std::size_t bytes, cudaM
                                                       : "copy on device";
   const auto n = static_cast<std::int64_t>(bytes);
   if (from_kind == Kind::kPageable) {  // staged: read before the call returns
-    const cudaError_t result = wait_for(last_of(*stream));
-    if (result != cudaSuccess) return result;
+    if (n_captures() > 0) return cudaErrorStreamCaptureUnsupported;
     const auto* first = static_cast<const char*>(from);
     enqueue(*stream, name, [to, staged = std::vector<char>(first, first + bytes), n](const Op&) {
       std::memcpy(to, staged.data(), staged.size());
@@ -221,7 +223,8 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
-  return fails() ? cudaErrorLaunchFailure : wait_for(last_of(*stream));
+  if (fails()) return cudaErrorLaunchFailure;
+  return skipped_by_caller() ? cudaSuccess : wait_for(last_of(*stream));
 }
 
 cudaError_t cudaEventCreate(cudaEvent_t* out) {
@@ -240,10 +243,11 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
   if (fails()) return cudaErrorLaunchFailure;
-  return enqueue_wait(*stream, event->op);
+  return skipped_by_caller() ? cudaSuccess : enqueue_wait(*stream, event->op);
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
-  return fails() ? cudaErrorLaunchFailure : wait_for(event->op);
+  if (fails()) return cudaErrorLaunchFailure;
+  return skipped_by_caller() ? cudaSuccess : wait_for(event->op);
 }
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   if (fails()) return cudaErrorLaunchFailure;

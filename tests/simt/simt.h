@@ -25,6 +25,9 @@
 
 namespace simt {
 
+// False where tests run on a device (tests/simt/on_device.cu): all else here is then of no use.
+bool emulated();
+
 // Restarts every random choice. At first the seed is that of the environment's THAW_SIMT_SEED,
 // or 1.
 void set_seed(std::uint64_t seed);

@@ -275,11 +275,13 @@ TEST_CASE("cuda attention: a graph serves every length, and reads keys and value
   for (const int kv_len : {200, 31, 1}) {
     auto* device_len = const_cast<std::int32_t*>(pages.view().device->kv_len);
     copy_to_device(device_len, &kv_len, 1, stream);
-    simt::counts().clear();
+    stream.synchronize();
+    if (simt::emulated()) simt::counts().clear();
     graph.launch(stream);
     Vector got(q.size());
     copy_to_host(got.data(), o.data(), got.size(), stream);
     CHECK(testing::nmse(got, expected({1, kv_len, 2, 4, 64}, *kv, q)) <= 1e-10);
+    if (!simt::emulated()) continue;
     CHECK(simt::counts()["attend"].runs == 1);
     if (kv_len == 200) CHECK(simt::counts()["attend"].bytes == 200 * 2 * 2 * 64 * 2);
   }

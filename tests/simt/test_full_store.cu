@@ -18,6 +18,13 @@ namespace {
 constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
                              KvType::kQ4_0};
 
+// ThreadSanitizer is slow, and sees what is unordered in any size.
+#ifdef __SANITIZE_THREAD__
+constexpr int kHeadDims[] = {96};
+#else
+constexpr int kHeadDims[] = {64, 80, 96};
+#endif
+
 KvOptions full_options() {
   KvOptions o;
   o.policy.policy = Policy::kFull;
@@ -78,7 +85,7 @@ void step(KvStore& store, KvStore* other, int n, Phase phase, std::uint64_t seed
 
 TEST_CASE("cuda store: the bits of every type are those of the store in host memory") {
   for (const KvType type : kTypes)
-    for (const int head_dim : {64, 80, 96}) {
+    for (const int head_dim : kHeadDims) {
       if (head_dim == 80 && (type == KvType::kQ8_0 || type == KvType::kQ4_0)) continue;
       CAPTURE(kv_type_name(type));
       CAPTURE(head_dim);

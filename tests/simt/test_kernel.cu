@@ -83,7 +83,6 @@ __global__ void copy_async(float* out, const float* x, bool wait) {
 // Two groups on their way: waiting for all but one lands the older.
 __global__ void copy_two_groups(float* out, const float* x) {
   float* tile = dynamic_shared<float>();
-  tile[0] = tile[4] = -1;
   cp_async_16(tile, x), cp_async_commit();
   cp_async_16(tile + 4, x + 4), cp_async_commit();
   cp_async_wait<1>();
@@ -137,7 +136,9 @@ TEST_CASE("kernel.cuh: asynchronous copies land when they are waited for") {
   copy_to_device(x.data(), host.data(), 8, stream);
   launch("copy_two_groups", copy_two_groups, 1, 1, 32, stream, out.data(), x.data());
   copy_to_host(groups.data(), out.data(), 3, stream);
-  CHECK(groups == std::vector<float>{1, -1, 5});
+  CHECK(groups[0] == 1);
+  CHECK(std::isnan(groups[1]));  // still on its way
+  CHECK(groups[2] == 5);
 }
 
 TEST_CASE("kernel.cuh: 16-bit formats round as the host's") {

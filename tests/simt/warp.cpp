@@ -90,6 +90,7 @@ int lane() { return active->current->thread % kWarp; }
 
 std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argument, Where where) {
   Fiber& f = checked_lane(mask, where);
+  if (what == Exchange::kSync && skipped(where)) return 0;
   f.what = what, f.value = value, f.argument = argument;
   if (what == Exchange::kSync) release(&f.clocks[f.turn ^= 1u]);
   const int first = f.thread - lane();

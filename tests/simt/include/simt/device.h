@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstring>
-#include <source_location>
 
+#include "simt/sites.h"
 #include "simt/types.h"
 
 extern uint3 threadIdx, blockIdx;
@@ -11,8 +11,6 @@ extern dim3 blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 namespace simt {
-
-using Where = std::source_location;
 
 // Each lane of `mask` brings a value and gets one: for kShuffle that of lane `argument`, for the
 // others the reduction over all lanes of `mask`. A value is the bits of a number of T, sign- or
@@ -25,7 +23,13 @@ int barrier_sum(int value, Where where);  // __syncthreads_count and its kin
 void pause();                             // lets other threads of the block run
 
 void* dynamic_shared();
-void cp_async_16(void* shared, const void* global, bool valid);
+void begin_copy(void* shared, const void* global, bool valid);
+// The copy may land at any time from here on: until it is waited for, `shared` holds NaN.
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  if (valid) static_cast<void>(*static_cast<const volatile unsigned*>(global));
+  *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};
+  begin_copy(shared, global, valid);
+}
 void cp_async_commit();
 // An asynchronous copy that must land now, so that at most `pending` groups are on their way.
 struct Landing {
@@ -34,12 +38,14 @@ struct Landing {
   int group;
 };
 bool next_landing(int pending, Landing& landing);
-inline void cp_async_wait(int pending) {
-  for (Landing landing; next_landing(pending, landing);)
+template <int kPending>
+void cp_async_wait(Where where = Where::current()) {
+  if (skipped(where)) return;
+  for (Landing landing; next_landing(kPending, landing);)
     *static_cast<uint4*>(landing.to) =
         landing.from == nullptr ? uint4{} : *static_cast<const uint4*>(landing.from);
 }
-void wait_for_previous_kernel();
+void wait_for_previous_kernel(Where where = Where::current());
 // mma_16x8x16 of device/kernel.cuh, of f16 or bf16.
 void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, bool bf16,
          Where where = Where::current());
