@@ -29,7 +29,7 @@ __device__ inline void LaneBlock::choose_woken(Rung rung) {
     g_.reports[lane_].n_chosen = s_.n_rows + max(0, min(n_chosen, bound_ - s_.n_rows));
 }
 
-// The newest first, as long as there is room.
+// The newest first, as long as there is room. Ends without a barrier: finish() begins with one.
 __device__ inline void LaneBlock::wake_chosen() {
   if (threadIdx.x == 0) {
     int room = bound_ - s_.n_rows;
@@ -49,7 +49,6 @@ __device__ inline void LaneBlock::wake_chosen() {
       if (!is_hot(asleep()[i].token)) asleep()[kept++] = asleep()[i];
     s_.state.n_asleep = kept;
   }
-  __syncthreads();  // they have rows
 }
 
 __device__ inline void LaneBlock::forget() {
