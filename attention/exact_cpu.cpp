@@ -10,9 +10,12 @@
 namespace thaw {
 namespace {
 
+constexpr int kFewRows = 8;    // up to so many query rows, as in decode, dot products are faster
+constexpr int kFewBlock = 32;  // and so many rows, whose unpacked form stays in L1
+
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
-// keys_t: n_padded / 16 tiles of [dim][16 rows]; values: [row][dim]. Both padded with zeros.
+// keys, values: [row][dim], padded with zeros to whole tiles of rows.
 void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType type, int head_dim,
                   int dim) {
   const int n_padded = round_up(n, kTileCols);
@@ -28,10 +31,34 @@ void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType 
     std::fill(key + used, key + dim, 0.0f);
     std::fill(value + used, value + dim, 0.0f);
   }
+}
+
+// scores: [query row][kExactBlock]. Many rows: keys are turned into tiles of [dim][16 rows].
+void score_many(ExactScratch& s, int rows, int n_padded, int dim) {
+  std::fill_n(s.scores.data(), rows * kExactBlock, 0.0f);
   for (int t = 0; t < n_padded; t += 8) {
     float* tile = s.keys_t.data() + t / kTileCols * kTileCols * dim + t % kTileCols;
     for (int i = 0; i < dim; i += 8)
       transpose_8x8(tile + i * kTileCols, kTileCols, s.keys.data() + t * dim + i, dim);
+  }
+  for (int t = 0; t < n_padded; t += kTileCols)
+    tile_multiply(s.scores.data() + t, kExactBlock, s.q.data(), dim, rows,
+                  s.keys_t.data() + t * dim, kTileCols, dim);
+}
+
+// Few rows: dot products with eight keys at a time, whose partial sums are transposed instead.
+void score_few(ExactScratch& s, int rows, int n_padded, int dim) {
+  for (int t = 0; t < n_padded; t += 8) {
+    const float* keys = s.keys.data() + t * dim;
+    for (int r = 0; r < rows; ++r) {
+      f32x8 sum[8] = {};
+      for (int i = 0; i < dim; i += 8) {
+        const f32x8 q = load8(s.q.data() + r * dim + i);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; ++k) sum[k] += q * load8(keys + k * dim + i);
+      }
+      store8(s.scores.data() + r * kExactBlock + t, sums8(sum));
+    }
   }
 }
 
@@ -77,14 +104,13 @@ void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim)
 void attend_exactly(SoftmaxState* states, float* o, const ExactWork& w, KvType type, int head_dim,
                     ExactScratch& s) {
   const int rows = w.n_tokens * w.group, dim = padded_dim(head_dim);
+  const bool few = rows <= kFewRows;
+  const int block = few ? kFewBlock : kExactBlock;
   unpack_queries(s, w, head_dim, dim);
-  for (int first = w.begin; first < w.end; first += kExactBlock) {
-    const int n = std::min(kExactBlock, w.end - first), n_padded = round_up(n, kTileCols);
+  for (int first = w.begin; first < w.end; first += block) {
+    const int n = std::min(block, w.end - first), n_padded = round_up(n, kTileCols);
     unpack_block(s, w, first, n, type, head_dim, dim);
-    std::fill_n(s.scores.data(), rows * kExactBlock, 0.0f);
-    for (int t = 0; t < n_padded; t += kTileCols)
-      tile_multiply(s.scores.data() + t, kExactBlock, s.q.data(), dim, rows,
-                    s.keys_t.data() + t * dim, kTileCols, dim);
+    few ? score_few(s, rows, n_padded, dim) : score_many(s, rows, n_padded, dim);
     for (int r = 0; r < rows; ++r) {
       float* scores = s.scores.data() + r * kExactBlock;
       const int token = r / w.group, seen = std::clamp(w.first_visible + token - first, 0, n);

@@ -3,15 +3,25 @@
 // NEON.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 namespace thaw {
 
 using f32x8 = float __attribute__((vector_size(32)));
-inline constexpr int kTileCols = 16;  // columns of a tile: two vectors of f32x8
-inline constexpr int kTileRows =
-    6;  // most rows at a time: 12 sums, 2 columns, 1 factor fill 16 registers
+inline constexpr int kTileCols = 16;  // columns of a tile
+
+// A part of a tile's row, and the most rows at a time: their sums, the columns and a factor fill
+// the registers.
+#ifdef __AVX512F__
+using TilePart = float __attribute__((vector_size(64)));
+inline constexpr int kTileRows = 12;
+#else
+using TilePart = f32x8;
+inline constexpr int kTileRows = 6;
+#endif
 
 inline f32x8 load8(const float* p) {
   f32x8 v;
@@ -38,48 +48,68 @@ inline float sum8(f32x8 v) {  // in a fixed order
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
+// Element k is the sum of v[k]'s elements, in sum8()'s order.
+inline f32x8 sums8(const f32x8 (&v)[8]) {
+  f32x8 a[4], b[2];
+  for (int k = 0; k < 4; ++k) {  // halves: v[k] in the lower half, v[k + 4] in the upper
+    a[k] = __builtin_shufflevector(v[k], v[k + 4], 0, 1, 2, 3, 8, 9, 10, 11) +
+           __builtin_shufflevector(v[k], v[k + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  for (int k = 0; k < 2; ++k) {
+    b[k] = __builtin_shufflevector(a[2 * k], a[2 * k + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+           __builtin_shufflevector(a[2 * k], a[2 * k + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+  }
+  return __builtin_shufflevector(b[0], b[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+         __builtin_shufflevector(b[0], b[1], 1, 3, 9, 11, 5, 7, 13, 15);
+}
+
 // out[r][c] += sum over i < n of x[r][i] * tile[i][c], for r < kRows and c < 16.
 template <int kRows>
 void tile_multiply_rows(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
                         const float* tile, std::int64_t tile_stride, std::int64_t n) {
-  f32x8 sum[kRows][2] = {};
+  constexpr int kPart = sizeof(TilePart) / sizeof(float), kParts = kTileCols / kPart;
+  TilePart sum[kRows][kParts] = {};
   for (std::int64_t i = 0; i < n; ++i) {
-    f32x8 left = load8(tile + i * tile_stride), right = load8(tile + i * tile_stride + 8);
-    keep(left), keep(right);
-#pragma GCC unroll 6
+    TilePart columns[kParts];
+#pragma GCC unroll 2
+    for (int part = 0; part < kParts; ++part) {
+      std::memcpy(&columns[part], tile + i * tile_stride + part * kPart, sizeof columns[part]);
+      keep(columns[part]);
+    }
+#pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const float factor = x[r * x_stride + i];
-      sum[r][0] += factor * left;
-      sum[r][1] += factor * right;
+#pragma GCC unroll 2
+      for (int part = 0; part < kParts; ++part) sum[r][part] += factor * columns[part];
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    float* to = out + r * out_stride;
-    store8(to, load8(to) + sum[r][0]);
-    store8(to + 8, load8(to + 8) + sum[r][1]);
+    for (int part = 0; part < kParts; ++part) {
+      float* to = out + r * out_stride + part * kPart;
+      TilePart total;
+      std::memcpy(&total, to, sizeof total);
+      total += sum[r][part];
+      std::memcpy(to, &total, sizeof total);
+    }
   }
+}
+
+template <int... kLess>
+void tile_multiply(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
+                   std::int64_t rows, const float* tile, std::int64_t tile_stride, std::int64_t n,
+                   std::integer_sequence<int, kLess...>) {
+  constexpr decltype(&tile_multiply_rows<1>) kByRows[] = {&tile_multiply_rows<kLess + 1>...};
+  for (; rows > 0; rows -= kTileRows, out += kTileRows * out_stride, x += kTileRows * x_stride)
+    kByRows[std::min<std::int64_t>(rows, kTileRows) - 1](out, out_stride, x, x_stride, tile,
+                                                         tile_stride, n);
 }
 
 // The same for any number of rows.
 inline void tile_multiply(float* out, std::int64_t out_stride, const float* x,
                           std::int64_t x_stride, std::int64_t rows, const float* tile,
                           std::int64_t tile_stride, std::int64_t n) {
-  for (; rows > 0; rows -= kTileRows, out += kTileRows * out_stride, x += kTileRows * x_stride) {
-    switch (rows) {
-      case 1:
-        return tile_multiply_rows<1>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 2:
-        return tile_multiply_rows<2>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 3:
-        return tile_multiply_rows<3>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 4:
-        return tile_multiply_rows<4>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      case 5:
-        return tile_multiply_rows<5>(out, out_stride, x, x_stride, tile, tile_stride, n);
-      default:
-        tile_multiply_rows<6>(out, out_stride, x, x_stride, tile, tile_stride, n);
-    }
-  }
+  tile_multiply(out, out_stride, x, x_stride, rows, tile, tile_stride, n,
+                std::make_integer_sequence<int, kTileRows>{});
 }
 
 // out[c][r] = in[r][c] for 8 x 8 elements.
