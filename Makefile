@@ -97,7 +97,7 @@ demo:
 test:
 	@tools/setup.sh build test weights
 	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests $(BUILD)/thaw-emulated
-	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests" \
+	@tests/tally.sh "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests" \
 	  "tests/readme.sh $(BUILD)/thaw" "tests/emulated.sh $(BUILD)/thaw-emulated" \
 	  "tools/gpu_check.sh --emulated"
 
@@ -107,7 +107,7 @@ sanitize:
 	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 WARN= sanitize-run
 
 sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
-	@tests/tally.sh $(BUILD)/thaw-tests "tests/cases.py $(BUILD)/thaw-simt-tests"
+	@tests/tally.sh "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests"
 
 ## race        the kernels' tests on the emulator under ThreadSanitizer
 race:

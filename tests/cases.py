@@ -32,7 +32,10 @@ def run(program, case, limit=600, **environment):
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
-        return process.returncode, output.read(), usage.ru_utime + usage.ru_stime
+        said, status = output.read(), process.returncode
+        if status == 0 and not re.search(r"test cases: *[1-9]", said):
+            status, said = 1, "it was not run\n" + said
+        return status, said, usage.ru_utime + usage.ru_stime
 
 
 def each(work, items):

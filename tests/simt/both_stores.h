@@ -17,8 +17,8 @@
 
 namespace thaw::testing {
 
-// ThreadSanitizer makes steps thirty times as long.
-#ifdef __SANITIZE_THREAD__
+// Sanitizers make steps up to thirty times as long.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 inline constexpr bool kIsSlow = true;
 #else
 inline constexpr bool kIsSlow = false;

@@ -18,8 +18,8 @@ namespace {
 constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
                              KvType::kQ4_0};
 
-// ThreadSanitizer is slow, and sees what is unordered in any size.
-#ifdef __SANITIZE_THREAD__
+// Sanitizers are slow, and see what is wrong in any size.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr int kHeadDims[] = {96};
 #else
 constexpr int kHeadDims[] = {64, 80, 96};

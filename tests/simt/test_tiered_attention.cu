@@ -22,8 +22,8 @@ using testing::error_of;
 
 namespace {
 
-// ThreadSanitizer is slow, and sees what is unordered in any order.
-#ifdef __SANITIZE_THREAD__
+// Sanitizers are slow, and see what is wrong in any order.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 constexpr bool kIsSlow = true;
 constexpr int kOrders = 3;
 #else
