@@ -27,8 +27,8 @@ namespace {
 using Tokens = std::vector<std::int32_t>;
 using Logits = std::vector<float>;
 
-// Sanitizers are slow, and see what is wrong in any order; what is lost when a call fails, only when
-// that call does.
+// Sanitizers are slow, and see what is wrong in any order; but what is lost when a call fails, only
+// when that call does.
 #ifdef __SANITIZE_THREAD__
 constexpr int kEveryCall = 23;
 #else
