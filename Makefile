@@ -117,7 +117,7 @@ race:
 race-run: $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/cases.py $<"
 
-## barriers    take away one barrier, fence, atomic or wait at a time: a test must notice (ten minutes)
+## barriers    take away one barrier, fence, atomic or wait at a time: a test must notice (three minutes)
 # SHARE=8: every eighth, others after every commit.
 SHARE ?= 1
 barriers:

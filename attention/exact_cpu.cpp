@@ -11,7 +11,7 @@ namespace thaw {
 namespace {
 
 constexpr int kFewRows = 8;    // up to so many query rows, as in decode, dot products are faster
-constexpr int kFewBlock = 32;  // and so many rows, whose unpacked form stays in L1
+constexpr int kFewBlock = 32;  // then so many stored rows at a time, unpacked within L1
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -110,7 +110,10 @@ void attend_exactly(SoftmaxState* states, float* o, const ExactWork& w, KvType t
   for (int first = w.begin; first < w.end; first += block) {
     const int n = std::min(block, w.end - first), n_padded = round_up(n, kTileCols);
     unpack_block(s, w, first, n, type, head_dim, dim);
-    few ? score_few(s, rows, n_padded, dim) : score_many(s, rows, n_padded, dim);
+    if (few)
+      score_few(s, rows, n_padded, dim);
+    else
+      score_many(s, rows, n_padded, dim);
     for (int r = 0; r < rows; ++r) {
       float* scores = s.scores.data() + r * kExactBlock;
       const int token = r / w.group, seen = std::clamp(w.first_visible + token - first, 0, n);

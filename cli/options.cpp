@@ -23,7 +23,8 @@ std::string automatic_backend(const CommonOptions& o, const Config& c) {
   std::string backend = "cpu", why = o.needs_cpu;
   try {
     const std::string device = cuda_device_name();
-    if (why.empty() && c.head_dim % 8 != 0) why = join("head_dim ", c.head_dim);
+    if (why.empty() && (c.head_dim % 8 != 0 || c.head_dim > 256))
+      why = join("head_dim ", c.head_dim);
     if (why.empty()) backend = "cuda";
     why = why.empty() ? device : why + " runs on the CPU only";
   } catch (const Error& error) {
@@ -58,11 +59,10 @@ void add_run_flags(Flags& flags, CommonOptions& o) {
   flags.section("Machine");
   flags.integer(o.threads, "-t, --threads", "CPU threads; by default the physical cores", 1,
                 kMaxThreads);
-  flags.choice(
-      o.backend, "--backend", {"auto", "cpu", "cuda", "checked"},
-      join("where to compute; checked: cuda and cpu side by side, and the first op that "
-           "differs is an error; this build has: ",
-           has_cuda() ? "cpu, cuda" : "cpu"));
+  flags.choice(o.backend, "--backend", {"auto", "cpu", "cuda", "checked"},
+               join("where to compute; checked: cuda and cpu side by side, and the first op that "
+                    "differs is an error; this build has: ",
+                    has_cuda() ? "cpu, cuda" : "cpu"));
 }
 
 void add_kv_flags(Flags& flags, CommonOptions& o, const std::string& context_help,

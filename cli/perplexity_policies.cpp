@@ -156,9 +156,8 @@ int run_policies(const PerplexityOptions& o, const Model& model, const Tokenizer
       window_sizes(o, model, tokenizer, input, static_cast<int>(ids.size()));
   const auto n_windows = decode_windows(windows, static_cast<int>(ids.size())).size();
   Points points{parse_sweep(o.sweeps), {}, {}};
-  for (std::size_t i = 0; i < points.sweep.points.size(); ++i) {
+  for (std::size_t i = 0; i < points.sweep.points.size(); ++i)
     points.options.push_back(at_point(o.common, points.sweep, i));
-  }
   Transformer transformer(model, make_backend(o.common, model));
   std::vector<std::unique_ptr<KvStore>> stores;
   for (const CommonOptions& options : points.options)

@@ -22,8 +22,6 @@ namespace thaw {
 struct WatchOptions {
   std::optional<std::string> report, trace;
   bool heat = false;
-
-  bool any() const { return report || trace || heat; }
 };
 
 void add_watch_flags(Flags& flags, WatchOptions& options);

@@ -124,29 +124,28 @@ inline i32x8 dot_block(const std::int16_t* x, const BlockCodes& w) {
 
 // ---- rows of a tile: a pair of codes of each of kTileCols weight rows, in kTileParts vectors ----
 
-#ifdef __AVX512VNNI__
+using CodePairs = std::int16_t __attribute__((vector_size(sizeof(TilePart))));
+using CodeSums = std::int32_t __attribute__((vector_size(sizeof(TilePart))));
 
-using CodePairs = std::int16_t __attribute__((vector_size(64)));
-using CodeSums = std::int32_t __attribute__((vector_size(64)));
-using FloatSums = float __attribute__((vector_size(64)));
-inline constexpr int kCodeTileRows = 12;  // activation rows at a time: 12 sums, and as many of f32
+// kCodeTileRows: activation rows at a time, whose sums stay in registers.
+#ifdef __AVX512BW__
+
+inline constexpr int kCodeTileRows = 12;
 
 inline void add_products(CodeSums& sum, CodePairs a, CodePairs b) {
-  sum = reinterpret_cast<CodeSums>(_mm512_dpwssd_epi32(
-      reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+  const auto x = reinterpret_cast<__m512i>(a), y = reinterpret_cast<__m512i>(b);
+#ifdef __AVX512VNNI__
+  sum = reinterpret_cast<CodeSums>(_mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), x, y));
+#else
+  sum += reinterpret_cast<CodeSums>(_mm512_madd_epi16(x, y));
+#endif
 }
 
 #else
 
-using CodePairs = i16x16;
-using CodeSums = i32x8;
-using FloatSums = f32x8;
-inline constexpr int kCodeTileRows = 4;  // activation rows at a time: 8 sums in registers
+inline constexpr int kCodeTileRows = 4;
 
 #endif
-
-inline constexpr int kTilePart = sizeof(CodeSums) / sizeof(std::int32_t);
-inline constexpr int kTileParts = kTileCols / kTilePart;
 
 // The two codes at x in every pair of lanes.
 inline CodePairs broadcast_pair(const std::int16_t* x) {

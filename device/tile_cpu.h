@@ -13,15 +13,17 @@ namespace thaw {
 using f32x8 = float __attribute__((vector_size(32)));
 inline constexpr int kTileCols = 16;  // columns of a tile
 
-// A part of a tile's row, and the most rows at a time: their sums, the columns and a factor fill
-// the registers.
-#ifdef __AVX512F__
+// A tile's row is kTileParts vectors of kTilePart columns. kTileRows: most rows at a time, whose
+// sums stay in registers (6: with 2 parts and a factor all 16 of AVX2).
+#ifdef __AVX512BW__
 using TilePart = float __attribute__((vector_size(64)));
 inline constexpr int kTileRows = 12;
 #else
 using TilePart = f32x8;
 inline constexpr int kTileRows = 6;
 #endif
+inline constexpr int kTilePart = sizeof(TilePart) / sizeof(float);
+inline constexpr int kTileParts = kTileCols / kTilePart;
 
 inline f32x8 load8(const float* p) {
   f32x8 v;
@@ -42,6 +44,11 @@ inline f32x8 broadcast2(const float* p) {  // two floats, four times
   std::memcpy(&bits, p, sizeof bits);
   const std::int64_t __attribute__((vector_size(32))) all = {bits, bits, bits, bits};
   return reinterpret_cast<f32x8>(all);
+}
+inline TilePart load_part(const float* row, int part) {
+  TilePart v;
+  std::memcpy(&v, row + part * kTilePart, sizeof v);
+  return v;
 }
 inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 inline float sum8(f32x8 v) {  // in a fixed order
@@ -67,29 +74,25 @@ inline f32x8 sums8(const f32x8 (&v)[8]) {
 template <int kRows>
 void tile_multiply_rows(float* out, std::int64_t out_stride, const float* x, std::int64_t x_stride,
                         const float* tile, std::int64_t tile_stride, std::int64_t n) {
-  constexpr int kPart = sizeof(TilePart) / sizeof(float), kParts = kTileCols / kPart;
-  TilePart sum[kRows][kParts] = {};
+  TilePart sum[kRows][kTileParts] = {};
   for (std::int64_t i = 0; i < n; ++i) {
-    TilePart columns[kParts];
+    TilePart columns[kTileParts];
 #pragma GCC unroll 2
-    for (int part = 0; part < kParts; ++part) {
-      std::memcpy(&columns[part], tile + i * tile_stride + part * kPart, sizeof columns[part]);
+    for (int part = 0; part < kTileParts; ++part) {
+      columns[part] = load_part(tile + i * tile_stride, part);
       keep(columns[part]);
     }
 #pragma GCC unroll 12
     for (int r = 0; r < kRows; ++r) {
       const float factor = x[r * x_stride + i];
 #pragma GCC unroll 2
-      for (int part = 0; part < kParts; ++part) sum[r][part] += factor * columns[part];
+      for (int part = 0; part < kTileParts; ++part) sum[r][part] += factor * columns[part];
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int part = 0; part < kParts; ++part) {
-      float* to = out + r * out_stride + part * kPart;
-      TilePart total;
-      std::memcpy(&total, to, sizeof total);
-      total += sum[r][part];
-      std::memcpy(to, &total, sizeof total);
+    for (int part = 0; part < kTileParts; ++part) {
+      const TilePart total = load_part(out + r * out_stride, part) + sum[r][part];
+      std::memcpy(out + r * out_stride + part * kTilePart, &total, sizeof total);
     }
   }
 }

@@ -235,12 +235,6 @@ void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int6
   unpack_codes<DType::kQ4_1>(tile, w, first_row, first_col, n);
 }
 
-FloatSums load_part(const float* row, int part) {
-  FloatSums v;
-  std::memcpy(&v, row + part * kTilePart, sizeof v);
-  return v;
-}
-
 // sum[r] = products of a block of the tile with kRows rows of activation codes.
 template <int kRows>
 [[gnu::always_inline]] inline void multiply_block(CodeSums (&sum)[kRows][kTileParts],
@@ -270,7 +264,7 @@ void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile
   const std::int16_t* codes = x.codes(t) + first_col;
   const float* scales = x.scales(t) + first_col / kBlock * 2;
   const std::int64_t scale_stride = x.cols() / kBlock * 2;
-  FloatSums total[kRows][kTileParts];
+  TilePart total[kRows][kTileParts];
   for (int r = 0; r < kRows; ++r)
     for (int part = 0; part < kTileParts; ++part)
       total[r][part] = load_part(out + r * kTileCols, part);
@@ -279,11 +273,11 @@ void multiply_codes(float* out, const Activations& x, std::int64_t t, const Tile
     multiply_block<kRows>(sum, codes, x.cols(), tile.pairs + b * kBlock * kTileCols);
 #pragma GCC unroll 2
     for (int part = 0; part < kTileParts; ++part) {
-      const FloatSums d = load_part(tile.d[b], part), offset = load_part(tile.offset[b], part);
+      const TilePart d = load_part(tile.d[b], part), offset = load_part(tile.offset[b], part);
 #pragma GCC unroll 12
       for (int r = 0; r < kRows; ++r) {
         const float* scale = scales + r * scale_stride;
-        total[r][part] += __builtin_convertvector(sum[r][part], FloatSums) * (d * scale[0]);
+        total[r][part] += __builtin_convertvector(sum[r][part], TilePart) * (d * scale[0]);
         total[r][part] += offset * scale[1];
       }
     }

@@ -55,7 +55,7 @@ cp -r Makefile device kvstore attention "$copy"
 cp model/*.h model/{config,forward,matmul,ops_cpu,tensor}.cpp "$copy/model"
 cp tokenizer/*.h "$copy/tokenizer"
 cp tests/*.h tests/main.cpp tests/tiny_files.cpp "$copy/tests"
-cp tests/test_{ghost,ghost_rope,policy,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
+cp tests/test_{ghost,ghost_rope,policy,reset,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
 
 # 0: the tests pass, 1: they fail, 2: they do not compile.
 run_tests() {

@@ -4,101 +4,14 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 
 #include "kvstore/kvstore.h"
 #include "kvstore/policy.h"
 #include "tests/error_of.h"
+#include "tests/told_store.h"
 
 using namespace thaw;
-
-namespace {
-
-constexpr int kDim = 8;
-
-// What a token gets of the attention, by (layer, token). What is missing to 1 is nobody's.
-using Attention = std::function<float(int layer, int token)>;
-
-// A store of one KV head that is told what attention saw.
-class Told {
- public:
-  explicit Told(const KvOptions& options, int n_layers = 1)
-      : kv_(make_kv_store({n_layers, 1, kDim, 4096, KvType::kF32}, options)) {}
-
-  void prefill(int n, const Attention& probability, const Attention& relevance = {}) {
-    step(n, Phase::kPrefill, probability, relevance, {});
-  }
-  // recalled: of layer 0.
-  void decode(const Attention& probability, const Attention& relevance = {},
-              const std::vector<AttentionStats::Recall>& recalled = {}) {
-    step(1, Phase::kDecode, probability, relevance, recalled);
-  }
-  void entropies(std::vector<float> entropy) { entropy_ = std::move(entropy); }
-
-  std::vector<int> hot(int layer = 0) const {
-    const KvView view = kv_->view(layer);
-    std::vector<int> tokens(view.lanes[0].tokens.begin(), view.lanes[0].tokens.end());
-    std::sort(tokens.begin(), tokens.end());
-    return tokens;
-  }
-  bool is_hot(int token, int layer = 0) const {
-    const std::vector<int> tokens = hot(layer);
-    return std::binary_search(tokens.begin(), tokens.end(), token);
-  }
-  KvStore& kv() { return *kv_; }
-
- private:
-  void step(int n, Phase phase, const Attention& probability, const Attention& relevance,
-            const std::vector<AttentionStats::Recall>& recalled) {
-    kv_->begin(n, phase);
-    const std::vector<float> x(static_cast<std::size_t>(n * kDim), 1.0f);
-    for (int layer = 0; layer < kv_->shape().n_layers; ++layer) {
-      kv_->append(layer, x.data(), x.data(), n);
-      const KvView view = kv_->view(layer);
-      AttentionStats stats;
-      stats.n_rows = kv_->stats_rows(n);
-      AttentionStats::Lane& lane = stats.lanes.emplace_back();
-      lane.entropy = entropy_[static_cast<std::size_t>(layer) % entropy_.size()];
-      const int n_rows = view.lanes.empty() ? view.kv_len : view.lanes[0].hot.n_rows;
-      for (int row = 0; row < n_rows; ++row) {
-        const int token = view.lanes.empty() ? row : view.lanes[0].tokens[row];
-        lane.probability.push_back(probability(layer, token));
-        lane.relevance.push_back(relevance ? relevance(layer, token) : 0.0f);
-      }
-      if (layer == 0) lane.recalled = recalled;
-      kv_->settle(layer, stats);
-    }
-    kv_->check();
-  }
-
-  std::unique_ptr<KvStore> kv_;
-  std::vector<float> entropy_ = {0.0f};
-};
-
-KvOptions options(Policy policy, int window, int sinks) {
-  KvOptions o;
-  o.policy.policy = policy;
-  o.policy.window = window;
-  o.policy.sinks = sinks;
-  o.centre_tokens = 4;
-  o.check = true;
-  return o;
-}
-
-float nobody(int, int) { return 0; }
-
-std::vector<int> range(int begin, int end) {
-  std::vector<int> out;
-  for (int i = begin; i < end; ++i) out.push_back(i);
-  return out;
-}
-
-std::vector<int> joined(std::vector<int> a, const std::vector<int>& b) {
-  a.insert(a.end(), b.begin(), b.end());
-  return a;
-}
-
-}  // namespace
+using namespace thaw::testing;
 
 TEST_CASE("policy: sinks and the window are always hot") {
   PolicyParams p;
@@ -251,10 +164,10 @@ TEST_CASE("budget: a layer keeps its sinks and window, and needs no more than th
   b.entropies({1e-5f, 1, 3});
   b.prefill(30, nobody);
   b.decode(nobody);
-  CHECK(b.hot(0).size() == 7);                        // sinks, window, and the newest
-  CHECK(b.hot(2).size() == 31);                       // everything
-  CHECK(b.hot(1).size() == 60 - 7 - 31);              // the rest
-  for (int n = 0; n < 60; ++n) b.decode(nobody);      // there is more now: by entropy again
+  CHECK(b.hot(0).size() == 7);                    // sinks, window, and the newest
+  CHECK(b.hot(2).size() == 31);                   // everything
+  CHECK(b.hot(1).size() == 60 - 7 - 31);          // the rest
+  for (int n = 0; n < 60; ++n) b.decode(nobody);  // there is more now: by entropy again
   CHECK(b.hot(0).size() == 7);
   CHECK(b.hot(1).size() == 13);
   CHECK(b.hot(2).size() == 39);
@@ -396,7 +309,9 @@ TEST_CASE("thaw: when room is short, the token of the least p e^H makes room") {
   };
   thaw.decode(attention, {}, {{7, 0.25f}, {8, 0.02f}});
   CHECK(thaw.hot() == std::vector<int>{0, 5, 7, 20, 21});
-  thaw.decode([](int, int token) { return token == 5 ? 0.1f : token == 7 ? 0.3f : 0.0f; }, {},
+  thaw.decode([](int, int token) { return token == 5   ? 0.1f
+                                          : token == 7 ? 0.3f
+                                                       : 0.0f; }, {},
               {{6, 0.2f}});  // what counts is this step
   CHECK(thaw.hot() == std::vector<int>{0, 6, 7, 21, 22});
 }
@@ -433,76 +348,4 @@ TEST_CASE("thaw: heads decide for themselves, or together; ghosts have as many b
     CHECK(view.ghosts.format.key_bits == 2);
     CHECK(view.ghosts.format.value_bits == 4);
   }
-}
-
-TEST_CASE("reset: each rung wakes what it names") {
-  KvOptions o = options(Policy::kAsr, 4, 0);
-  o.policy.softness = 0.1f;  // 10 steps
-  const auto low = [](int, int token) { return token < 20 ? static_cast<float>(token) : 99.0f; };
-  for (const Rung rung : {Rung::kSoft, Rung::kWindow, Rung::kFull, Rung::kRewalk}) {
-    Told asr(o);
-    asr.prefill(20, nobody, low);
-    asr.decode(nobody, low);
-    CHECK(asr.hot().size() == 11);
-    const double thawed = asr.kv().reset(rung);
-    asr.kv().check();
-    if (rung <= Rung::kWindow) {
-      CHECK(thawed == 10);
-      CHECK(asr.hot() == range(0, 21));
-    } else {  // everything is attended for a while, and then all are awake
-      CHECK(asr.kv().view(0).lanes.empty());
-      for (int step = 0; step < 16; ++step) asr.decode(nobody, low);
-      asr.kv().begin(1, Phase::kDecode);
-      CHECK(asr.kv().usage().hot > 0);
-      CHECK_FALSE(asr.kv().view(0).lanes.empty());
-      CHECK(asr.kv().view(0).lanes[0].hot.n_rows == 37);
-    }
-  }
-  Told thaw(options(Policy::kThaw, 2, 1));
-  thaw.prefill(20, [](int, int token) { return token == 8 ? 0.1f : 0.0f; });
-  for (int step = 0; step < 3; ++step) thaw.decode(nobody);
-  CHECK_FALSE(thaw.is_hot(8));
-  CHECK(thaw.kv().reset(Rung::kNone) == 0);
-  CHECK(thaw.kv().reset(Rung::kWindow) > 0);
-  CHECK(thaw.is_hot(8));
-  thaw.kv().check();
-}
-
-TEST_CASE("reset: when room is short the newest of those that froze lately are woken") {
-  KvOptions o = options(Policy::kThaw, 2, 1);
-  o.hot_tokens = 6;
-  Told thaw(o);
-  const auto on = [](std::vector<int> tokens) {
-    return [=](int, int token) {
-      return std::count(tokens.begin(), tokens.end(), token) > 0 ? 0.1f : 0.0f;
-    };
-  };
-  thaw.prefill(20, on({5, 8, 11}));
-  thaw.decode(nobody);
-  CHECK(thaw.hot() == std::vector<int>{0, 19, 20});
-  thaw.kv().reset(Rung::kWindow);  // 18, 11, 8 and 5 froze, and three fit
-  CHECK(thaw.hot() == std::vector<int>{0, 8, 11, 18, 19, 20});
-}
-
-TEST_CASE("reset: what froze long ago stays frozen") {
-  Told thaw(options(Policy::kThaw, 2, 1));
-  thaw.prefill(20, [](int, int token) { return token == 8 ? 0.1f : 0.0f; });
-  for (int step = 0; step < 65; ++step) thaw.decode(nobody);
-  CHECK(thaw.kv().reset(Rung::kWindow) == 64);  // 8 and 18 froze in step 0, 19 to 82 since
-  CHECK(thaw.hot() == joined({0}, range(19, 85)));
-}
-
-TEST_CASE("reset: a milder rung does not shorten the help of a stronger one") {
-  KvOptions o = options(Policy::kH2o, 2, 1);
-  o.hot_tokens = 6;
-  Told h2o(o);
-  h2o.prefill(20, nobody);
-  h2o.decode(nobody);
-  h2o.kv().reset(Rung::kFull);
-  h2o.kv().reset(Rung::kSoft);
-  for (int step = 0; step < 16; ++step) {
-    CHECK(h2o.kv().view(0).lanes.empty());
-    h2o.decode(nobody);
-  }
-  CHECK(h2o.kv().view(0).lanes.size() == 1);
 }
