@@ -8,12 +8,6 @@ namespace {
 
 constexpr std::int64_t kUnitBytes = 16;
 
-// Bytes of a block that are its scales.
-int scale_bytes(DType type) {
-  if (dtype_info(type).block == 1) return 0;
-  return type == DType::kQ4_1 ? 4 : 2;
-}
-
 // One row: blocks of header and codes into a row of codes and a row of scales.
 void split_blocks(std::byte* codes, std::byte* scales, const std::byte* in, DType type,
                   std::int64_t cols) {
@@ -55,15 +49,17 @@ void DeviceWeights::add(const Tensor& tensor, const Stream& stream) {
   const std::int64_t row_codes = n_blocks * (dtype_info(tensor.type).block_bytes - header);
   const std::int64_t units = (row_codes + kUnitBytes - 1) / kUnitBytes;
   const auto n_codes = static_cast<std::size_t>(tensor.rows * units * kUnitBytes);
-  const auto n_scales = static_cast<std::size_t>(tensor.rows * n_blocks * header);
+  const std::int64_t scale_units = n_scale_units(tensor.type, static_cast<int>(tensor.cols));
+  const auto n_scales = static_cast<std::size_t>(tensor.rows * scale_units * kUnitBytes);
   std::byte* codes = reserve(n_codes, tensor.name);
   std::byte* scales = n_scales == 0 ? nullptr : reserve(n_scales, tensor.name);
   at->second = {tensor.type,
                 static_cast<int>(tensor.rows),
                 static_cast<int>(tensor.cols),
                 static_cast<int>(units),
+                static_cast<int>(scale_units),
                 reinterpret_cast<const uint4*>(codes),
-                scales};
+                reinterpret_cast<const uint4*>(scales)};
   if (header == 0 && row_codes == units * kUnitBytes) {
     copy_to_device(codes, tensor.data, n_codes, stream);
     return;
@@ -74,8 +70,8 @@ void DeviceWeights::add(const Tensor& tensor, const Stream& stream) {
     if (header == 0)
       std::memcpy(to, tensor.row(r), static_cast<std::size_t>(row_codes));
     else
-      split_blocks(to, host_scales.data() + r * n_blocks * header, tensor.row(r), tensor.type,
-                   tensor.cols);
+      split_blocks(to, host_scales.data() + r * scale_units * kUnitBytes, tensor.row(r),
+                   tensor.type, tensor.cols);
   }
   copy_to_device(codes, host_codes.data(), n_codes, stream);
   if (n_scales > 0) copy_to_device(scales, host_scales.data(), n_scales, stream);

@@ -4,7 +4,8 @@
 // 16-byte words side by side:
 //   codes   rows x units of 16 bytes: 4 F32, 8 F16 or BF16, 16 codes of Q8_0, or the 32 codes of a
 //           block of Q4_0 or Q4_1; the last unit of a row is padded with zeros
-//   scales  rows x blocks: f16 d (Q8_0, Q4_0), or f16 d and f16 m (Q4_1); null for float formats
+//   scales  rows x blocks: f16 d (Q8_0, Q4_0), or f16 d and f16 m (Q4_1); a row is padded with
+//           zeros to whole units of 16 bytes; null for float formats
 // The bytes within a unit are those of the file (model/tensor.h). Float formats whose rows are
 // whole units are copied from the mapped file as they are.
 #pragma once
@@ -23,10 +24,18 @@ namespace thaw {
 struct DeviceMatrix {
   DType type = DType::kF32;
   int rows = 0, cols = 0;
-  int units = 0;  // in a row
+  int units = 0, scale_units = 0;  // in a row
   const uint4* codes = nullptr;
-  const std::byte* scales = nullptr;
+  const uint4* scales = nullptr;
 };
+
+// Bytes of a block that are its scales.
+__host__ __device__ constexpr int scale_bytes(DType type) {
+  return type == DType::kQ4_1 ? 4 : type == DType::kQ4_0 || type == DType::kQ8_0 ? 2 : 0;
+}
+__host__ __device__ constexpr int n_scale_units(DType type, int cols) {
+  return (cols / 32 * scale_bytes(type) + 15) / 16;
+}
 
 class DeviceWeights {
  public:

@@ -1,5 +1,10 @@
 // y = W x for a few rows of activations at a time: what decoding spends its time on. One kernel,
 // for every weight format and for each way to place and finish the rows (model/ops_cuda.cu).
+//
+// Weights stream through a ring in shared memory, by asynchronous copies that are several steps
+// ahead, so that what a multiprocessor has on its way does not depend on its registers. Activations
+// stand in shared memory, too: as floats where weights are floats; where weights are codes, as
+// 16-bit integers a block of 32 in two planes of 8 bits, whose products with codes are exact.
 #pragma once
 
 #include "device/kernel.cuh"
@@ -10,17 +15,15 @@ namespace thaw {
 // A row of a matrix.
 struct WeightRow {
   const uint4* codes;
-  const std::byte* scales;
+  const uint4* scales;
 };
 __device__ inline WeightRow row_of(const DeviceMatrix& w, int row) {
-  const int scale_bytes = w.type == DType::kQ4_1 ? 4 : 2;
   return {w.codes + static_cast<std::int64_t>(row) * w.units,
-          w.scales + static_cast<std::int64_t>(row) * (w.cols / 32) * scale_bytes};
+          w.scales + static_cast<std::int64_t>(row) * w.scale_units};
 }
 
-// A unit of 16 bytes of a row of weights (model/device_weights.h), in registers. Weight j of it is
-// line().x * code(j) + line().y, both f32: codes come out in the form that takes the fewest
-// instructions, and the line makes up for it once a unit.
+// A unit of 16 bytes of a row of weights (model/device_weights.h), in registers. Codes come out in
+// the form that takes the fewest instructions; weight() makes up for it.
 template <DType kType>
 struct WeightUnit {
   static constexpr bool kFourBits = kType == DType::kQ4_0 || kType == DType::kQ4_1;
@@ -33,14 +36,19 @@ struct WeightUnit {
   std::uint32_t words[4];
   std::uint32_t scale;  // d low, and m high
 
-  __device__ void load(const WeightRow& row, int u) {
-    const uint4 all = load_16_once(row.codes + u);
+  __device__ void set(uint4 all) {
     words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
+  }
+  __device__ void load(const WeightRow& row, int u) {
+    set(load_16_once(row.codes + u));
+    scale = scale_of(row.scales, u);
+  }
+  // Of unit u of what `scales` begins with.
+  __device__ static std::uint32_t scale_of(const uint4* scales, int u) {
     const int block = u * kElements / 32;
     if constexpr (kType == DType::kQ4_1)
-      scale = reinterpret_cast<const std::uint32_t*>(row.scales)[block];
-    else
-      scale = kHasScale ? reinterpret_cast<const std::uint16_t*>(row.scales)[block] : 0u;
+      return reinterpret_cast<const std::uint32_t*>(scales)[block];
+    return kHasScale ? reinterpret_cast<const std::uint16_t*>(scales)[block] : 0u;
   }
 
   // Codes 4 q to 4 q + 3.
@@ -63,16 +71,8 @@ struct WeightUnit {
     }
   }
 
-  // A 4-bit code c comes as 1 + c / 16:  d (c - 8) = 16 d (1 + c / 16) - 24 d.
-  __device__ float2 line() const {
-    const float2 dm = unpack2<__half>(scale);
-    if constexpr (kType == DType::kQ8_0) return make_float2(dm.x, 0);
-    if constexpr (kType == DType::kQ4_0) return make_float2(16 * dm.x, -24 * dm.x);
-    if constexpr (kType == DType::kQ4_1) return make_float2(16 * dm.x, dm.y - 16 * dm.x);
-    return make_float2(1, 0);
-  }
-
-  // The weight itself, rounded once.
+  // The weight itself, rounded once. A 4-bit code c comes as 1 + c / 16:
+  //   d (c - 8) = d (16 (1 + c / 16) - 24)
   __device__ float weight(float code) const {
     const float2 dm = unpack2<__half>(scale);
     if constexpr (kType == DType::kQ8_0) return dm.x * code;
@@ -116,14 +116,28 @@ void with_type(DType type, const Body& body) {
   }
 }
 
-inline constexpr int kGemvThreads = 128;
-inline constexpr int kGemvStaged = 8192;  // floats of activations in shared memory, at most
-// Weight rows that a warp reads side by side.
-template <int kT>
-inline constexpr int kGemvRows = kT == 1 ? 4 : 2;
-// Blocks of a multiprocessor at the same time: as many as there are registers for, with no spills.
-template <int kT>
-inline constexpr int kGemvBlocks = kT == 1 ? 5 : 4;
+inline constexpr int kGemvThreads = 256;
+inline constexpr int kGemvWarps = kGemvThreads / kWarp;
+// Blocks of a multiprocessor at the same time: with the ring they ask for more bytes than the
+// memory's latency swallows, and leave room for the next kernel's blocks.
+inline constexpr int kGemvBlocks = 2;
+inline constexpr int kGemvStages = 6;  // steps of the ring: one is multiplied, the others arrive
+inline constexpr std::size_t kGemvStaged = 64
+                                           << 10;  // bytes of activations in shared memory, at most
+
+// What a warp multiplies at a time of a row: a unit a lane, and their scales. Numbers of 16 bytes.
+template <DType kType>
+struct WeightStep {
+  static constexpr int kElements = WeightUnit<kType>::kElements * kWarp;
+  static constexpr int kScales = kType == DType::kQ8_0   ? 2
+                                 : kType == DType::kQ4_0 ? 4
+                                 : kType == DType::kQ4_1 ? 8
+                                                         : 0;
+  static constexpr int kSize = kWarp + kScales;
+};
+template <DType kType>
+constexpr std::size_t kGemvRing = std::size_t{kGemvWarps} * kGemvStages * 2 *
+                                  WeightStep<kType>::kSize * sizeof(uint4);
 
 struct GemvInput {
   const float* x;     // n_rows x cols
@@ -131,148 +145,299 @@ struct GemvInput {
   float eps;
   int n_rows;  // at most kT
   int cols;
-  int chunk;  // columns that are staged at a time: whole units of 32 lanes
+  int chunk;  // columns that are staged at a time: whole steps
 };
 
-// Where in shared memory column e of a chunk lies: such that lanes with neighbouring units read
-// neighbouring 16 bytes.
-template <int kElements>
-__device__ inline int staged_at(int e) {
-  const int unit = e / kElements, quad = e % kElements / 4;
-  return ((unit / kWarp * (kElements / 4) + quad) * kWarp + unit % kWarp) * 4 + e % 4;
+// The scale of a block of 32 activations, and the sum of their integers.
+struct BlockInfo {
+  float scale;
+  int total;
+};
+// Peak of the integers: 127 times 256, so that the high plane has 8 bits.
+inline constexpr float kPeakCode = 32512;
+
+// Activations of a row of a chunk in shared memory. A column's place is such that lanes with
+// neighbouring units read neighbouring 16 bytes.
+template <DType kType>
+struct Staged {
+  using Unit = WeightUnit<kType>;
+  static constexpr bool kIsCodes = Unit::kHasScale;
+  static constexpr int kPieces = kIsCodes ? Unit::kElements / 8 : Unit::kElements / 4;  // of a unit
+
+  uint4* pieces;
+  BlockInfo* blocks;  // of codes
+
+  __host__ __device__ static std::size_t bytes(int chunk) {
+    const auto n = static_cast<std::size_t>(chunk);
+    return kIsCodes ? n * 2 + n / 32 * sizeof(BlockInfo) : n * sizeof(float);
+  }
+  __device__ Staged(void* shared, int t, int chunk) {
+    auto* row = static_cast<unsigned char*>(shared) + t * bytes(chunk);
+    pieces = reinterpret_cast<uint4*>(row);
+    blocks = reinterpret_cast<BlockInfo*>(row + static_cast<std::size_t>(chunk) * 2);
+  }
+  __device__ uint4& piece(int unit, int i) const {
+    return pieces[(unit / kWarp * kPieces + i) * kWarp + unit % kWarp];
+  }
+
+  // Columns e to e + 3, e a multiple of 4; neighbouring lanes have neighbouring ones, and all 32
+  // lanes call.
+  __device__ void put(int e, float4 x) const {
+    const int unit = e / Unit::kElements, quad = e % Unit::kElements / 4;
+    if constexpr (!kIsCodes) {
+      reinterpret_cast<float4&>(piece(unit, quad)) = x;
+    } else {
+      const float peak =
+          warp_reduce<Max, 8>(fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
+      const float inverse = peak > 0 ? kPeakCode / peak : 0.0f;
+      const int codes[4] = {__float2int_rn(x.x * inverse), __float2int_rn(x.y * inverse),
+                            __float2int_rn(x.z * inverse), __float2int_rn(x.w * inverse)};
+      std::uint32_t high = 0, low = 0;
+      int total = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const int low_byte = static_cast<std::int8_t>(codes[j]);
+        low |= static_cast<std::uint32_t>(low_byte & 0xff) << (8 * j);
+        high |= static_cast<std::uint32_t>(((codes[j] - low_byte) >> 8) & 0xff) << (8 * j);
+        total += codes[j];
+      }
+#pragma unroll
+      for (int step = 4; step > 0; step /= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+      const int n = kPieces / 2;  // pieces of a plane
+      reinterpret_cast<std::uint32_t*>(&piece(unit, quad / 4))[quad % 4] = high;
+      reinterpret_cast<std::uint32_t*>(&piece(unit, n + quad / 4))[quad % 4] = low;
+      if (e % 32 == 0) blocks[e / 32] = {peak / kPeakCode, total};
+    }
+  }
+};
+
+// Four columns of a row of n_cols; zeros beyond it.
+__device__ inline float4 load_columns(const float* row, int col, int n_cols) {
+  if (n_cols % 4 == 0 && col < n_cols) return *reinterpret_cast<const float4*>(row + col);
+  return make_float4(col < n_cols ? row[col] : 0.0f, col + 1 < n_cols ? row[col + 1] : 0.0f,
+                     col + 2 < n_cols ? row[col + 2] : 0.0f,
+                     col + 3 < n_cols ? row[col + 3] : 0.0f);
 }
 
 // Columns from `begin` of all rows into shared memory, times norm, with zeros to the end of the
-// last unit; adds their squares to this thread's.
-template <int kElements, int kT>
-__device__ inline void stage(float* staged, float (&squares)[kT], const GemvInput& in, int begin) {
-  const int n = min(in.chunk, in.cols - begin);
-  const int n_padded = (n + kElements - 1) / kElements * kElements;
-  for (int i = static_cast<int>(threadIdx.x); i < n_padded; i += kGemvThreads) {
-    const float gain = in.norm == nullptr || i >= n ? 1.0f : in.norm[begin + i];
+// last step; adds their squares to this thread's.
+template <DType kType, int kT>
+__device__ inline void stage(void* shared, float (&squares)[kT], const GemvInput& in, int begin) {
+  constexpr int kSpan = WeightStep<kType>::kElements;
+  const int n = min(in.chunk, (in.cols - begin + kSpan - 1) / kSpan * kSpan);
+#pragma unroll 4
+  for (int e = static_cast<int>(threadIdx.x) * 4; e < n; e += kGemvThreads * 4) {
+    float4 gain = make_float4(1, 1, 1, 1);
+    if (in.norm != nullptr) gain = load_columns(in.norm, begin + e, in.cols);
 #pragma unroll
     for (int t = 0; t < kT; ++t) {
-      const bool is_there = t < in.n_rows && i < n;
-      const float x = is_there ? in.x[static_cast<std::int64_t>(t) * in.cols + begin + i] : 0.0f;
-      squares[t] += x * x;
-      staged[t * in.chunk + staged_at<kElements>(i)] = x * gain;
+      float4 x = make_float4(0, 0, 0, 0);
+      if (t < in.n_rows)
+        x = load_columns(in.x + static_cast<std::int64_t>(t) * in.cols, begin + e, in.cols);
+      squares[t] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+      x.x *= gain.x, x.y *= gain.y, x.z *= gain.z, x.w *= gain.w;
+      Staged<kType>(shared, t, in.chunk).put(e, x);
     }
   }
 }
 
-// sums[i][t] += unit i . the staged activations of row t, `x` at this lane's unit.
-template <DType kType, int kRows, int kT>
-__device__ inline void accumulate(float (&sums)[kRows][kT], const WeightUnit<kType> (&w)[kRows],
-                                  const float* x, int chunk) {
+// A warp's ring, and what it is filled from: the steps of the rows of its pairs, one pair a turn.
+template <DType kType, class Op>
+class WeightRing {
+  using Step = WeightStep<kType>;
+
+ public:
+  __device__ WeightRing(const Op& op, uint4* ring, int pair, int pairs_a_turn, int cols)
+      : op_(op),
+        ring_(ring),
+        pair_(pair),
+        pairs_a_turn_(pairs_a_turn),
+        units_((cols + WeightUnit<kType>::kElements - 1) / WeightUnit<kType>::kElements),
+        scale_units_(n_scale_units(kType, cols)) {
+    begin_pair();
+  }
+
+  // Begins to copy the next step into the slot after the last one; all lanes call.
+  __device__ void fetch() {
+    if (step_ * kWarp >= units_) {
+      step_ = 0, pair_ += pairs_a_turn_;
+      begin_pair();
+    }
+    if (pair_ < op_.n_pairs()) {
+      uint4* to = ring_ + slot_ * 2 * Step::kSize;
+      const int unit = step_ * kWarp + lane_index();
+      cp_async_16(to + lane_index(), rows_[0].codes + unit, unit < units_);
+      cp_async_16(to + Step::kSize + lane_index(), rows_[1].codes + unit, unit < units_);
+      if constexpr (Step::kScales > 0) {
+        if (lane_index() < 2 * Step::kScales) {
+          const bool second = lane_index() >= Step::kScales;
+          const int i = lane_index() % Step::kScales, scale = step_ * Step::kScales + i;
+          cp_async_16(to + (second ? Step::kSize : 0) + kWarp + i,
+                      (second ? rows_[1].scales : rows_[0].scales) + scale, scale < scale_units_);
+        }
+      }
+    }
+    cp_async_commit();
+    ++step_;
+    slot_ = slot_ + 1 == kGemvStages ? 0 : slot_ + 1;
+  }
+
+ private:
+  __device__ void begin_pair() {
+    const int pair = min(pair_, op_.n_pairs() - 1);
+    rows_[0] = op_.row(pair, 0), rows_[1] = op_.row(pair, 1);
+  }
+
+  const Op& op_;
+  uint4* ring_;
+  WeightRow rows_[2];
+  int pair_, pairs_a_turn_, units_, scale_units_, step_ = 0, slot_ = 0;
+};
+
+// sums[i][t] += row i of a step . row t of the activations, at this lane's unit.
+template <DType kType, int kT>
+__device__ inline void multiply_floats(float (&sums)[2][kT], const uint4* step, void* shared,
+                                       int chunk, int unit) {
+  WeightUnit<kType> w[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) w[i].set(step[i * WeightStep<kType>::kSize + lane_index()]);
+#pragma unroll
+  for (int q = 0; q < Staged<kType>::kPieces; ++q) {
+    const float4 c[2] = {w[0].codes(q), w[1].codes(q)};
+#pragma unroll
+    for (int t = 0; t < kT; ++t) {
+      const auto a =
+          reinterpret_cast<const float4&>(Staged<kType>(shared, t, chunk).piece(unit, q));
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        sums[i][t] =
+            fmaf(c[i].x, a.x, fmaf(c[i].y, a.y, fmaf(c[i].z, a.z, fmaf(c[i].w, a.w, sums[i][t]))));
+    }
+  }
+}
+
+__device__ inline int dot_words(const std::uint32_t (&codes)[4], uint4 x, int sum) {
+  sum = __dp4a(static_cast<int>(codes[0]), static_cast<int>(x.x), sum);
+  sum = __dp4a(static_cast<int>(codes[1]), static_cast<int>(x.y), sum);
+  sum = __dp4a(static_cast<int>(codes[2]), static_cast<int>(x.z), sum);
+  return __dp4a(static_cast<int>(codes[3]), static_cast<int>(x.w), sum);
+}
+
+// The same with codes. The sum of the products of a block is an integer below 2^28; of 4-bit codes
+// it is put together from the elements in low nibbles and those in high ones.
+template <DType kType, int kT>
+__device__ inline void multiply_codes(float (&sums)[2][kT], const uint4* step, void* shared,
+                                      int chunk, int unit) {
   using Unit = WeightUnit<kType>;
-  float dots[kRows][kT] = {}, totals[kT] = {};
+  constexpr int kHalves = Unit::kFourBits ? 2 : 1;
+  std::uint32_t codes[2][kHalves][4];
+  float2 dm[2];
 #pragma unroll
-  for (int q = 0; q < Unit::kElements / 4; ++q) {
-    float4 a[kT];
+  for (int i = 0; i < 2; ++i) {
+    const uint4* row = step + i * WeightStep<kType>::kSize;
+    const uint4 all = row[lane_index()];
+    const std::uint32_t words[4] = {all.x, all.y, all.z, all.w};
 #pragma unroll
-    for (int t = 0; t < kT; ++t) {
-      a[t] = *reinterpret_cast<const float4*>(x + t * chunk + q * kWarp * 4);
-      if constexpr (Unit::kFourBits) totals[t] += (a[t].x + a[t].y) + (a[t].z + a[t].w);
+    for (int j = 0; j < 4; ++j) {
+      codes[i][0][j] = Unit::kFourBits ? words[j] & 0x0f0f0f0fu : words[j];
+      if constexpr (Unit::kFourBits) codes[i][1][j] = words[j] >> 4 & 0x0f0f0f0fu;
     }
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float4 c = w[i].codes(q);
-#pragma unroll
-      for (int t = 0; t < kT; ++t) {
-        float& dot = Unit::kHasScale ? dots[i][t] : sums[i][t];
-        dot = fmaf(c.x, a[t].x, fmaf(c.y, a[t].y, fmaf(c.z, a[t].z, fmaf(c.w, a[t].w, dot))));
-      }
-    }
+    dm[i] = unpack2<__half>(Unit::scale_of(row + kWarp, lane_index()));
   }
-  if constexpr (Unit::kHasScale) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const float2 line = w[i].line();
+  for (int t = 0; t < kT; ++t) {
+    const Staged<kType> x(shared, t, chunk);
+    const BlockInfo block = x.blocks[unit * Unit::kElements / 32];
+    int high[2] = {}, low[2] = {};
 #pragma unroll
-      for (int t = 0; t < kT; ++t) {
-        if constexpr (Unit::kFourBits) sums[i][t] = fmaf(line.y, totals[t], sums[i][t]);
-        sums[i][t] = fmaf(line.x, dots[i][t], sums[i][t]);
+    for (int half = 0; half < kHalves; ++half) {
+      const uint4 x_high = x.piece(unit, half), x_low = x.piece(unit, kHalves + half);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        high[i] = dot_words(codes[i][half], x_high, high[i]);
+        low[i] = dot_words(codes[i][half], x_low, low[i]);
       }
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      int dot = (high[i] << 8) + low[i];
+      if constexpr (kType == DType::kQ4_0) dot -= 8 * block.total;
+      sums[i][t] = fmaf(dm[i].x * block.scale, static_cast<float>(dot), sums[i][t]);
+      if constexpr (kType == DType::kQ4_1)
+        sums[i][t] = fmaf(dm[i].y * block.scale, static_cast<float>(block.total), sums[i][t]);
     }
   }
 }
 
-// Adds up the sums of the warp's lanes and hands each pair's results to op, each by its own lane.
-template <class Op, int kRows, int kT>
+// Adds up the sums of the warp's lanes and hands the pair's results to op, each row's by a lane.
+template <class Op, int kT>
 __device__ inline void finish(const Op& op, const GemvInput& in, int pair,
-                              const float (&sums)[kRows][kT], const float (&scale)[kT]) {
-  constexpr int kPairs = kRows / 2;
+                              const float (&sums)[2][kT], const float (&scale)[kT]) {
   float mine[2] = {};
 #pragma unroll
   for (int t = 0; t < kT; ++t) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
+    for (int i = 0; i < 2; ++i) {
       float sum = warp_sum(sums[i][t]);
       if (in.norm != nullptr) sum *= scale[t];
-      if (lane_index() == t * kPairs + i / 2) mine[i % 2] = sum;
+      if (lane_index() == t) mine[i] = sum;
     }
   }
-  const int my_pair = pair + lane_index() % kPairs, my_t = lane_index() / kPairs;
-  if (my_pair < op.n_pairs() && my_t < in.n_rows) op.finish(my_pair, my_t, mine[0], mine[1]);
+  if (pair < op.n_pairs() && lane_index() < in.n_rows)
+    op.finish(pair, lane_index(), mine[0], mine[1]);
 }
 
 // Computes  y = W x for n_rows <= kT rows of activations, x normalised if in.norm is given: the
 //           norm's factor 1 / rms(x) multiplies the sums, not the activations.
 // Op        has pairs of weight rows: n_pairs(), row(pair, i) for i = 0 and 1, and
 //           finish(pair, t, y0, y1), which one lane calls with both results of activation row t
-// Grid      any; blocks take groups of 4 warps x kGemvRows weight rows in turns
-// Block     kGemvThreads; a warp computes kGemvRows rows, its lanes take units of 16 bytes in turns
-// Shared    kT x in.chunk floats, dynamic
-// Bytes     reads W once, and x and norm once a block, or once a group where cols > chunk
-// The first loads of weights are on their way before the kernel before is done; from then on each
-// lane has one unit of every row on its way while it multiplies another.
+// Grid      any; warps take pairs in turns
+// Block     kGemvThreads; the lanes of a warp take units of 16 bytes in turns
+// Shared    kT rows of Staged, and kGemvRing, dynamic
+// Bytes     reads W once, and x and norm once a block, or once a turn where cols > chunk
+// The first steps of weights are on their way before the kernel before is done.
 template <DType kType, int kT, class Op>
-__global__ void __launch_bounds__(kGemvThreads, kGemvBlocks<kT>)
+__global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGemvBlocks)
     gemv(const __grid_constant__ Op op, const __grid_constant__ GemvInput in) {
-  using Unit = WeightUnit<kType>;
-  constexpr int kRows = kGemvRows<kT>;
-  constexpr int kGroup = kGemvThreads / kWarp * kRows / 2;  // pairs
-  float* staged = dynamic_shared<float>();
-  const int lane = lane_index(), n_pairs = op.n_pairs();
-  const int all_units = (in.cols + Unit::kElements - 1) / Unit::kElements;
+  using Step = WeightStep<kType>;
+  auto* shared = dynamic_shared<unsigned char>();
+  uint4* ring = reinterpret_cast<uint4*>(shared + kT * Staged<kType>::bytes(in.chunk)) +
+                warp_index() * kGemvStages * 2 * Step::kSize;
+  const int pairs_a_turn = static_cast<int>(gridDim.x) * kGemvWarps;
+  const int first_pair = static_cast<int>(blockIdx.x) * kGemvWarps + warp_index();
+  WeightRing<kType, Op> weights(op, ring, first_pair, pairs_a_turn, in.cols);
+  for (int i = 0; i + 1 < kGemvStages; ++i) weights.fetch();
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
   float squares[kT] = {}, scale[kT] = {};
-  for (int group = static_cast<int>(blockIdx.x); group * kGroup < n_pairs; group += gridDim.x) {
-    const bool first = group == static_cast<int>(blockIdx.x);
-    const int pair = group * kGroup + warp_index() * (kRows / 2);
-    const int n_units = pair < n_pairs ? all_units : 0;
-    WeightRow rows[kRows];
-    Unit next[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) rows[i] = op.row(min(pair + i / 2, n_pairs - 1), i % 2);
-    const auto load_next = [&](int u) {
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        if (u < n_units) next[i].load(rows[i], u);
-    };
-    load_next(lane);
-    if (first) {
-      wait_for_previous_kernel();
-      let_next_kernel_start();
-    }
-    float sums[kRows][kT] = {};
+  int slot = 0;
+  const int n_turns = (op.n_pairs() + pairs_a_turn - 1) / pairs_a_turn;
+  for (int turn = 0; turn < n_turns; ++turn) {
+    const int pair = first_pair + turn * pairs_a_turn;
+    float sums[2][kT] = {};
     for (int begin = 0; begin < in.cols; begin += in.chunk) {
-      if (first || in.cols > in.chunk) {
+      if (turn == 0 || in.cols > in.chunk) {
         __syncthreads();  // the chunk before may still be read
-        stage<Unit::kElements>(staged, squares, in, begin);
+        stage<kType, kT>(shared, squares, in, begin);
         __syncthreads();  // this chunk is complete
       }
-      const int begin_unit = begin / Unit::kElements;
-      const int end_unit = min(n_units, begin_unit + in.chunk / Unit::kElements);
-      for (int u = begin_unit + lane; u < end_unit; u += kWarp) {
-        Unit w[kRows];
-#pragma unroll
-        for (int i = 0; i < kRows; ++i) w[i] = next[i];
-        load_next(u + kWarp);
-        accumulate(sums, w, staged + staged_at<Unit::kElements>((u - begin_unit) * Unit::kElements),
-                   in.chunk);
+      const int end = min(in.chunk, in.cols - begin);
+      for (int at = 0; at < end; at += Step::kElements) {
+        cp_async_wait<kGemvStages - 2>();
+        __syncwarp();  // this step is there for all lanes, and they are through with the one before
+        weights.fetch();
+        const int unit = at / WeightUnit<kType>::kElements + lane_index();
+        if (pair < op.n_pairs()) {
+          if constexpr (Staged<kType>::kIsCodes)
+            multiply_codes<kType>(sums, ring + slot * 2 * Step::kSize, shared, in.chunk, unit);
+          else
+            multiply_floats<kType>(sums, ring + slot * 2 * Step::kSize, shared, in.chunk, unit);
+        }
+        slot = slot + 1 == kGemvStages ? 0 : slot + 1;
       }
     }
-    if (first && in.norm != nullptr) {
+    if (turn == 0 && in.norm != nullptr) {
 #pragma unroll
       for (int t = 0; t < kT; ++t)
         scale[t] = 1 / sqrtf(block_sum(squares[t]) / static_cast<float>(in.cols) + in.eps);

@@ -197,7 +197,8 @@ class CudaOps final : public Ops {
         weights_(weights),
         stream_(stream),
         gemm_(stream),
-        n_multiprocessors_(device_facts().n_multiprocessors) {
+        n_multiprocessors_(device_facts().n_multiprocessors),
+        max_shared_(device_facts().max_shared_bytes) {
     const std::vector<float> frequencies = rope_inverse_frequencies(config);
     inverse_frequencies_ = DeviceBuffer<float>(frequencies.size(), "RoPE frequencies");
     copy_to_device(inverse_frequencies_.data(), frequencies.data(), frequencies.size(), stream);
@@ -346,14 +347,17 @@ class CudaOps final : public Ops {
 
   template <DType kType, int kT, class Op>
   void launch_gemv(const char* name, const Op& op, GemvInput in) const {
-    constexpr int kSpan = WeightUnit<kType>::kElements * kWarp;
-    constexpr int kPairs = kGemvThreads / kWarp * kGemvRows<kT> / 2;  // of a block's group
-    in.chunk = std::min(kGemvStaged / kT, (in.cols + kSpan - 1) / kSpan * kSpan);
-    const int max_blocks = n_multiprocessors_ * kGemvBlocks<kT>;
-    const int n_groups = (op.n_pairs() + kPairs - 1) / kPairs;
+    constexpr int kSpan = WeightStep<kType>::kElements;
+    const std::size_t room = std::min(kGemvStaged, max_shared_ - kGemvRing<kType>);
+    const auto n_spans = static_cast<int>(room / (kT * Staged<kType>::bytes(kSpan)));
+    in.chunk = std::min(n_spans, (in.cols + kSpan - 1) / kSpan) * kSpan;
+    // Every warp the same number of pairs, as far as possible.
+    const int max_warps = n_multiprocessors_ * kGemvBlocks * kGemvWarps;
+    const int n_turns = (op.n_pairs() + max_warps - 1) / max_warps;
+    const int n_warps = (op.n_pairs() + n_turns - 1) / n_turns;
     launch_overlapping(name, gemv<kType, kT, Op>,
-                       static_cast<unsigned>(std::min(n_groups, max_blocks)), kGemvThreads,
-                       static_cast<std::size_t>(in.chunk) * kT * sizeof(float), stream_, op, in);
+                       static_cast<unsigned>((n_warps + kGemvWarps - 1) / kGemvWarps), kGemvThreads,
+                       kT * Staged<kType>::bytes(in.chunk) + kGemvRing<kType>, stream_, op, in);
   }
 
   const Config& config_;
@@ -361,6 +365,7 @@ class CudaOps final : public Ops {
   const Stream& stream_;
   Gemm gemm_;
   const int n_multiprocessors_;
+  const std::size_t max_shared_;
   DeviceBuffer<float> inverse_frequencies_;
   DeviceBuffer<float> up_;  // of many rows
 };

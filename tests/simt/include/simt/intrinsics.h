@@ -38,10 +38,15 @@ inline float simt_cosf(float x) { return std::cos(x); }
 #define __cosf simt_cosf
 inline float __saturatef(float x) { return x > 0 ? (x < 1 ? x : 1.0f) : 0.0f; }
 
-inline int __float2int_rn(float x) { return static_cast<int>(std::nearbyint(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
-inline int __float2int_rd(float x) { return static_cast<int>(std::floor(x)); }
-inline int __float2int_ru(float x) { return static_cast<int>(std::ceil(x)); }
+// Of what no int is: 0 for NaN, the nearest one otherwise (PTX ISA, cvt).
+inline int simt_to_int(float x) {
+  if (x != x) return 0;
+  return x >= 0x1p31f ? 0x7fffffff : x <= -0x1p31f ? -0x7fffffff - 1 : static_cast<int>(x);
+}
+inline int __float2int_rn(float x) { return simt_to_int(std::nearbyint(x)); }
+inline int __float2int_rz(float x) { return simt_to_int(x); }
+inline int __float2int_rd(float x) { return simt_to_int(std::floor(x)); }
+inline int __float2int_ru(float x) { return simt_to_int(std::ceil(x)); }
 inline float __int2float_rn(int x) { return static_cast<float>(x); }
 inline float __uint2float_rn(unsigned x) { return static_cast<float>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }
