@@ -11,11 +11,9 @@
 namespace thaw {
 namespace {
 
-constexpr int kDecodeRows = 8;               // more go through tensor cores
-constexpr int kMaxDim = 256;                 // of decode_attention
-constexpr int kMaxTileDim = 128;             // of prefill_attention
-constexpr int kBlocksPerMultiprocessor = 3;  // that decode aims at
-constexpr int kMaxSplits = 128;
+constexpr int kDecodeRows = 8;    // more go through tensor cores
+constexpr int kMaxDim = 256;      // of decode_attention
+constexpr int kMaxTileDim = 128;  // of prefill_attention
 
 class CudaAttention final : public Attention {
  public:
@@ -82,16 +80,17 @@ class CudaAttention final : public Attention {
   template <KvType kType, int kLanes, int kQ>
   void launch_decode(const ExactProblem& p, const KvView& kv) {
     const int n_chunks = (p.n_queries() + kQ - 1) / kQ;
-    const int n_blocks = kBlocksPerMultiprocessor * n_multiprocessors_;
+    const int n_blocks = kDecodeBlocks<kQ> * n_multiprocessors_;
     const int n_splits = std::clamp(n_blocks / (kv.n_kv_heads * n_chunks), 1, kMaxSplits);
-    float* parts =
-        parts_.reserve(std::int64_t{n_splits} * p.n_rows * p.n_heads * (kv.head_dim + 2));
+    const std::int64_t n_parts = std::int64_t{n_splits} * p.n_rows * p.n_heads;
+    float* sums = parts_.reserve(n_parts * (kv.head_dim + 2));
+    auto* states = reinterpret_cast<float2*>(sums + n_parts * kv.head_dim);
     unsigned* n_arrived = n_arrived_.reserve_zeros(std::int64_t{n_chunks} * kv.n_kv_heads, stream_);
     launch_overlapping("attend", decode_attention<kType, kLanes, kQ>,
                        dim3(static_cast<unsigned>(n_splits), static_cast<unsigned>(kv.n_kv_heads),
                             static_cast<unsigned>(n_chunks)),
-                       kDecodeThreads, kDecodeShared<kLanes, kQ>, stream_,
-                       DecodeProblem{p, parts, n_arrived});
+                       kDecodeThreads, kDecodeShared<kType, kLanes, kQ>, stream_,
+                       DecodeProblem{p, sums, states, n_arrived});
   }
 
   template <KvType kType>
