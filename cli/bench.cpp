@@ -1,6 +1,7 @@
 // thaw bench: how fast prompts are read and tokens written, beside what the memory gives.
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <iostream>
 
 #include "cli/bench.h"
@@ -12,6 +13,7 @@
 #include "cli/table.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
+#include "kvstore/tiers.h"
 #include "model/backend_timed.h"
 #include "model/forward.h"
 #include "model/random_model.h"
@@ -255,8 +257,12 @@ double kv_bytes(const KvStore& kv, const KvCounters& before, const KvCounters& a
   const double visible = after.visible - before.visible;
   const double asked = visible - attended + after.recalled - before.recalled;
   const auto steps = static_cast<double>(after.steps - before.steps);
+  // Ghosts stand in pages of which the last is partly filled.
+  const double pages = std::ceil(kv.length() / double{kTierTokens});
+  const double filled = std::ceil(kv.length() / double{kGhostGroup}) * kGhostGroup /
+                        std::max(1.0, pages * kTierTokens);
   return attended * static_cast<double>(kv.shape().bytes_per_token()) / kv.shape().n_layers +
-         asked / visible * steps * static_cast<double>(kv.usage().ghosts);
+         asked / visible * steps * static_cast<double>(kv.usage().ghosts) * filled;
 }
 
 int run_bench(const Args& args) {

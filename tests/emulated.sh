@@ -44,5 +44,19 @@ if [ "$(grep -c '"name":"decode"' "$work/trace.json")" = 2 ] && [ -s "$work/map.
 else
   failed=$((failed + 1)) && echo "emulated: failed: the trace lacks a step, or what a layer seeded"
 fi
+
+# What bench says that a token reads is what kernels read: the difference between 12 decoded tokens
+# and 4, in each of two runs, so that the prompt does not count.
+traffic() {
+  SIMT_COUNTS=$work/counts-$2 "$thaw" bench --random tiny --weights bf16 --backend cuda -p 0 -d 900 \
+    -r 1 -q --json --policy "$1" -n "$2" >"$work/bench-$2"
+}
+for policy in full thaw; do
+  if traffic $policy 4 && traffic $policy 12 && python3 tests/traffic.py "$work" 4 12; then
+    passed=$((passed + 1))
+  else
+    failed=$((failed + 1)) && echo "emulated: failed: bytes that a token reads, --policy $policy"
+  fi
+done
 echo "$passed passed, $failed failed"
 [ "$failed" -eq 0 ]

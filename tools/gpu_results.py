@@ -13,7 +13,9 @@ import sys
 # Dense f16 operations of one multiprocessor and clock, by compute capability (CUDA C++ Programming
 # Guide and NVIDIA's architecture papers): what "% of tensor peak" is of.
 TENSOR_OPS = {"8.0": 2048, "8.6": 1024, "8.9": 1024, "9.0": 4096, "10.0": 8192, "12.0": 2048}
-PARAMETERS_8B = 7.5e9  # in matrices that a prompt's tokens meet: all but the embedding and the output
+# Of the 8B shape: operations of a prompt's token in the layers' matrices (the output meets only the
+# last token), and of attention for each token before it.
+MATRIX_OPS, ATTENTION_OPS = 2 * 6.98e9, 4 * 4096 * 32
 
 
 def table(columns, rows):
@@ -49,11 +51,12 @@ def prompt_table(measured, peak_tflops):
         if not name.startswith("prompt-"):
             continue
         for r in data["results"]:
-            tflops = 2 * PARAMETERS_8B * r["tok_s"] / 1e12 if "8b" in data["model"] else None
+            ops = MATRIX_OPS + ATTENTION_OPS * int(r["test"].removeprefix("pp")) / 2
+            tflops = ops * r["tok_s"] / 1e12 if "8b" in data["model"] else None
             share = 100 * tflops / peak_tflops if tflops and peak_tflops else None
             rows.append([name.removeprefix("prompt-"), r["test"].removeprefix("pp"),
-                         number(r["tok_s"]), number(tflops), number(share)])
-    return table(["weights", "tokens", "tok/s", "TFLOP/s", "% of tensor peak"], rows)
+                         r["policy"], number(r["tok_s"]), number(tflops), number(share)])
+    return table(["weights", "tokens", "policy", "tok/s", "TFLOP/s", "% of that"], rows)
 
 
 def op_table(data):
@@ -78,6 +81,7 @@ def main(folder, out, facts):
         if text.strip():
             measured[path.stem] = json.loads(text)
     peer = measured.get("peer", {})
+    peer_speeds = peer.get("decode_tok_s", {})
     multiprocessors = {"H100": 132, "H200": 132, "A100": 108}
     n = next((n for name, n in multiprocessors.items() if name in facts), None)
     peaks = [d[key] for d in measured.values() for key in ("read_gb_s", "peak_gb_s") if key in d]
@@ -89,8 +93,14 @@ def main(folder, out, facts):
         text += f"Peak, a copy within device memory, bytes read and written: {max(peaks):.0f} GB/s.\n\n"
     text += table(["step", "result", "seconds"], steps)
     text += "\n## Decode\n\nSeeded random weights in the shape of LLaMA 8B; attention is as flat as they make it, so "
-    text += "`thaw` recalls less than with real ones.\n\n" + decode_table(measured, peer)
-    text += "\n## Prompts\n\n" + prompt_table(measured, tensor_peak(facts, n))
+    text += "`thaw` recalls less than with real ones.\n\n" + decode_table(measured, peer_speeds)
+    rate = peer.get("product_tflops") or tensor_peak(facts, n)
+    text += "\n## Prompts\n\n"
+    if rate:
+        text += ("A large bf16 product in PyTorch, measured in the same run"
+                 if "product_tflops" in peer else "The tensor cores' peak by their clock")
+        text += f": {rate:.0f} TFLOP/s.\n\n"
+    text += prompt_table(measured, rate)
     if "ops" in measured:
         text += "\n## Ops\n\nEach alone, from cold caches.\n\n" + op_table(measured["ops"])
     (out / "gpu-results.md").write_text(text)

@@ -51,14 +51,14 @@ std::map<std::string, Count>& counts() { only_emulated("counts()"); }
 
 int main(int argc, char** argv) {
   try {
-    std::printf("device: %s\n", thaw::device_facts().name.c_str());
+    std::fprintf(stderr, "device: %s\n", thaw::device_facts().name.c_str());
   } catch (const thaw::Error& error) {
     std::fprintf(stderr, "thaw-cuda-tests: %s\n", error.what());
     return 1;
   }
   doctest::Context context;
   for (const simt::LeftOut& left : simt::kLeftOut) {
-    std::printf("left out: %s: needs %s\n", left.cases, left.needs);
+    std::fprintf(stderr, "left out: %s: needs %s\n", left.cases, left.needs);
     context.addFilter("test-case-exclude", left.cases);
   }
   context.applyCommandLine(argc, argv);

@@ -243,7 +243,7 @@ TEST_CASE("cuda forward: recovery in the middle of a text, by graph and without,
         if (step == 3) m.kv->reset(Rung::kSoft);
         if (step == 7) m.kv->reset(Rung::kWindow);
         if (step == 11) m.kv->reset(Rung::kFull);
-        const int since_last = simt::fail_call(0);
+        const int since_last = simt::emulated() ? simt::fail_call(0) : 0;
         if (step == 16) n_calls = since_last;
       };
       const Tokens all = generate(m, prompt(20, 96), kIsSlow ? 17 : 34, &logits, reset);
@@ -255,9 +255,9 @@ TEST_CASE("cuda forward: recovery in the middle of a text, by graph and without,
     Logits cpu, by_graph, without, checked;
     const Tokens expected = run(make_cpu_backend(tiny.model, 1), cpu);
     CHECK(run(make_cuda_backend(tiny.model, 1), by_graph) == expected);
-    CHECK(n_calls < 10);
+    if (simt::emulated()) CHECK(n_calls < 10);
     CHECK(run(std::move(plain), without) == expected);
-    CHECK(n_calls > 20);
+    if (simt::emulated()) CHECK(n_calls > 20);
     CHECK(by_graph == without);
     CHECK(testing::nmse(by_graph, cpu) <= 3.2e-5);
     CHECK(run(make_checked_backend(tiny.model, 1), checked) == expected);
