@@ -80,7 +80,7 @@ class CudaAttention final : public Attention {
   template <KvType kType, int kLanes, int kQ>
   void launch_decode(const ExactProblem& p, const KvView& kv) {
     const int n_chunks = (p.n_queries() + kQ - 1) / kQ;
-    const int n_blocks = kDecodeBlocks<kQ> * n_multiprocessors_;
+    const int n_blocks = kDecodeBlocks * n_multiprocessors_;
     const int n_splits = std::clamp(n_blocks / (kv.n_kv_heads * n_chunks), 1, kMaxSplits);
     const std::int64_t n_parts = std::int64_t{n_splits} * p.n_rows * p.n_heads;
     float* sums = parts_.reserve(n_parts * (kv.head_dim + 2));

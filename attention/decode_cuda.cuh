@@ -12,9 +12,10 @@ namespace thaw {
 
 inline constexpr int kDecodeThreads = 128;
 inline constexpr int kMaxSplits = 128;
-// Blocks of a multiprocessor at the same time: as many as there are registers for, with no spills.
-template <int kQ>
-inline constexpr int kDecodeBlocks = kQ == 8 ? 2 : 3;
+inline constexpr int kMinSpan = 64;  // tokens of a split: fewer take less time than joining them
+// Blocks of a multiprocessor at the same time: they leave registers for the next kernel's, which
+// then has its weights on the way.
+inline constexpr int kDecodeBlocks = 2;
 
 struct DecodeProblem : ExactProblem {
   float* sums;          // k/v head x query x split: head_dim numbers
@@ -88,7 +89,8 @@ __device__ inline void absorb(DecodeState<kQ>& state, int i, const float (&q)[kR
 // Joins the teams of a block: queries' sums and states into their part, or o where nothing is
 // split.
 template <int kLanes, int kQ>
-__device__ void join_teams(const DecodeProblem& p, DecodeState<kQ>& state, int kv_head, int first) {
+__device__ void join_teams(const DecodeProblem& p, DecodeState<kQ>& state, int kv_head, int first,
+                           int n_splits) {
   constexpr int kTeams = kDecodeThreads / kLanes, kDim = kLanes * kRowUnit;
   float* sums = dynamic_shared<float>();      // team x kQ x kDim
   float* states = sums + kTeams * kQ * kDim;  // team x kQ x {m, l}
@@ -113,7 +115,7 @@ __device__ void join_teams(const DecodeProblem& p, DecodeState<kQ>& state, int k
       l += weight * states[(t * kQ + i) * 2 + 1];
       sum += weight * sums[(t * kQ + i) * kDim + d];
     }
-    if (gridDim.x == 1) {
+    if (n_splits == 1) {
       p.o[p.at(kv_head, query) + d] = sum / l;
       continue;
     }
@@ -145,10 +147,12 @@ __device__ inline void weigh_splits(float* weights, const float2* states, int n_
   }
 }
 
-// Joins the first n_splits splits, which are those that have tokens, once all have arrived.
+// Joins the first n_splits splits, which are those that have tokens, once these have arrived.
 template <int kQ>
 __device__ void join_splits(const DecodeProblem& p, int kv_head, int first, int n_splits) {
-  if (!last_to_arrive(p.n_arrived + blockIdx.z * gridDim.y + blockIdx.y, gridDim.x)) return;
+  if (!last_to_arrive(p.n_arrived + blockIdx.z * gridDim.y + blockIdx.y,
+                      static_cast<unsigned>(n_splits)))
+    return;
   float* weights = dynamic_shared<float>();  // kQ x n_splits
   const int n_queries = min(kQ, p.n_queries() - first), quads = p.head_dim / 4;
   for (int i = warp_index(); i < n_queries; i += kDecodeThreads / kWarp)
@@ -158,7 +162,7 @@ __device__ void join_splits(const DecodeProblem& p, int kv_head, int first, int 
     const int i = n / quads, d = n % quads * 4;
     const float* sums = p.sums + p.part(kv_head, first + i, 0) * p.head_dim + d;
     float4 o = make_float4(0, 0, 0, 0);
-#pragma unroll 8
+#pragma unroll 16
     for (int split = 0; split < n_splits; ++split) {
       const float4 x = __ldcg(reinterpret_cast<const float4*>(sums + split * p.head_dim));
       const float weight = weights[i * n_splits + split];
@@ -245,7 +249,7 @@ constexpr std::size_t kDecodeShared =
 // Bytes     reads keys and values once a chunk, and q; writes o; writes and reads head_dim + 2
 //           numbers a query and split
 template <KvType kType, int kLanes, int kQ>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<kQ>)
+__global__ void __launch_bounds__(kDecodeThreads, kQ == 8 ? kDecodeBlocks : kDecodeBlocks + 1)
     decode_attention(DecodeProblem p) {
   constexpr int kTeams = kDecodeThreads / kLanes;
   constexpr int kBatch = kDecodeBatch<kType, kQ>;
@@ -254,20 +258,22 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<kQ>)
   let_next_kernel_start();
   const int kv_len = *p.kv.kv_len, kv_head = static_cast<int>(blockIdx.y);
   const int first_query = static_cast<int>(blockIdx.z) * kQ;
-  const int n_splits = static_cast<int>(gridDim.x);
+  const int max_splits = static_cast<int>(gridDim.x);
+  const int least = max((kv_len + max_splits - 1) / max_splits, kMinSpan);
+  const int span = (least + kTurn - 1) / kTurn * kTurn, n_splits = (kv_len + span - 1) / span;
+  const int begin = static_cast<int>(blockIdx.x) * span, end = min(begin + span, kv_len);
+  if (begin >= end) return;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int team = static_cast<int>(threadIdx.x) / kLanes;
   const int unit =
       min(lane, p.head_dim / kRowUnit - 1);  // lanes beyond the head: its last, times 0
 
+  TokenRing<kType, kBatch> ring(p.kv.rows, kv_head, unit, end);
+  for (int i = 0; i + 1 < ring.kStages; ++i) ring.fetch(begin + i * kTurn + team * kBatch);
   float q[kQ][kRowUnit];
   load_queries(q, p, kv_head, first_query, lane);
   DecodeState<kQ> state;
   state.reset();
-  const int span = ((kv_len + n_splits - 1) / n_splits + kTurn - 1) / kTurn * kTurn;
-  const int begin = static_cast<int>(blockIdx.x) * span, end = min(begin + span, kv_len);
-  TokenRing<kType, kBatch> ring(p.kv.rows, kv_head, unit, end);
-  for (int i = 0; i + 1 < ring.kStages; ++i) ring.fetch(begin + i * kTurn + team * kBatch);
   for (int turn = begin; turn < end; turn += kTurn) {  // all lanes of a warp stay together
     const int token = turn + team * kBatch;
     RowUnit<kType> k[kBatch] = {}, v[kBatch] = {};
@@ -279,8 +285,8 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<kQ>)
                             min(end, p.visible(kv_len, first_query + i)) - token);
   }
   __syncthreads();  // nobody reads the ring any more
-  if (begin < end) join_teams<kLanes>(p, state, kv_head, first_query);
-  if (n_splits > 1) join_splits<kQ>(p, kv_head, first_query, (kv_len + span - 1) / span);
+  join_teams<kLanes>(p, state, kv_head, first_query, n_splits);
+  if (n_splits > 1) join_splits<kQ>(p, kv_head, first_query, n_splits);
 }
 
 }  // namespace thaw

@@ -110,6 +110,14 @@ __device__ inline std::uint32_t load_4_once(const void* from) {  // for what has
 #endif
   return __ldcs(static_cast<const std::uint32_t*>(from));
 }
+// Asks for the line of 128 bytes that holds it to come into the L2 cache, and does not wait.
+__device__ inline void prefetch_line(const void* at) {
+#ifndef THAW_EMULATED
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#else
+  static_cast<void>(at);
+#endif
+}
 __device__ inline void store_16(void* to, uint4 value) { *static_cast<uint4*>(to) = value; }
 
 // ---- Number formats. T is float, __half or __nv_bfloat16.

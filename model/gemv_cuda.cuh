@@ -121,7 +121,7 @@ inline constexpr int kGemvWarps = kGemvThreads / kWarp;
 // Blocks of a multiprocessor at the same time: with the ring they ask for more bytes than the
 // memory's latency swallows, and leave room for the next kernel's blocks.
 inline constexpr int kGemvBlocks = 2;
-inline constexpr int kGemvStages = 6;  // steps of the ring: one is multiplied, the others arrive
+inline constexpr int kGemvStages = 7;  // steps of the ring: one is multiplied, the others arrive
 inline constexpr std::size_t kGemvStaged = 64
                                            << 10;  // bytes of activations in shared memory, at most
 
@@ -282,7 +282,18 @@ class WeightRing {
     slot_ = slot_ + 1 == kGemvStages ? 0 : slot_ + 1;
   }
 
+  // Asks for what follows of the first pair's rows, as far as it is soon needed.
+  __device__ void prefetch() const {
+    const auto* codes = reinterpret_cast<const unsigned char*>(
+        lane_index() < kWarp / 2 ? rows_[0].codes : rows_[1].codes);
+    const int begin = (kGemvStages - 1) * kWarp * 16 + lane_index() % (kWarp / 2) * kLine;
+    const int end = min(units_ * 16, begin + kMostPrefetched);
+    for (int at = begin; at < end; at += kWarp / 2 * kLine) prefetch_line(codes + at);
+  }
+
  private:
+  static constexpr int kLine = 128, kMostPrefetched = 8 << 10;  // bytes, of a row
+
   __device__ void begin_pair() {
     const int pair = min(pair_, op_.n_pairs() - 1);
     rows_[0] = op_.row(pair, 0), rows_[1] = op_.row(pair, 1);
@@ -369,28 +380,25 @@ __device__ inline void multiply_codes(float (&sums)[2][kT], const uint4* step, v
   }
 }
 
-// Adds up the sums of the warp's lanes and hands the pair's results to op, each row's by a lane.
-template <class Op, int kT>
-__device__ inline void finish(const Op& op, const GemvInput& in, int pair,
-                              const float (&sums)[2][kT], const float (&scale)[kT]) {
-  float mine[2] = {};
+// The two results of activation row t, t being this lane, once the warp's lanes are added up.
+template <int kT>
+__device__ inline float2 add_up(const GemvInput& in, const float (&sums)[2][kT],
+                                const float (&scale)[kT]) {
+  float2 mine = {};
 #pragma unroll
   for (int t = 0; t < kT; ++t) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float sum = warp_sum(sums[i][t]);
-      if (in.norm != nullptr) sum *= scale[t];
-      if (lane_index() == t) mine[i] = sum;
-    }
+    float2 both = make_float2(warp_sum(sums[0][t]), warp_sum(sums[1][t]));
+    if (in.norm != nullptr) both.x *= scale[t], both.y *= scale[t];
+    if (lane_index() == t) mine = both;
   }
-  if (pair < op.n_pairs() && lane_index() < in.n_rows)
-    op.finish(pair, lane_index(), mine[0], mine[1]);
+  return mine;
 }
 
 // Computes  y = W x for n_rows <= kT rows of activations, x normalised if in.norm is given: the
 //           norm's factor 1 / rms(x) multiplies the sums, not the activations.
 // Op        has pairs of weight rows: n_pairs(), row(pair, i) for i = 0 and 1, and
-//           finish(pair, t, y0, y1), which one lane calls with both results of activation row t
+//           finish(pair, t, y0, y1, early), which one lane calls with both results of activation
+//           row t and what it got from load(pair, t) before it multiplied
 // Grid      any; warps take pairs in turns
 // Block     kGemvThreads; the lanes of a warp take units of 16 bytes in turns
 // Shared    kT rows of Staged, and kGemvRing, dynamic
@@ -407,6 +415,7 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
   const int first_pair = static_cast<int>(blockIdx.x) * kGemvWarps + warp_index();
   WeightRing<kType, Op> weights(op, ring, first_pair, pairs_a_turn, in.cols);
   for (int i = 0; i + 1 < kGemvStages; ++i) weights.fetch();
+  if (first_pair < op.n_pairs()) weights.prefetch();
   wait_for_previous_kernel();
   let_next_kernel_start();
 
@@ -415,6 +424,8 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
   const int n_turns = (op.n_pairs() + pairs_a_turn - 1) / pairs_a_turn;
   for (int turn = 0; turn < n_turns; ++turn) {
     const int pair = first_pair + turn * pairs_a_turn;
+    const bool finishes = pair < op.n_pairs() && lane_index() < in.n_rows;
+    const auto early = finishes ? op.load(pair, lane_index()) : typename Op::Loaded{};
     float sums[2][kT] = {};
     for (int begin = 0; begin < in.cols; begin += in.chunk) {
       if (turn == 0 || in.cols > in.chunk) {
@@ -442,7 +453,8 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
       for (int t = 0; t < kT; ++t)
         scale[t] = 1 / sqrtf(block_sum(squares[t]) / static_cast<float>(in.cols) + in.eps);
     }
-    finish(op, in, pair, sums, scale);
+    const float2 y = add_up(in, sums, scale);
+    if (finishes) op.finish(pair, lane_index(), y.x, y.y, early);
   }
 }
 

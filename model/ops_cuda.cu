@@ -33,15 +33,24 @@ struct Project {
   __device__ WeightRow row(int pair, int i) const {
     return row_of(w, min(2 * pair + i, w.rows - 1));
   }
-  __device__ void finish(int pair, int t, float y0, float y1) const {
-    put(2 * pair, t, y0);
-    if (2 * pair + 1 < w.rows) put(2 * pair + 1, t, y1);
+  struct Loaded {
+    float y0, y1;
+  };
+  __device__ float* at(int pair, int t) const {
+    return y + static_cast<std::int64_t>(t) * w.rows + 2 * pair;
   }
-  __device__ void put(int row, int t, float value) const {
-    float& out = y[static_cast<std::int64_t>(t) * w.rows + row];
-    if (store == Store::kAdd) value += out;
-    if (store == Store::kGate) value = silu(value) * out;
-    out = value;
+  __device__ Loaded load(int pair, int t) const {
+    if (store == Store::kSet) return {};
+    const float* old = at(pair, t);
+    return {old[0], 2 * pair + 1 < w.rows ? old[1] : 0.0f};
+  }
+  __device__ void finish(int pair, int t, float y0, float y1, Loaded old) const {
+    float* out = at(pair, t);
+    out[0] = stored(y0, old.y0);
+    if (2 * pair + 1 < w.rows) out[1] = stored(y1, old.y1);
+  }
+  __device__ float stored(float value, float old) const {
+    return store == Store::kAdd ? value + old : store == Store::kGate ? silu(value) * old : value;
   }
 };
 
@@ -54,7 +63,9 @@ struct SwiGlu {
   __device__ WeightRow row(int pair, int i) const {
     return i == 0 ? row_of(gate, pair) : row_of(up, pair);
   }
-  __device__ void finish(int pair, int t, float y0, float y1) const {
+  struct Loaded {};
+  __device__ Loaded load(int, int) const { return {}; }
+  __device__ void finish(int pair, int t, float y0, float y1, Loaded) const {
     h[static_cast<std::int64_t>(t) * gate.rows + pair] = silu(y0) * y1;
   }
 };
@@ -88,13 +99,20 @@ struct QkvRope {
     const int r = at.first + i * at.step;
     return at.which == 0 ? row_of(wq, r) : at.which == 1 ? row_of(wk, r) : row_of(wv, r);
   }
-  __device__ void finish(int pair, int t, float a, float b) const {
+  struct Loaded {
+    int position;
+    float inverse_frequency;
+  };
+  __device__ Loaded load(int pair, int t) const {
+    return {positions[t], inverse_frequencies[place(pair).frequency]};
+  }
+  __device__ void finish(int pair, int t, float a, float b, Loaded angle) const {
     const Place at = place(pair);
     float* out = at.which == 0 ? q : at.which == 1 ? k : v;
     const int n_cols = at.which == 0 ? wq.rows : at.which == 1 ? wk.rows : wv.rows;
     out += static_cast<std::int64_t>(t) * n_cols + at.first;
     out[0] = a, out[at.step] = b;
-    if (at.which < 2) rotate(out, out + at.step, positions[t], inverse_frequencies[at.frequency]);
+    if (at.which < 2) rotate(out, out + at.step, angle.position, angle.inverse_frequency);
   }
 };
 
