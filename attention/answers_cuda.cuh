@@ -32,18 +32,14 @@ struct AnswerLayout {
 // weights are to be multiplied by to be shares of the lane's mean.
 __device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane) {
   for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
-    const int head = lane * p.lane_queries() + i;
-    float m = kLowest, l = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int s = lane_index(); s < p.hot.parts.n_splits + p.scored.n_splits; s += kWarp) {
-        const PowerState part = s < p.hot.parts.n_splits
-                                    ? p.hot.parts.state(head, s)
-                                    : p.scored.state(head, s - p.hot.parts.n_splits);
-        if (pass == 0) m = fmaxf(m, part.m);
-        if (pass == 1) l += part.l * power(part.m, m);
-      }
-      if (pass == 0) m = warp_max(m);
-    }
+    const int head = lane * p.lane_queries() + i, n_hot = p.hot.parts.n_splits;
+    const LaneStates parts(n_hot + p.scored.n_splits, [&](int s) {
+      return s < n_hot ? p.hot.parts.state(head, s) : p.scored.state(head, s - n_hot);
+    });
+    const float m = parts.peak();
+    float l = 0;
+#pragma unroll
+    for (const PowerState& part : parts.of) l += part.l * power(part.m, m);
     l = warp_sum(l);
     if (lane_index() != 0) continue;
     totals[3 * i] = m, totals[3 * i + 1] = l;

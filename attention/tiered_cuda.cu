@@ -1,161 +1,14 @@
-#include "attention/tiered_cuda.h"
-
 #include <algorithm>
 #include <cmath>
 
 #include "attention/answers_cuda.cuh"
+#include "attention/finish_cuda.cuh"
+#include "attention/tiered_cuda.h"
 #include "device/error.h"
 
 namespace thaw {
 namespace {
 
-// All parts of a query head, numbered: those of hot rows, then of recalled ones, then of ghosts.
-struct HeadParts {
-  const TieredProblem& p;
-  int head, n_hot, n_exact, n_all;
-
-  __device__ HeadParts(const TieredProblem& of, int query_head)
-      : p(of),
-        head(query_head),
-        n_hot(of.hot.parts.n_splits),
-        n_exact(n_hot + (of.has_ghosts() ? of.recalled.parts.n_splits : 0)),
-        n_all(n_exact + (of.has_ghosts() ? of.answered.n_splits : 0)) {}
-  __device__ PowerState state(int i) const {
-    return i < n_hot     ? p.hot.parts.state(head, i)
-           : i < n_exact ? p.recalled.parts.state(head, i - n_hot)
-                         : p.answered.state(head, i - n_exact);
-  }
-  __device__ const float* sums(int i) const {
-    return i < n_hot     ? p.hot.parts.of(head, i)
-           : i < n_exact ? p.recalled.parts.of(head, i - n_hot)
-                         : p.answered.of(head, i - n_exact);
-  }
-};
-
-// What the parts add up to; ghosts: l of ghosts that were not recalled.
-struct JoinedHead {
-  PowerState state;
-  float ghosts, frozen;
-};
-
-// weights[i] = what part i is to be multiplied by. All threads call and get the same, and see all
-// weights: the sums of the block wait for them.
-__device__ JoinedHead join_states(float* weights, const HeadParts& parts) {
-  float peak = kLowest;
-  for (int i = static_cast<int>(threadIdx.x); i < parts.n_all; i += kTiledThreads) {
-    const PowerState part = parts.state(i);
-    if (part.l > 0) peak = fmaxf(peak, part.m);
-  }
-  peak = block_max(peak);
-  float l = 0, ps = 0, ghosts = 0, frozen = 0;
-  for (int i = static_cast<int>(threadIdx.x); i < parts.n_all; i += kTiledThreads) {
-    const PowerState part = parts.state(i);
-    const float weight = part.l > 0 ? power(part.m, peak) : 0.0f;
-    weights[i] = weight;
-    if (weight == 0) continue;
-    l += weight * part.l, ps += weight * part.ps;
-    if (i >= parts.n_hot) frozen += weight * part.l;
-    if (i >= parts.n_exact) ghosts += weight * part.l;
-  }
-  return {{peak, block_sum(l), block_sum(ps)}, block_sum(ghosts), block_sum(frozen)};
-}
-
-// Probabilities, mean over the lane's query heads, of n rows with scores.
-__device__ void write_probabilities(const TieredProblem& p, int first, const RowSet& set, int n,
-                                    float* probability, float* relevance) {
-  const float share = 1.0f / static_cast<float>(p.lane_queries());
-  for (int row = static_cast<int>(threadIdx.x); row < n; row += kTiledThreads) {
-    float sum = 0, magnitude = 0;
-    for (int head = first; head < first + p.lane_queries(); ++head) {
-      const float s = set.scores[static_cast<std::int64_t>(head) * set.stride + row];
-      const float m = __ldcg(&p.totals[head].m), inverse = __ldcg(&p.totals[head].inverse);
-      sum += power(s, m) * inverse;
-      magnitude += fabsf(s);
-    }
-    probability[row] = share * sum;
-    if (relevance != nullptr) relevance[row] = share * kLn2 * magnitude;
-  }
-}
-
-__device__ void write_stats(const TieredProblem& p, int lane) {
-  const DeviceStats& stats = p.kv.stats;
-  const int first = lane * p.lane_queries();
-  const std::int64_t at = static_cast<std::int64_t>(lane) * stats.stride;
-  if (stats.probability != nullptr)
-    write_probabilities(p, first, p.hot, p.kv.hot.n_rows[lane], stats.probability + at,
-                        stats.relevance == nullptr ? nullptr : stats.relevance + at);
-  if (p.has_ghosts())
-    write_probabilities(
-        p, first, p.recalled, stats.n_recalled[lane],
-        stats.recalled_probability + static_cast<std::int64_t>(lane) * stats.recalled_room,
-        nullptr);
-  if (threadIdx.x != 0) return;
-  float entropy = 0, ghost_mass = 0;
-  for (int head = first; head < first + p.lane_queries(); ++head) {
-    entropy += __ldcg(&p.totals[head].entropy);
-    ghost_mass += __ldcg(&p.totals[head].ghost_mass);
-  }
-  const float share = 1.0f / static_cast<float>(p.lane_queries());
-  stats.entropy[lane] = share * entropy;
-  stats.ghost_mass[lane] = share * ghost_mass;
-}
-
-// x = R^T x + weight * mean, over head_dim numbers in shared memory; one warp calls.
-__device__ void turn_sums_back(float* x, int head_dim, float weight, const float* mean) {
-  float part[kGhostUnits];
-#pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j) {
-    const int i = lane_index() + j * kWarp;
-    part[j] = i < head_dim ? x[i] : 0.0f;
-  }
-  rotate_back_in_warp(part, head_dim);
-#pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j) {
-    const int i = lane_index() + j * kWarp;
-    if (i < head_dim) x[i] = fmaf(weight, mean[i], part[j]);
-  }
-}
-
-// Computes  o of a query head, from the states of all of its splits in order; then, in the last
-//           block of a lane, the lane's statistics
-// Grid      query heads
-// Block     kTiledThreads, a thread for a dimension
-// Shared    a weight a part, and 2 x head_dim sums
-// Bytes     reads the parts, and the scores of hot and recalled rows; writes o and statistics
-__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) finish_decode(TieredProblem p) {
-  const int head = static_cast<int>(blockIdx.x), kv_head = head / p.group;
-  const int lane = kv_head / p.kv.hot.lane_heads;
-  const HeadParts parts(p, head);
-  float *exact = dynamic_shared<float>(), *rotated = exact + p.head_dim;
-  float* weights = rotated + p.head_dim;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const JoinedHead joined = join_states(weights, parts);
-  for (int d = static_cast<int>(threadIdx.x); d < p.head_dim; d += kTiledThreads) {
-    float sum = 0, turned = 0;
-    for (int i = 0; i < parts.n_exact; ++i)
-      if (weights[i] > 0) sum = fmaf(weights[i], __ldcg(parts.sums(i) + d), sum);
-    for (int i = parts.n_exact; i < parts.n_all && p.answered.n_sums > 0; ++i)
-      if (weights[i] > 0) turned = fmaf(weights[i], __ldcg(parts.sums(i) + d), turned);
-    exact[d] = sum, rotated[d] = turned;
-  }
-  __syncthreads();  // all sums are there
-  const bool has_ghosts = joined.ghosts > 0;
-  if (has_ghosts && warp_index() == 0)
-    turn_sums_back(rotated, p.head_dim, joined.ghosts,
-                   p.kv.ghosts.means + (2 * kv_head + 1) * p.head_dim);
-  __syncthreads();  // ghosts' values have turned back
-  const float inverse = 1.0f / joined.state.l;
-  for (int d = static_cast<int>(threadIdx.x); d < p.head_dim; d += kTiledThreads)
-    p.o[head * p.head_dim + d] = (exact[d] + (has_ghosts ? rotated[d] : 0.0f)) * inverse;
-  if (threadIdx.x == 0)
-    p.totals[head] = {joined.state.m, inverse, joined.state.entropy(), joined.frozen * inverse};
-  if (last_to_arrive(p.n_finished + lane, static_cast<unsigned>(p.lane_queries())))
-    write_stats(p, lane);
-}
-
-constexpr int kMaxRowSplits = 16;  // hot rows, and recalled ones, are few
-constexpr int kMaxGhostSplits = 128;
 constexpr int kBlocksPerMultiprocessor = 3;  // that ghosts aim at
 
 int n_chunks(const TieredProblem& p) { return (p.group + kTiledQueries - 1) / kTiledQueries; }
@@ -202,7 +55,6 @@ void CudaTieredDecode::take_memory(TieredProblem& p, const KvView& kv) {
 
   const bool ghosts = f.present();
   const std::int64_t sizes[] = {
-      heads * static_cast<std::int64_t>(sizeof(HeadTotal) / 4),
       heads * p.hot.stride,
       p.hot.parts.size(p.n_heads),
       ghosts ? heads * p.ghost_stride : 0,
@@ -217,13 +69,11 @@ void CudaTieredDecode::take_memory(TieredProblem& p, const KvView& kv) {
   for (const std::int64_t n : sizes) all += (n + 3) / 4 * 4;
   at[0] = numbers_.reserve(all);
   for (std::size_t i = 1; i < std::size(sizes); ++i) at[i] = at[i - 1] + (sizes[i - 1] + 3) / 4 * 4;
-  p.totals = reinterpret_cast<HeadTotal*>(at[0]);
-  p.hot.scores = at[1], p.hot.parts.all = at[2];
-  p.ghost_scores = at[3], p.scored.all = at[4], p.answered.all = at[5];
-  p.recalled.scores = at[6], p.recalled.parts.all = at[7];
-  p.recalled_mask = reinterpret_cast<std::uint32_t*>(at[8]);
-  p.n_gathered = counts_.reserve_zeros(2 * hot.n_lanes, stream_);
-  p.n_finished = p.n_gathered + hot.n_lanes;
+  p.hot.scores = at[0], p.hot.parts.all = at[1];
+  p.ghost_scores = at[2], p.scored.all = at[3], p.answered.all = at[4];
+  p.recalled.scores = at[5], p.recalled.parts.all = at[6];
+  p.recalled_mask = reinterpret_cast<std::uint32_t*>(at[7]);
+  p.n_gathered = counts_.reserve_zeros(hot.n_lanes, stream_);
 }
 
 void CudaTieredDecode::attend_rows_of(const TieredProblem& p, KvType type, bool recalled) {
@@ -256,9 +106,9 @@ void CudaTieredDecode::ask_ghosts(const TieredProblem& p, const GhostFormat& f) 
 }
 
 void CudaTieredDecode::finish(const TieredProblem& p) {
-  const int n_parts = p.hot.parts.n_splits + p.recalled.parts.n_splits + p.answered.n_splits;
-  launch_overlapping("finish_decode", finish_decode, static_cast<unsigned>(p.n_heads),
-                     kTiledThreads, words(2 * p.head_dim + n_parts), stream_, p);
+  const int n_blocks = p.n_heads + p.n_lanes() * kStatsBlocks;
+  launch_overlapping("finish_decode", finish_decode, static_cast<unsigned>(n_blocks), kTiledThreads,
+                     words(FinishLayout(p).total), stream_, p);
 }
 
 void CudaTieredDecode::attend(float* o, const float* q, int n_heads, const KvView& kv) {

@@ -7,7 +7,7 @@
 //   finish_decode  all states together: o and statistics
 // Where frozen tokens are mute, there are the first and the last only. The definition is
 // TieredDecode (attention/tiered_cpu.h). Here is what they are given, and attend_rows; the others
-// are in attention/ghosts_cuda.cuh, attention/answers_cuda.cuh and attention/tiered_cuda.cu.
+// are in attention/ghosts_cuda.cuh, attention/answers_cuda.cuh and attention/finish_cuda.cuh.
 #pragma once
 
 #include "attention/tile_cuda.cuh"
@@ -21,9 +21,30 @@ struct RowSet {
   Parts parts;
 };
 
-// A query head's answer, once all of its parts are joined.
-struct HeadTotal {
-  float m, inverse, entropy, ghost_mass;  // inverse: of l
+inline constexpr int kMaxRowSplits = 16;  // hot rows, and recalled ones, are few
+inline constexpr int kMaxGhostSplits = 128;
+
+// The states of n parts of a head, a few a lane, all of which are on their way before one is looked
+// at. Where a lane has fewer, the others are of no tokens.
+struct LaneStates {
+  static constexpr int kEach = (2 * kMaxRowSplits + kMaxGhostSplits + kWarp - 1) / kWarp;
+  PowerState of[kEach];
+
+  template <class StateOf>
+  __device__ LaneStates(int n, const StateOf& state_of) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (lane_index() + j * kWarp >= n) of[j] = {};
+  }
+  __device__ float peak() const {  // of the warp
+    float m = kLowest;
+#pragma unroll
+    for (const PowerState& part : of)
+      if (part.l > 0) m = fmaxf(m, part.m);
+    return warp_max(m);
+  }
 };
 
 struct TieredProblem : ExactProblem {
@@ -32,12 +53,11 @@ struct TieredProblem : ExactProblem {
   float* ghost_scores;     // query head x ghost_stride, by token; kLowest where the token is hot
   int ghost_stride;        // a multiple of GhostRope::kSpan
   Parts scored, answered;  // ghosts before the recall, without sums; and after it, in rotated space
-  std::uint32_t* recalled_mask;       // lane x ghost_stride / 32, as DeviceHot::mask
-  HeadTotal* totals;                  // query head
-  unsigned *n_gathered, *n_finished;  // lane: blocks that have come
+  std::uint32_t* recalled_mask;  // lane x ghost_stride / 32, as DeviceHot::mask
+  unsigned* n_gathered;          // lane: blocks that have come
 
   __host__ __device__ int n_lanes() const { return kv.hot.n_lanes; }
-  __device__ int lane_queries() const { return kv.hot.lane_heads * group; }
+  __host__ __device__ int lane_queries() const { return kv.hot.lane_heads * group; }
   __device__ bool has_ghosts() const { return kv.ghosts.format.present(); }
 };
 
