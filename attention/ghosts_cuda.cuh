@@ -291,23 +291,27 @@ __device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
 }
 
 // m and l of the lanes' tokens into p.scored.
-__device__ inline void join_scores(const TieredProblem& p, float* states, int head, int n_queries,
-                                   const float (&m)[kTiledQueries],
+__device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
+                                   int split, const float (&m)[kTiledQueries],
                                    const float (&l)[kTiledQueries]) {
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
+    if (i >= chunk.n) break;
     const float peak = warp_max(m[i]), sum = warp_sum(l[i] * power(m[i], peak));
     float* state = states + 2 * (warp_index() * kTiledQueries + i);
     if (lane_index() == 0) state[0] = peak, state[1] = sum;
   }
   __syncthreads();  // all warps' states are there
   const int query = static_cast<int>(threadIdx.x);
-  if (query >= n_queries) return;
+  if (query >= chunk.n) return;
   PowerState all;
-  for (int w = 0; w < kTiledWarps; ++w) all.m = fmaxf(all.m, states[2 * (w * 8 + query)]);
   for (int w = 0; w < kTiledWarps; ++w)
-    all.l += states[2 * (w * 8 + query) + 1] * power(states[2 * (w * 8 + query)], all.m);
-  p.scored.set_state(head + query, static_cast<int>(blockIdx.x), all);
+    all.m = fmaxf(all.m, states[2 * (w * kTiledQueries + query)]);
+  for (int w = 0; w < kTiledWarps; ++w) {
+    const float* state = states + 2 * (w * kTiledQueries + query);
+    all.l += state[1] * power(state[0], all.m);
+  }
+  p.scored.set_state(chunk.head + query, split, all);
 }
 
 // Scores of the ghosts of a k/v head's spans, one after another: while one is scored, the next is
@@ -316,27 +320,24 @@ template <int kBits>
 class GhostScorer {
  public:
   __device__ GhostScorer(const TieredProblem& p, float* shared, const GhostQueryLayout& at,
-                         int kv_head, int first, int n_queries)
-      : p_(p),
-        shared_(shared),
-        at_(at),
-        kv_head_(kv_head),
-        head_(kv_head * p.group + first),
-        n_queries_(n_queries) {
+                         const QueryChunk& chunk)
+      : p_(p), shared_(shared), at_(at), chunk_(chunk) {
 #pragma unroll
     for (float& x : m) x = kLowest;
   }
   float m[kTiledQueries], l[kTiledQueries] = {};  // of this lane's tokens
 
   __device__ void score(const Share& share, int kv_len) {
-    if (share.begin >= share.end) return;
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
     int span = share.begin / GhostRope::kSpan;
     find(span, end, kv_len);
+    for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
+      prepare_ghost_query(shared_, at_, p_, chunk_.kv_head, query, chunk_.first);
     load(span, end);
     find(span + 1, end, kv_len);
+    __syncthreads();  // the rope's tables are there
     for (int buffer = 0; span < end; ++span, buffer ^= 1) {
-      for (int query = warp_index(); query < n_queries_; query += kTiledWarps)
+      for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
         turn_ghost_query(shared_, at_, angle_, rope().n_fast, p_.head_dim / 2, query, buffer);
       __syncthreads();  // all queries are turned, and the span before last is read
       score_span(span, end, kv_len, buffer);
@@ -350,8 +351,8 @@ class GhostScorer {
     const int group = span * kSpanGroups + warp_index();
     silent_ = ~0u;
     if (span >= end || group * kGhostGroup >= kv_len) return;
-    silent_ = silent_tokens(p_, kv_head_ / p_.kv.hot.lane_heads, group, kv_len);
-    group_ = p_.kv.ghosts.group(kv_head_, group);
+    silent_ = silent_tokens(p_, chunk_.lane, group, kv_len);
+    group_ = p_.kv.ghosts.group(chunk_.kv_head, group);
   }
   __device__ void load(int span, int end) {
     ahead_.silent = silent_, ahead_.at = group_;
@@ -364,19 +365,19 @@ class GhostScorer {
     const float scale = ahead_.scale;
     int dots[kTiledQueries] = {};
     if (silent != ~0u)
-      ahead_.dot(dots, shared_ + at_.codes, n_queries_, p_.kv.ghosts.format.padded_dim());
+      ahead_.dot(dots, shared_ + at_.codes, chunk_.n, p_.kv.ghosts.format.padded_dim());
     load(span + 1, end);
     find(span + 2, end, kv_len);
     const int place = warp_index() * kGhostGroup + token_of_lane();
     float centre[kTiledQueries] = {};
     if (silent != ~0u)
-      score_centres(centre, shared_ + at_.turned + buffer * at_.turned_size, n_queries_,
+      score_centres(centre, shared_ + at_.turned + buffer * at_.turned_size, chunk_.n,
                     shared_ + at_.rows, 2 * rope().n_fast + 4, place);
-    float* scores = p_.ghost_scores + static_cast<std::int64_t>(head_) * p_.ghost_stride +
+    float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
                     span * GhostRope::kSpan + place;
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i) {
-      if (i >= n_queries_) break;
+      if (i >= chunk_.n) break;
       const float product = static_cast<float>(dots[i]) + shared_[at_.offset + i];
       const float s = (silent >> token_of_lane() & 1u) != 0
                           ? kLowest
@@ -391,40 +392,58 @@ class GhostScorer {
   const TieredProblem& p_;
   float* shared_;
   const GhostQueryLayout& at_;
-  const int kv_head_, head_, n_queries_;
+  const QueryChunk chunk_;
   std::uint32_t silent_;
   const std::byte* group_ = nullptr;
   GroupAhead<kBits> ahead_;
   SpanAngle angle_;
 };
 
-// Computes  scores of up to kTiledQueries queries of a k/v head with the ghosts of its tokens,
-//           kLowest for hot ones; m and l of each split
-// Grid      splits of the spans x k/v heads x chunks of queries
-// Block     kTiledThreads; a span at a time, a warp for each of its groups
-// Shared    GhostQueryLayout
-// Bytes     reads the rope's tables, and key codes and their scales once a chunk, but not those of
-//           groups that are all hot; writes a score a query and token
+// The ghosts of a split: scores, and m and l.
 template <int kBits>
-__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_ghosts(TieredProblem p) {
-  const DeviceGhosts& ghosts = p.kv.ghosts;
-  const GhostQueryLayout at(ghosts.format, ghosts.rope.n_fast);
+__device__ inline void score_ghosts(const TieredProblem& p, float* shared,
+                                    const GhostQueryLayout& at, int split) {
+  const QueryChunk chunk(p);
+  const int kv_len = *p.kv.kv_len;
+  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
+  GhostScorer<kBits> scorer(p, shared, at, chunk);
+  if (share.begin < share.end) scorer.score(share, kv_len);
+  join_scores(p, shared + at.states, chunk, split, scorer.m, scorer.l);
+}
+
+// Computes  of up to kTiledQueries queries of a k/v head: scores with its lane's hot rows, and a
+//           state with sums a split; scores with the ghosts of its tokens, kLowest for hot ones,
+//           and m and l of each split
+// Grid      splits of the hot rows, then of the spans x k/v heads x chunks of queries
+// Block     kTiledThreads; a tile of rows at a time, or a span, a warp for each of its groups
+// Shared    RowTileLayout or GhostQueryLayout
+// Bytes     reads the rows' keys and values once a chunk; the rope's tables, and key codes and
+//           their scales once a chunk, but not those of groups that are all hot; writes a score a
+//           query and row, and a query and token
+template <KvType kType, int kBits>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_tiers(TieredProblem p) {
+  const GhostQueryLayout at(p.kv.ghosts.format, p.kv.ghosts.rope.n_fast);
   float* shared = dynamic_shared<float>();
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const int first = static_cast<int>(blockIdx.z) * kTiledQueries;
-  const int n_queries = min(kTiledQueries, p.group - first), head = kv_head * p.group + first;
-  load_rope_tables(shared, at, p);
+  const int split = static_cast<int>(blockIdx.x) - p.hot.n_splits;
+  if (split >= 0) load_rope_tables(shared, at, p);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int kv_len = *p.kv.kv_len, split = static_cast<int>(blockIdx.x);
-  const Share share =
-      share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, static_cast<int>(gridDim.x));
-  for (int query = warp_index(); query < n_queries && share.begin < share.end; query += kTiledWarps)
-    prepare_ghost_query(shared, at, p, kv_head, query, first);
-  GhostScorer<kBits> scorer(p, shared, at, kv_head, first, n_queries);
-  __syncthreads();  // the rope's tables are there
-  scorer.score(share, kv_len);
-  join_scores(p, shared + at.states, head, n_queries, scorer.m, scorer.l);
+  if (split < 0)
+    attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.x));
+  else
+    score_ghosts<kBits>(p, shared, at, split);
+}
+
+// Computes  what score_tiers() does of hot rows, where frozen tokens are mute
+// Grid      splits of the hot rows x k/v heads x chunks of queries
+// Block     kTiledThreads
+// Shared    RowTileLayout
+// Bytes     reads the rows' keys and values once a chunk; writes a score a query and row
+template <KvType kType>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attend_hot(TieredProblem p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  attend_hot_rows<kType>(p, dynamic_shared<float>(), static_cast<int>(blockIdx.x));
 }
 
 }  // namespace thaw
