@@ -1,5 +1,6 @@
-// What ghosts answer: who of them is recalled, and the sum of the values of all others, by products
-// of 8-bit integers. Weights are rounded to 8 bits as on the CPU (kvstore/ghost.h).
+// What frozen tokens answer: who of them is recalled and attended exactly, and the sum of the
+// values of all other ghosts, by products of 8-bit integers. Weights are rounded to 8 bits as on
+// the CPU (kvstore/ghost.h).
 #pragma once
 
 #include "attention/ghosts_cuda.cuh"
@@ -9,16 +10,17 @@ namespace thaw {
 // Groups whose weights are all less than this share of the softmax add nothing to its sums.
 inline constexpr float kNegligible = 1e-8f;
 
-// Where answer_ghosts() has its weights and sums in shared memory; numbers of words.
+// Where answer_frozen() has its weights and sums in shared memory; numbers of words.
 struct AnswerLayout {
-  int weights, units, offsets, matters, totals, sums, states, total;
+  int weights, units, offsets, matters, recalled, totals, sums, states, total;
 
   __host__ __device__ AnswerLayout(const GhostFormat& format, int lane_queries)
       : weights(0),
         units(weights + kTiledQueries * GhostRope::kSpan / 4),
         offsets(units + kTiledQueries * kSpanGroups),
         matters(offsets + kTiledQueries * kSpanGroups),
-        totals(matters + kSpanGroups),
+        recalled(matters + kSpanGroups),
+        totals(recalled + kSpanGroups),
         sums(totals + 3 * lane_queries),
         states(sums + kTiledQueries * n_teams(format) * format.padded_dim()),
         total(states + 2 * kTiledWarps * kTiledQueries) {}
@@ -32,18 +34,14 @@ struct AnswerLayout {
 // weights are to be multiplied by to be shares of the lane's mean.
 __device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane) {
   for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
-    const int head = lane * p.lane_queries() + i;
-    float m = kLowest, l = 0;
-    for (int pass = 0; pass < 2; ++pass) {
-      for (int s = lane_index(); s < p.hot.parts.n_splits + p.scored.n_splits; s += kWarp) {
-        const PowerState part = s < p.hot.parts.n_splits
-                                    ? p.hot.parts.state(head, s)
-                                    : p.scored.state(head, s - p.hot.parts.n_splits);
-        if (pass == 0) m = fmaxf(m, part.m);
-        if (pass == 1) l += part.l * power(part.m, m);
-      }
-      if (pass == 0) m = warp_max(m);
-    }
+    const int head = lane * p.lane_queries() + i, n_hot = p.hot.n_splits;
+    const LaneStates parts(n_hot + p.scored.n_splits, [&](int s) {
+      return s < n_hot ? p.hot.state(head, s) : p.scored.state(head, s - n_hot);
+    });
+    const float m = parts.peak();
+    float l = 0;
+#pragma unroll
+    for (const PowerState& part : parts.of) l += part.l * power(part.m, m);
     l = warp_sum(l);
     if (lane_index() != 0) continue;
     totals[3 * i] = m, totals[3 * i + 1] = l;
@@ -118,24 +116,21 @@ __device__ inline void sum_group(float (&sums)[kTiledQueries][2], const float* s
   }
 }
 
-// Decides who is recalled; the weights of the other ghosts of a span, and what they add to l and ps
-// of this thread's tokens.
+// Decides who is recalled, a bit a token of shared[at.recalled]; the weights of the other ghosts of
+// a span, and what they add to l and ps of this thread's tokens.
 template <int kBits>
 __device__ inline void weigh_span(const TieredProblem& p, float* shared, const AnswerLayout& at,
-                                  int kv_head, int first, int n_queries, int span, int kv_len,
+                                  const QueryChunk& chunk, int span, int kv_len,
                                   float (&l)[kTiledQueries], float (&ps)[kTiledQueries]) {
   const GhostFormat& f = p.kv.ghosts.format;
-  const int lane = kv_head / p.kv.hot.lane_heads, of_lane = kv_head % p.kv.hot.lane_heads;
+  const int of_lane = chunk.head - chunk.lane * p.lane_queries(), kv_head = chunk.kv_head;
   const int group = span * kSpanGroups + warp_index(), token = group * kGhostGroup + lane_index();
-  const bool recalled = is_recalled(p, shared + at.totals, lane, token);
+  const bool recalled = is_recalled(p, shared + at.totals, chunk.lane, token);
   const unsigned word = __ballot_sync(kAllLanes, recalled);
-  if (of_lane == 0 && first == 0 && lane_index() == 0)
-    p.recalled_mask[static_cast<std::int64_t>(lane) * (p.ghost_stride / kGhostGroup) + group] =
-        word;
-  const float* totals = shared + at.totals + 3 * (of_lane * p.group + first);
-  const float* scores = p.ghost_scores +
-                        static_cast<std::int64_t>(kv_head * p.group + first) * p.ghost_stride +
-                        token;
+  if (lane_index() == 0) shared[at.recalled + warp_index()] = __uint_as_float(word);
+  const float* totals = shared + at.totals + 3 * of_lane;
+  const float* scores =
+      p.ghost_scores + static_cast<std::int64_t>(chunk.head) * p.ghost_stride + token;
   float scale = 0;
   if (kBits > 0 && group * kGhostGroup < kv_len)
     scale = scale_at(p.kv.ghosts.group(kv_head, group) + f.group_bytes() - f.scale_bytes(),
@@ -143,7 +138,7 @@ __device__ inline void weigh_span(const TieredProblem& p, float* shared, const A
   bool matters = false;
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= n_queries) break;
+    if (i >= chunk.n) break;
     const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
     const float weight = recalled ? 0.0f : power(s, totals[3 * i]);
     l[i] += weight;
@@ -172,19 +167,39 @@ __device__ inline void sum_span(float (&sums)[kTiledQueries][2], const TieredPro
   }
 }
 
+// The span's recalled tokens behind n others of the split's list, ascending; returns how many there
+// are now. All threads call, and none sees what others wrote.
+__device__ inline int list_recalled(std::int32_t* list, int n, int room, const float* words,
+                                    int span) {
+  unsigned mine = 0;
+  int before = 0, all = 0;
+#pragma unroll
+  for (int w = 0; w < kSpanGroups; ++w) {
+    const unsigned word = __float_as_uint(words[w]);
+    if (w < warp_index()) before += __popc(word);
+    if (w == warp_index()) mine = word;
+    all += __popc(word);
+  }
+  const unsigned bit = 1u << lane_index();
+  const int at = n + before + __popc(mine & (bit - 1));
+  if ((mine & bit) != 0 && at < room)
+    list[at] = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
+  return min(n + all, room);
+}
+
 // The states and sums of the block's threads into p.answered.
 __device__ inline void join_answers(const TieredProblem& p, float* shared, const AnswerLayout& at,
-                                    int kv_head, int first, int n_queries,
+                                    const QueryChunk& chunk, int split,
                                     const float (&l)[kTiledQueries],
                                     const float (&ps)[kTiledQueries],
                                     const float (&sums)[kTiledQueries][2]) {
   const GhostFormat& f = p.kv.ghosts.format;
   const int thread = static_cast<int>(threadIdx.x), dim = f.padded_dim();
   const int column = thread % (dim / 2), team = thread / (dim / 2);
-  const int n_teams = AnswerLayout::n_teams(f), split = static_cast<int>(blockIdx.x);
-  const int head = kv_head * p.group + first;
+  const int n_teams = AnswerLayout::n_teams(f);
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
+    if (i >= chunk.n) break;
     float* state = shared + at.states + 2 * (warp_index() * kTiledQueries + i);
     const float warp_l = warp_sum(l[i]), warp_ps = warp_sum(ps[i]);
     if (lane_index() == 0) state[0] = warp_l, state[1] = warp_ps;
@@ -193,88 +208,68 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
     sum[0] = sums[i][0], sum[1] = sums[i][1];
   }
   __syncthreads();  // all warps' states and all teams' sums are there
-  if (thread < n_queries) {
-    const int of_lane = kv_head % p.kv.hot.lane_heads * p.group + first + thread;
+  if (thread < chunk.n) {
+    const int of_lane = chunk.head - chunk.lane * p.lane_queries() + thread;
     PowerState all = {shared[at.totals + 3 * of_lane], 0, 0};
     for (int w = 0; w < kTiledWarps; ++w) {
       const float* state = shared + at.states + 2 * (w * kTiledQueries + thread);
       all.l += state[0], all.ps += state[1];
     }
-    p.answered.set_state(head + thread, split, all);
+    p.answered.set_state(chunk.head + thread, split, all);
   }
-  for (int i = thread; i < n_queries * p.answered.n_sums; i += kTiledThreads) {
+  for (int i = thread; i < chunk.n * p.answered.n_sums; i += kTiledThreads) {
     const int query = i / dim, d = i % dim;
     float sum = 0;
     for (int t = 0; t < n_teams; ++t)
       sum += shared[at.sums + (t * kTiledQueries + query) * dim + d];
-    p.answered.of(head + query, split)[d] = sum;
+    p.answered.of(chunk.head + query, split)[d] = sum;
   }
 }
 
-// The list of a lane's recalled tokens, ascending, from the marks of all blocks.
-__device__ inline void list_recalled(const TieredProblem& p, int lane, int n_words) {
-  __shared__ int of_warp[kTiledWarps];
-  const DeviceStats& stats = p.kv.stats;
-  const std::uint32_t* mask =
-      p.recalled_mask + static_cast<std::int64_t>(lane) * (p.ghost_stride / kGhostGroup);
-  const Share share = share_of(n_words, 1, static_cast<int>(threadIdx.x), kTiledThreads);
-  int n = 0, all = 0;
-  for (int w = share.begin; w < share.end; ++w) n += __popc(__ldcg(mask + w));
-  int at = n;  // sum of n up to this lane's, which is taken off below
-#pragma unroll
-  for (int step = 1; step < kWarp; step *= 2) {
-    const int before = __shfl_up_sync(kAllLanes, at, step);
-    if (lane_index() >= step) at += before;
-  }
-  if (lane_index() == kWarp - 1) of_warp[warp_index()] = at;
-  __syncthreads();  // the warps' sums are there
-  at -= n;
-  for (int w = 0; w < kTiledWarps; ++w) {
-    if (w < warp_index()) at += of_warp[w];
-    all += of_warp[w];
-  }
-  std::int32_t* list = stats.recalled + static_cast<std::int64_t>(lane) * stats.recalled_room;
-  for (int w = share.begin; w < share.end; ++w)
-    for (std::uint32_t bits = __ldcg(mask + w); bits != 0; bits &= bits - 1, ++at)
-      if (at < stats.recalled_room) list[at] = w * kGhostGroup + __ffs(static_cast<int>(bits)) - 1;
-  if (threadIdx.x == 0) stats.n_recalled[lane] = min(all, stats.recalled_room);
-}
-
-// Computes  who is recalled, ascending, a lane; of the other ghosts of up to kTiledQueries queries
-//           of a k/v head, the sums of their values in rotated space, l and ps, relative to the
-//           largest score of all
+// Computes  of up to kTiledQueries queries of a k/v head: who is recalled, ascending, a split, and
+// a
+//           part of those rows; of the other ghosts, the sums of their values in rotated space, l
+//           and ps, relative to the largest score of all
 // Grid      splits of the spans x k/v heads x chunks of queries
 // Block     kTiledThreads; a span at a time; for decisions a thread has a token, for sums two
-//           dimensions of every n_teams-th group
-// Shared    AnswerLayout
+//           dimensions of every n_teams-th group; then recalled rows as attend_rows() has them
+// Shared    AnswerLayout, then RowTileLayout
 // Bytes     reads the scores of the lane's queries, and value codes and their scales once a chunk,
-//           but not those of groups that add next to nothing; writes a part a query and split
-template <int kBits>
-__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) answer_ghosts(TieredProblem p) {
+//           but not those of groups that add next to nothing, and recalled rows once a chunk, over
+//           the bus; writes two parts a query and split
+template <KvType kType, int kBits>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) answer_frozen(TieredProblem p) {
   const AnswerLayout at(p.kv.ghosts.format, p.lane_queries());
   float* shared = dynamic_shared<float>();
-  const int kv_head = static_cast<int>(blockIdx.y), lane = kv_head / p.kv.hot.lane_heads;
-  const int first = static_cast<int>(blockIdx.z) * kTiledQueries;
-  const int n_queries = min(kTiledQueries, p.group - first);
+  const QueryChunk chunk(p);
+  const int split = static_cast<int>(blockIdx.x);
+  const int part = p.recalled_at(chunk.kv_head, static_cast<int>(blockIdx.z), split);
+  std::int32_t* list = p.recalled_tokens + static_cast<std::int64_t>(part) * p.recalled_stride;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int kv_len = *p.kv.kv_len, n = n_ghosts(p, kv_len);
-  const Share share =
-      share_of(n, GhostRope::kSpan, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  const int kv_len = *p.kv.kv_len;
+  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
   float l[kTiledQueries] = {}, ps[kTiledQueries] = {}, sums[kTiledQueries][2] = {};
-  estimate_totals(shared + at.totals, p, lane);
+  int n_recalled = 0;
+  estimate_totals(shared + at.totals, p, chunk.lane);
   __syncthreads();  // the totals are there
   for (int token = share.begin; token < share.end; token += GhostRope::kSpan) {
     const int span = token / GhostRope::kSpan;
-    weigh_span<kBits>(p, shared, at, kv_head, first, n_queries, span, kv_len, l, ps);
+    weigh_span<kBits>(p, shared, at, chunk, span, kv_len, l, ps);
     __syncthreads();  // all weights are there
-    if constexpr (kBits > 0) sum_span<kBits>(sums, p, shared, at, kv_head, n_queries, span);
-    __syncthreads();  // and read: the next span overwrites them
+    n_recalled = list_recalled(list, n_recalled, p.recalled_stride, shared + at.recalled, span);
+    if constexpr (kBits > 0) sum_span<kBits>(sums, p, shared, at, chunk.kv_head, chunk.n, span);
+    __syncthreads();  // and read: the next span overwrites them; and the list is complete
   }
-  join_answers(p, shared, at, kv_head, first, n_queries, l, ps, sums);
-  if (kv_head % p.kv.hot.lane_heads == 0 && first == 0 &&
-      last_to_arrive(p.n_gathered + lane, gridDim.x))
-    list_recalled(p, lane, (n + kGhostGroup - 1) / kGhostGroup);
+  join_answers(p, shared, at, chunk, split, l, ps, sums);
+  if (threadIdx.x == 0) p.n_recalled[part] = n_recalled;
+  __syncthreads();  // answers are read: rows overwrite them
+  attend_rows<kType>(
+      p, chunk, shared, {0, n_recalled}, p.kv.rows.value_offset,
+      [&](int i) { return p.kv.rows.key(chunk.kv_head, list[i]); },
+      p.recalled_scores +
+          (static_cast<std::int64_t>(chunk.head) * p.scored.n_splits + split) * p.recalled_stride,
+      p.scored.n_splits * p.recalled_stride, p.recalled, split);
 }
 
 }  // namespace thaw

@@ -38,20 +38,45 @@ struct CodeWords {
   }
 };
 
-// Where score_ghosts() has its queries in shared memory; numbers of words.
+// Where score_ghosts() has its queries and the rope's tables in shared memory; numbers of words.
 struct GhostQueryLayout {
-  int codes, along, across, turned, scale, offset, states, total;
+  int codes;  // four dimensions x query: what four queries are multiplied by is read at once
+  int along, across;        // query x pair
+  int turned, turned_size;  // row of the rope's table x query, twice: spans take turns
+  int cubic, rows;          // the tables
+  int scale, offset, states, total;
 
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
       : codes(0),
         along(codes + kTiledQueries * format.padded_dim() / 4),
         across(along + kTiledQueries * format.head_dim / 2),
         turned(across + kTiledQueries * format.head_dim / 2),
-        scale(turned + kTiledQueries * (2 * n_fast + 4)),
+        turned_size(kTiledQueries * (2 * n_fast + 4)),
+        cubic(turned + 2 * turned_size),
+        rows(cubic + 2 * format.head_dim),
+        scale(rows + GhostRope::kSpan * (2 * n_fast + 4)),
         offset(scale + kTiledQueries),
         states(offset + kTiledQueries),
         total(states + 2 * kTiledWarps * kTiledQueries) {}
 };
+
+inline constexpr int kPairUnits = kGhostUnits / 2;  // pairs of a lane
+
+// The rope's tables that are the same for all spans and never change, which is why they may be read
+// before the previous kernel is done.
+__device__ inline void load_rope_tables(float* shared, const GhostQueryLayout& at,
+                                        const TieredProblem& p) {
+  const DeviceRope& rope = p.kv.ghosts.rope;
+  if (rope.rows == nullptr) return;  // there is no ghost yet
+  const int n_cubic = 2 * p.head_dim / 4,
+            n = n_cubic + (2 * rope.n_fast + 4) * GhostRope::kSpan / 4;
+  const auto* cubic = reinterpret_cast<const float4*>(rope.cubic);
+  const auto* rows = reinterpret_cast<const float4*>(rope.rows);
+  auto* to = reinterpret_cast<float4*>(shared + at.cubic);  // rows follow
+#pragma unroll 8
+  for (int i = static_cast<int>(threadIdx.x); i < n; i += kTiledThreads)
+    to[i] = *(i < n_cubic ? cubic + i : rows + (i - n_cubic));
+}
 
 // prepare_query() of kvstore/ghost.h by a warp, with scores as powers of two.
 __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout& at,
@@ -62,30 +87,38 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
   const float* centre = p.kv.ghosts.means + static_cast<std::int64_t>(kv_head) * 2 * f.head_dim;
   const float scale = 1.0f / sqrtf(static_cast<float>(f.head_dim));
   const int lane = lane_index(), half = f.head_dim / 2;
-  for (int i = lane; i < half; i += kWarp) {
-    const DeviceRope::Pair pair = p.kv.ghosts.rope.pairs[i];
-    const float a = from[pair.first] * p.scale, b = from[pair.second] * p.scale;
-    const float c = centre[pair.first], d = centre[pair.second];
-    shared[at.along + query * half + i] = fmaf(a, c, b * d);
-    shared[at.across + query * half + i] = fmaf(b, c, -(a * d));
+  float x[kGhostUnits], a[kPairUnits], b[kPairUnits], c[kPairUnits], d[kPairUnits], largest = 0;
+#pragma unroll
+  for (int j = 0; j < kPairUnits; ++j) {  // all that is read is on its way before any is used
+    const DeviceRope::Pair pair = p.kv.ghosts.rope.pairs[min(lane + j * kWarp, half - 1)];
+    a[j] = from[pair.first], b[j] = from[pair.second];
+    c[j] = centre[pair.first], d[j] = centre[pair.second];
   }
-  float x[kGhostUnits], largest = 0;
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) {
     const int i = lane + j * kWarp;
     x[j] = i < f.head_dim ? from[i] * scale : 0.0f;
+  }
+#pragma unroll
+  for (int j = 0; j < kPairUnits; ++j) {
+    const int i = lane + j * kWarp;
+    if (i >= half) break;
+    const float u = a[j] * p.scale, v = b[j] * p.scale;
+    shared[at.along + query * half + i] = fmaf(u, c[j], v * d[j]);
+    shared[at.across + query * half + i] = fmaf(v, c[j], -(u * d[j]));
   }
   rotate_in_warp(x, f.head_dim);
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) largest = fmaxf(largest, fabsf(x[j]));
   largest = warp_max(largest);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  auto* codes = reinterpret_cast<std::int8_t*>(shared + at.codes) + query * f.padded_dim();
+  auto* codes = reinterpret_cast<std::int8_t*>(shared + at.codes + query);
   int sum = 0;
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) {
     const int code = __float2int_rn(x[j] * inverse), i = lane + j * kWarp;
-    if (i < f.padded_dim()) codes[i] = static_cast<std::int8_t>(code);
+    if (i < f.padded_dim())
+      codes[i / 4 * 4 * kTiledQueries + i % 4] = static_cast<std::int8_t>(code);
     sum += code;
   }
   sum = __reduce_add_sync(kAllLanes, sum);
@@ -96,30 +129,48 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
       -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
 }
 
+// The angle of the middle of a span, of this lane's pairs.
+struct SpanAngle {
+  float cosine[kPairUnits], sine[kPairUnits];
+
+  __device__ void load(const DeviceRope& rope, int half, int span) {
+    const float* from = rope.middle + static_cast<std::int64_t>(span) * 2 * half;
+#pragma unroll
+    for (int j = 0; j < kPairUnits; ++j) {
+      const int i = lane_index() + j * kWarp;
+      cosine[j] = i < half ? from[i] : 0.0f;
+      sine[j] = i < half ? from[half + i] : 0.0f;
+    }
+  }
+};
+
 // GhostRope::turn_query() by a warp: what a query's centre scores of a span are made of. A lane
 // reads what it has prepared itself, and so waits for nobody.
 __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& at,
-                                        const DeviceRope& rope, int half, int query, int span) {
-  const float* cosine = rope.middle + static_cast<std::int64_t>(span) * 2 * half;
-  const float *sine = cosine + half, *unit = rope.cubic, *linear = unit + half;
+                                        const SpanAngle& angle, int n_fast, int half, int query,
+                                        int buffer) {
+  const float *unit = shared + at.cubic, *linear = unit + half;
   const float *square = linear + half, *cube = square + half;
   const float* along = shared + at.along + query * half;
   const float* across = shared + at.across + query * half;
-  float* turned = shared + at.turned + query;
+  float* turned = shared + at.turned + buffer * at.turned_size + query;
   float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
-  for (int i = lane_index(); i < half; i += kWarp) {
-    const float a = fmaf(along[i], cosine[i], across[i] * sine[i]);
-    const float b = fmaf(across[i], cosine[i], -(along[i] * sine[i]));
-    if (i < rope.n_fast) {
+#pragma unroll
+  for (int j = 0; j < kPairUnits; ++j) {
+    const int i = lane_index() + j * kWarp;
+    if (i >= half) break;
+    const float a = fmaf(along[i], angle.cosine[j], across[i] * angle.sine[j]);
+    const float b = fmaf(across[i], angle.cosine[j], -(along[i] * angle.sine[j]));
+    if (i < n_fast) {
       turned[i * kTiledQueries] = a;
-      turned[(rope.n_fast + i) * kTiledQueries] = b;
+      turned[(n_fast + i) * kTiledQueries] = b;
     }
     c0 = fmaf(a, unit[i], c0), c1 = fmaf(b, linear[i], c1);
     c2 = fmaf(-a, square[i], c2), c3 = fmaf(-b, cube[i], c3);
   }
   c0 = warp_sum(c0), c1 = warp_sum(c1), c2 = warp_sum(c2), c3 = warp_sum(c3);
   if (lane_index() != 0) return;
-  turned += 2 * rope.n_fast * kTiledQueries;
+  turned += 2 * n_fast * kTiledQueries;
   turned[0] = c0, turned[kTiledQueries] = c1;
   turned[2 * kTiledQueries] = c2, turned[3 * kTiledQueries] = c3;
 }
@@ -130,60 +181,99 @@ __device__ inline int token_of_lane() {
   return 2 * column + slice % 2 + slice / 2 * 16;
 }
 
-// dots[query] = sum over dimensions of the codes of a query and of token_of_lane(). Lane 8 s + c
-// reads word c of packets s, s + 4, ..: four tokens of a quarter of the dimensions, and then trades
-// with the lanes that have the other quarters.
-template <int kBits>
-__device__ inline void dot_ghosts(int (&dots)[kTiledQueries], const int* queries, int n_queries,
-                                  const std::byte* group, int padded_dim) {
-  const int slice = lane_index() / 8, column = lane_index() % 8;
-  int four[kTiledQueries][4] = {};
-  for (int packet = slice; packet < padded_dim / 8; packet += 4) {
-    CodeWords<kBits> codes;
-    codes.load(group + packet * 32 * kBits, column);
-#pragma unroll
-    for (int part = 0; part < 4; ++part) {  // four dimensions of half of the tokens
-      const int half = part % 2, dims = part / 2;
-      const int2 u = codes.four_codes(4 * dims + half, 2);
-#pragma unroll
-      for (int i = 0; i < kTiledQueries; ++i) {
-        if (i >= n_queries) break;
-        const int q = queries[i * padded_dim / 4 + 2 * packet + dims];
-        four[i][2 * half] = __dp4a(u.x, q, four[i][2 * half]);
-        four[i][2 * half + 1] = __dp4a(u.y, q, four[i][2 * half + 1]);
-      }
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= n_queries) break;
-    const bool high = slice >= 2, odd = slice % 2 != 0;
-    int a = high ? four[i][2] : four[i][0], b = high ? four[i][3] : four[i][1];
-    a += __shfl_xor_sync(kAllLanes, high ? four[i][0] : four[i][2], 16);
-    b += __shfl_xor_sync(kAllLanes, high ? four[i][1] : four[i][3], 16);
-    dots[i] = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8);
-  }
-}
-
-// centre[query] = the score of the turned centre at `place` of the span.
-__device__ inline void score_centres(float (&centre)[kTiledQueries], const float* turned,
-                                     int n_queries, const DeviceRope& rope, int place) {
-#pragma unroll
-  for (float& x : centre) x = 0;
-#pragma unroll 4
-  for (int row = 0; row < 2 * rope.n_fast + 4; ++row) {
-    const float x = rope.rows[row * GhostRope::kSpan + place];
-#pragma unroll
-    for (int i = 0; i < kTiledQueries; ++i) {
-      if (i >= n_queries) break;
-      centre[i] = fmaf(turned[row * kTiledQueries + i], x, centre[i]);
-    }
-  }
-}
-
 // What token i of a group has in a row of scales, over their unit.
 __device__ inline float scale_at(const std::byte* scales, int i) {
   return scale_of_byte(static_cast<std::uint32_t>(scales[i]));
+}
+
+// A packet's share of the sums over dimensions of the codes of a query and of four tokens. queries:
+// those of the packet's first dimensions. Queries are taken by four, also those that are not there.
+template <int kBits>
+__device__ inline void dot_packet(int (&four)[kTiledQueries][4], const CodeWords<kBits>& codes,
+                                  const int4* queries, int n_queries) {
+#pragma unroll
+  for (int part = 0; part < 4; ++part) {  // four dimensions of half of the tokens
+    const int half = part % 2, dims = part / 2;
+    const int2 u = codes.four_codes(4 * dims + half, 2);
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; i += 4) {
+      if (i >= n_queries) break;
+      const int4 q = queries[(kTiledQueries * dims + i) / 4];
+      const int of[4] = {q.x, q.y, q.z, q.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        four[i + j][2 * half] = __dp4a(u.x, of[j], four[i + j][2 * half]);
+        four[i + j][2 * half + 1] = __dp4a(u.y, of[j], four[i + j][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// What a warp reads of a group of ghosts, on its way before it is asked for. Lane 8 s + c reads
+// word c of packets s, s + 4, ..: four tokens of a quarter of the dimensions.
+template <int kBits>
+struct GroupAhead {
+  static constexpr int kPackets = 4;  // of heads of up to 128; those behind are read when needed
+  std::uint32_t silent = ~0u;         // where all are, there is no more here
+  const std::byte* at;
+  CodeWords<kBits> packets[kPackets];
+  float scale;
+
+  __device__ void load(const GhostFormat& f) {
+    if (silent == ~0u) return;  // the same for all lanes
+#pragma unroll
+    for (int j = 0; j < kPackets; ++j) {
+      const int packet = lane_index() / 8 + 4 * j;
+      if (packet < f.padded_dim() / 8) packets[j].load(at + packet * 32 * kBits, lane_index() % 8);
+    }
+    scale = scale_at(at + f.key_bytes() + f.value_bytes(), token_of_lane());
+  }
+
+  // dots[query] = the sum over dimensions for token_of_lane(). Lanes trade with those that have the
+  // other quarters.
+  __device__ void dot(int (&dots)[kTiledQueries], const float* query_codes, int n_queries,
+                      int padded_dim) const {
+    const auto* queries = reinterpret_cast<const int4*>(query_codes);
+    const int slice = lane_index() / 8;
+    int four[kTiledQueries][4] = {};
+#pragma unroll
+    for (int j = 0; j < kPackets; ++j)
+      if (slice + 4 * j < padded_dim / 8)
+        dot_packet<kBits>(four, packets[j], queries + (slice + 4 * j) * kTiledQueries / 2,
+                          n_queries);
+    for (int packet = slice + 4 * kPackets; packet < padded_dim / 8; packet += 4) {
+      CodeWords<kBits> codes;
+      codes.load(at + packet * 32 * kBits, lane_index() % 8);
+      dot_packet<kBits>(four, codes, queries + packet * kTiledQueries / 2, n_queries);
+    }
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i) {
+      if (i >= n_queries) break;
+      const bool high = slice >= 2, odd = slice % 2 != 0;
+      int a = high ? four[i][2] : four[i][0], b = high ? four[i][3] : four[i][1];
+      a += __shfl_xor_sync(kAllLanes, high ? four[i][0] : four[i][2], 16);
+      b += __shfl_xor_sync(kAllLanes, high ? four[i][1] : four[i][3], 16);
+      dots[i] = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8);
+    }
+  }
+};
+
+// centre[query] = the score of the turned centre at `place` of the span.
+__device__ inline void score_centres(float (&centre)[kTiledQueries], const float* turned,
+                                     int n_queries, const float* rows, int n_rows, int place) {
+#pragma unroll
+  for (float& x : centre) x = 0;
+#pragma unroll 4
+  for (int row = 0; row < n_rows; ++row) {
+    const float x = rows[row * GhostRope::kSpan + place];
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; i += 4) {
+      if (i >= n_queries) break;
+      const auto t = *reinterpret_cast<const float4*>(turned + row * kTiledQueries + i);
+      centre[i] = fmaf(t.x, x, centre[i]), centre[i + 1] = fmaf(t.y, x, centre[i + 1]);
+      centre[i + 2] = fmaf(t.z, x, centre[i + 2]), centre[i + 3] = fmaf(t.w, x, centre[i + 3]);
+    }
+  }
 }
 
 // A group's tokens that say nothing: hot ones, and those that are not there yet.
@@ -201,96 +291,159 @@ __device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
 }
 
 // m and l of the lanes' tokens into p.scored.
-__device__ inline void join_scores(const TieredProblem& p, float* states, int head, int n_queries,
-                                   const float (&m)[kTiledQueries],
+__device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
+                                   int split, const float (&m)[kTiledQueries],
                                    const float (&l)[kTiledQueries]) {
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
+    if (i >= chunk.n) break;
     const float peak = warp_max(m[i]), sum = warp_sum(l[i] * power(m[i], peak));
     float* state = states + 2 * (warp_index() * kTiledQueries + i);
     if (lane_index() == 0) state[0] = peak, state[1] = sum;
   }
   __syncthreads();  // all warps' states are there
   const int query = static_cast<int>(threadIdx.x);
-  if (query >= n_queries) return;
+  if (query >= chunk.n) return;
   PowerState all;
-  for (int w = 0; w < kTiledWarps; ++w) all.m = fmaxf(all.m, states[2 * (w * 8 + query)]);
   for (int w = 0; w < kTiledWarps; ++w)
-    all.l += states[2 * (w * 8 + query) + 1] * power(states[2 * (w * 8 + query)], all.m);
-  p.scored.set_state(head + query, static_cast<int>(blockIdx.x), all);
+    all.m = fmaxf(all.m, states[2 * (w * kTiledQueries + query)]);
+  for (int w = 0; w < kTiledWarps; ++w) {
+    const float* state = states + 2 * (w * kTiledQueries + query);
+    all.l += state[1] * power(state[0], all.m);
+  }
+  p.scored.set_state(chunk.head + query, split, all);
 }
 
-// The scores of a span, and what they add to m and l of this lane's tokens.
+// Scores of the ghosts of a k/v head's spans, one after another: while one is scored, the next is
+// on its way, and where the one behind that stands.
 template <int kBits>
-__device__ inline void score_span(const TieredProblem& p, const float* shared,
-                                  const GhostQueryLayout& at, int kv_head, int head, int n_queries,
-                                  int span, int kv_len, float (&m)[kTiledQueries],
-                                  float (&l)[kTiledQueries]) {
-  const GhostFormat& f = p.kv.ghosts.format;
-  const int group = span * kSpanGroups + warp_index(), token = token_of_lane();
-  const std::uint32_t silent = silent_tokens(p, kv_head / p.kv.hot.lane_heads, group, kv_len);
-  int dots[kTiledQueries] = {};
-  float centre[kTiledQueries] = {}, scale = 0;
-  if (silent != ~0u) {  // the same for all lanes
-    const std::byte* ghosts = p.kv.ghosts.group(kv_head, group);
-    scale = scale_at(ghosts + f.key_bytes() + f.value_bytes(), token);
-    dot_ghosts<kBits>(dots, reinterpret_cast<const int*>(shared + at.codes), n_queries, ghosts,
-                      f.padded_dim());
-    score_centres(centre, shared + at.turned, n_queries, p.kv.ghosts.rope,
-                  warp_index() * kGhostGroup + token);
-  }
-  float* scores = p.ghost_scores + static_cast<std::int64_t>(head) * p.ghost_stride +
-                  group * kGhostGroup + token;
+class GhostScorer {
+ public:
+  __device__ GhostScorer(const TieredProblem& p, float* shared, const GhostQueryLayout& at,
+                         const QueryChunk& chunk)
+      : p_(p), shared_(shared), at_(at), chunk_(chunk) {
 #pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= n_queries) break;
-    const float product = static_cast<float>(dots[i]) + shared[at.offset + i];
-    const float s = (silent >> token & 1u) != 0
-                        ? kLowest
-                        : fmaf(shared[at.scale + i] * scale, product, centre[i]);
-    scores[static_cast<std::int64_t>(i) * p.ghost_stride] = s;
-    const float peak = fmaxf(m[i], s);
-    l[i] = l[i] * power(m[i], peak) + power(s, peak);
-    m[i] = peak;
+    for (float& x : m) x = kLowest;
   }
+  float m[kTiledQueries], l[kTiledQueries] = {};  // of this lane's tokens
+
+  __device__ void score(const Share& share, int kv_len) {
+    const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
+    int span = share.begin / GhostRope::kSpan;
+    find(span, end, kv_len);
+    for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
+      prepare_ghost_query(shared_, at_, p_, chunk_.kv_head, query, chunk_.first);
+    load(span, end);
+    find(span + 1, end, kv_len);
+    __syncthreads();  // the rope's tables are there
+    for (int buffer = 0; span < end; ++span, buffer ^= 1) {
+      for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
+        turn_ghost_query(shared_, at_, angle_, rope().n_fast, p_.head_dim / 2, query, buffer);
+      __syncthreads();  // all queries are turned, and the span before last is read
+      score_span(span, end, kv_len, buffer);
+    }
+  }
+
+ private:
+  __device__ const DeviceRope& rope() const { return p_.kv.ghosts.rope; }
+
+  __device__ void find(int span, int end, int kv_len) {
+    const int group = span * kSpanGroups + warp_index();
+    silent_ = ~0u;
+    if (span >= end || group * kGhostGroup >= kv_len) return;
+    silent_ = silent_tokens(p_, chunk_.lane, group, kv_len);
+    group_ = p_.kv.ghosts.group(chunk_.kv_head, group);
+  }
+  __device__ void load(int span, int end) {
+    ahead_.silent = silent_, ahead_.at = group_;
+    ahead_.load(p_.kv.ghosts.format);
+    if (span < end) angle_.load(rope(), p_.head_dim / 2, span);
+  }
+
+  __device__ void score_span(int span, int end, int kv_len, int buffer) {
+    const std::uint32_t silent = ahead_.silent;
+    const float scale = ahead_.scale;
+    int dots[kTiledQueries] = {};
+    if (silent != ~0u)
+      ahead_.dot(dots, shared_ + at_.codes, chunk_.n, p_.kv.ghosts.format.padded_dim());
+    load(span + 1, end);
+    find(span + 2, end, kv_len);
+    const int place = warp_index() * kGhostGroup + token_of_lane();
+    float centre[kTiledQueries] = {};
+    if (silent != ~0u)
+      score_centres(centre, shared_ + at_.turned + buffer * at_.turned_size, chunk_.n,
+                    shared_ + at_.rows, 2 * rope().n_fast + 4, place);
+    float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
+                    span * GhostRope::kSpan + place;
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i) {
+      if (i >= chunk_.n) break;
+      const float product = static_cast<float>(dots[i]) + shared_[at_.offset + i];
+      const float s = (silent >> token_of_lane() & 1u) != 0
+                          ? kLowest
+                          : fmaf(shared_[at_.scale + i] * scale, product, centre[i]);
+      scores[static_cast<std::int64_t>(i) * p_.ghost_stride] = s;
+      const float peak = fmaxf(m[i], s);
+      l[i] = l[i] * power(m[i], peak) + power(s, peak);
+      m[i] = peak;
+    }
+  }
+
+  const TieredProblem& p_;
+  float* shared_;
+  const GhostQueryLayout& at_;
+  const QueryChunk chunk_;
+  std::uint32_t silent_;
+  const std::byte* group_ = nullptr;
+  GroupAhead<kBits> ahead_;
+  SpanAngle angle_;
+};
+
+// The ghosts of a split: scores, and m and l.
+template <int kBits>
+__device__ inline void score_ghosts(const TieredProblem& p, float* shared,
+                                    const GhostQueryLayout& at, int split) {
+  const QueryChunk chunk(p);
+  const int kv_len = *p.kv.kv_len;
+  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
+  GhostScorer<kBits> scorer(p, shared, at, chunk);
+  if (share.begin < share.end) scorer.score(share, kv_len);
+  join_scores(p, shared + at.states, chunk, split, scorer.m, scorer.l);
 }
 
-// Computes  scores of up to kTiledQueries queries of a k/v head with the ghosts of its tokens,
-//           kLowest for hot ones; m and l of each split
-// Grid      splits of the spans x k/v heads x chunks of queries
-// Block     kTiledThreads; a span at a time, a warp for each of its groups
-// Shared    GhostQueryLayout
-// Bytes     reads key codes and their scales once a chunk, but not those of groups that are all
-//           hot, and the rows of the rope's table a span; writes a score a query and token
-template <int kBits>
-__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_ghosts(TieredProblem p) {
-  const DeviceGhosts& ghosts = p.kv.ghosts;
-  const GhostQueryLayout at(ghosts.format, ghosts.rope.n_fast);
+// Computes  of up to kTiledQueries queries of a k/v head: scores with its lane's hot rows, and a
+//           state with sums a split; scores with the ghosts of its tokens, kLowest for hot ones,
+//           and m and l of each split
+// Grid      splits of the hot rows, then of the spans x k/v heads x chunks of queries
+// Block     kTiledThreads; a tile of rows at a time, or a span, a warp for each of its groups
+// Shared    RowTileLayout or GhostQueryLayout
+// Bytes     reads the rows' keys and values once a chunk; the rope's tables, and key codes and
+//           their scales once a chunk, but not those of groups that are all hot; writes a score a
+//           query and row, and a query and token
+template <KvType kType, int kBits>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_tiers(TieredProblem p) {
+  const GhostQueryLayout at(p.kv.ghosts.format, p.kv.ghosts.rope.n_fast);
   float* shared = dynamic_shared<float>();
-  const int kv_head = static_cast<int>(blockIdx.y);
-  const int first = static_cast<int>(blockIdx.z) * kTiledQueries;
-  const int n_queries = min(kTiledQueries, p.group - first), head = kv_head * p.group + first;
-  const int half = ghosts.format.head_dim / 2;
+  const int split = static_cast<int>(blockIdx.x) - p.hot.n_splits;
+  if (split >= 0) load_rope_tables(shared, at, p);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int kv_len = *p.kv.kv_len, split = static_cast<int>(blockIdx.x);
-  const Share share =
-      share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, static_cast<int>(gridDim.x));
-  float m[kTiledQueries], l[kTiledQueries] = {};
-#pragma unroll
-  for (float& x : m) x = kLowest;
+  if (split < 0)
+    attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.x));
+  else
+    score_ghosts<kBits>(p, shared, at, split);
+}
 
-  for (int query = warp_index(); query < n_queries && share.begin < share.end; query += kTiledWarps)
-    prepare_ghost_query(shared, at, p, kv_head, query, first);
-  for (int token = share.begin; token < share.end; token += GhostRope::kSpan) {
-    const int span = token / GhostRope::kSpan;
-    for (int query = warp_index(); query < n_queries; query += kTiledWarps)
-      turn_ghost_query(shared, at, ghosts.rope, half, query, span);
-    __syncthreads();  // all queries are turned
-    score_span<kBits>(p, shared, at, kv_head, head, n_queries, span, kv_len, m, l);
-    __syncthreads();  // and read: the next span turns them anew
-  }
-  join_scores(p, shared + at.states, head, n_queries, m, l);
+// Computes  what score_tiers() does of hot rows, where frozen tokens are mute
+// Grid      splits of the hot rows x k/v heads x chunks of queries
+// Block     kTiledThreads
+// Shared    RowTileLayout
+// Bytes     reads the rows' keys and values once a chunk; writes a score a query and row
+template <KvType kType>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attend_hot(TieredProblem p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  attend_hot_rows<kType>(p, dynamic_shared<float>(), static_cast<int>(blockIdx.x));
 }
 
 }  // namespace thaw

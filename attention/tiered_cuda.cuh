@@ -1,44 +1,76 @@
-// Attention of one decode step over two tiers, in five kernels; kernels that follow each other meet
-// through scratch in device memory:
-//   attend_rows    hot rows: scores, and a state a split
-//   score_ghosts   the same of ghosts; all states together are the softmax's normaliser
-//   answer_ghosts  who is recalled, and the sum of the values of the ghosts that are left
-//   attend_rows    the recalled rows, in place
+// Attention of one decode step over two tiers, in three kernels that meet through scratch in device
+// memory:
+//   score_tiers    hot rows: scores, and a state with sums a split; scores of ghosts, and a state a
+//                  split; all states together are the softmax's normaliser
+//   answer_frozen  who is recalled; those rows, in place; the sum of the values of the ghosts that
+//                  are left
 //   finish_decode  all states together: o and statistics
-// Where frozen tokens are mute, there are the first and the last only. The definition is
-// TieredDecode (attention/tiered_cpu.h). Here is what they are given, and attend_rows; the others
-// are in attention/ghosts_cuda.cuh, attention/answers_cuda.cuh and attention/tiered_cuda.cu.
+// Where frozen tokens are mute, attend_hot stands for the first two. The definition is TieredDecode
+// (attention/tiered_cpu.h). Here is what they are given, and how rows are attended; the kernels are
+// in attention/ghosts_cuda.cuh, attention/answers_cuda.cuh and attention/finish_cuda.cuh.
 #pragma once
 
 #include "attention/tile_cuda.cuh"
 
 namespace thaw {
 
-// Rows that are attended exactly: those of the hot tier, or recalled ones.
-struct RowSet {
-  float* scores;  // query head x stride, by row
-  int stride;
-  Parts parts;
-};
+inline constexpr int kMaxRowSplits = 16;  // hot rows are few
+inline constexpr int kMaxGhostSplits = 128;
+inline constexpr int kMaxParts = kMaxRowSplits + 2 * kMaxGhostSplits;  // of a query head
 
-// A query head's answer, once all of its parts are joined.
-struct HeadTotal {
-  float m, inverse, entropy, ghost_mass;  // inverse: of l
+// The states of n parts of a head, a few a lane, all of which are on their way before one is looked
+// at. Where a lane has fewer, the others are of no tokens.
+struct LaneStates {
+  static constexpr int kEach = (kMaxParts + kWarp - 1) / kWarp;
+  PowerState of[kEach];
+
+  template <class StateOf>
+  __device__ LaneStates(int n, const StateOf& state_of) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (lane_index() + j * kWarp >= n) of[j] = {};
+  }
+  __device__ float peak() const {  // of the warp
+    float m = kLowest;
+#pragma unroll
+    for (const PowerState& part : of)
+      if (part.l > 0) m = fmaxf(m, part.m);
+    return warp_max(m);
+  }
 };
 
 struct TieredProblem : ExactProblem {
   int n_kv_heads;
-  RowSet hot, recalled;
+  float* hot_scores;       // query head x kv.hot.room, by row
   float* ghost_scores;     // query head x ghost_stride, by token; kLowest where the token is hot
   int ghost_stride;        // a multiple of GhostRope::kSpan
+  Parts hot, recalled;     // exact rows, by split of the hot rows, and of the ghosts
   Parts scored, answered;  // ghosts before the recall, without sums; and after it, in rotated space
-  std::uint32_t* recalled_mask;       // lane x ghost_stride / 32, as DeviceHot::mask
-  HeadTotal* totals;                  // query head
-  unsigned *n_gathered, *n_finished;  // lane: blocks that have come
+  int recalled_stride;     // most tokens of a split that can be recalled
+  float* recalled_scores;  // query head x split x recalled_stride
+  std::int32_t *recalled_tokens, *n_recalled;  // k/v head x chunk x split (x recalled_stride)
 
   __host__ __device__ int n_lanes() const { return kv.hot.n_lanes; }
-  __device__ int lane_queries() const { return kv.hot.lane_heads * group; }
+  __host__ __device__ int lane_queries() const { return kv.hot.lane_heads * group; }
   __device__ bool has_ghosts() const { return kv.ghosts.format.present(); }
+  __host__ __device__ int n_chunks() const { return (group + kTiledQueries - 1) / kTiledQueries; }
+  __device__ int recalled_at(int kv_head, int chunk, int split) const {
+    return (kv_head * n_chunks() + chunk) * scored.n_splits + split;
+  }
+};
+
+// Up to kTiledQueries queries of a k/v head, which a block works on.
+struct QueryChunk {
+  int kv_head, lane, first, n, head;  // head: query head of the first
+
+  __device__ explicit QueryChunk(const TieredProblem& p)
+      : kv_head(static_cast<int>(blockIdx.y)),
+        lane(kv_head / p.kv.hot.lane_heads),
+        first(static_cast<int>(blockIdx.z) * kTiledQueries),
+        n(min(kTiledQueries, p.group - first)),
+        head(kv_head * p.group + first) {}
 };
 
 // Where the parts of attend_rows() lie in shared memory; numbers of floats.
@@ -99,58 +131,86 @@ __device__ inline void weigh_row_tile(PowerState (&state)[2], float* shared,
   }
 }
 
-// Computes  scores of up to kTiledQueries queries of a k/v head with its lane's hot rows, or with
-//           the tokens that were recalled for it; a softmax state with its sums a split
-// Grid      splits of the rows x k/v heads x chunks of queries
-// Block     kTiledThreads; a tile of rows at a time, a warp for two queries, a lane for a row
-// Shared    RowTileLayout: the queries, a tile of keys and values, weights, sums
-// Bytes     reads the rows' keys and values once a chunk, recalled ones over the bus; writes a
-//           score a query and row
 template <KvType kType>
-__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks)
-    attend_rows(TieredProblem p, bool recalled) {
-  const RowTileLayout at(p.head_dim);
-  float* shared = dynamic_shared<float>();
-  const int kv_head = static_cast<int>(blockIdx.y), lane = kv_head / p.kv.hot.lane_heads;
-  const int first = static_cast<int>(blockIdx.z) * kTiledQueries;
-  const int n_queries = min(kTiledQueries, p.group - first), head = kv_head * p.group + first;
-  const RowSet& set = recalled ? p.recalled : p.hot;
-  const DeviceRows rows = recalled ? p.kv.rows : p.kv.hot.rows_of(lane);
-  const std::int32_t* list =
-      p.kv.stats.recalled + static_cast<std::int64_t>(lane) * p.kv.stats.recalled_room;
-  const int row_head = recalled ? kv_head : kv_head % p.kv.hot.lane_heads;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  const int n_rows = recalled ? p.kv.stats.n_recalled[lane] : p.kv.hot.n_rows[lane];
-  const Share share =
-      share_of(n_rows, kTiledRows, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+__device__ inline void store_tile_unit(float* to, const RowUnit<kType>& stored) {
+  float x[kRowUnit];
+  stored.values(x);
+  reinterpret_cast<float4*>(to)[0] = make_float4(x[0], x[1], x[2], x[3]);
+  reinterpret_cast<float4*>(to)[1] = make_float4(x[4], x[5], x[6], x[7]);
+}
 
-  if (share.begin < share.end) load_query_tile(shared + at.q, p, kv_head, first, n_queries);
-  for (int i = static_cast<int>(threadIdx.x); i < kTiledQueries * p.head_dim; i += kTiledThreads)
+// Keys and values of n rows into two tiles, zeros behind them; key_at(i): the stored bytes of a
+// key. A thread's loads are all on their way before one is waited for.
+template <KvType kType, class KeyAt>
+__device__ inline void load_tile_pair(float* keys, float* values, int head_dim, int n,
+                                      std::size_t value_offset, const KeyAt& key_at) {
+  constexpr int kAtATime = RowUnit<kType>::kWide ? 4 : 2;
+  const int units = head_dim / kRowUnit;
+  for (int base = static_cast<int>(threadIdx.x); base < kTiledRows * units;
+       base += kAtATime * kTiledThreads) {
+    RowUnit<kType> key[kAtATime] = {}, value[kAtATime] = {};  // 0 where there is no row
+#pragma unroll
+    for (int j = 0; j < kAtATime; ++j) {
+      const int i = base + j * kTiledThreads;
+      if (i / units >= n) continue;
+      const std::byte* from = key_at(i / units);
+      key[j].load(from, i % units), value[j].load(from + value_offset, i % units);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtATime; ++j) {
+      const int i = base + j * kTiledThreads, row = i / units;
+      if (row >= kTiledRows) continue;
+      const int to = row * tile_stride(head_dim) + i % units * kRowUnit;
+      store_tile_unit(keys + to, key[j]), store_tile_unit(values + to, value[j]);
+    }
+  }
+}
+
+// Attends rows [share.begin, share.end) exactly, a tile at a time, a warp for two queries, a lane
+// for a row: their scores, and a part of `parts`, which is empty where there are none. key_at(i):
+// the stored bytes of the key of row i. scores: of row 0 and the first query. All threads call.
+template <KvType kType, class KeyAt>
+__device__ inline void attend_rows(const TieredProblem& p, const QueryChunk& chunk, float* shared,
+                                   const Share& share, std::size_t value_offset,
+                                   const KeyAt& key_at, float* scores, int stride,
+                                   const Parts& parts, int split) {
+  const RowTileLayout at(p.head_dim);
+  const bool any = share.begin < share.end;
+  if (any) load_query_tile(shared + at.q, p, chunk.kv_head, chunk.first, chunk.n);
+  for (int i = static_cast<int>(threadIdx.x); i < kTiledQueries * p.head_dim && any;
+       i += kTiledThreads)
     shared[at.sums + i] = 0;
   PowerState state[2];
   for (int row = share.begin; row < share.end; row += kTiledRows) {
     const int n = min(kTiledRows, share.end - row);
-    const auto key = [&](int i) { return rows.key(row_head, recalled ? list[row + i] : row + i); };
-    load_row_tile<kType>(shared + at.keys, p.head_dim, n, key);
-    load_row_tile<kType>(shared + at.values, p.head_dim, n,
-                         [&](int i) { return key(i) + rows.value_offset; });
+    load_tile_pair<kType>(shared + at.keys, shared + at.values, p.head_dim, n, value_offset,
+                          [&](int i) { return key_at(row + i); });
     __syncthreads();  // the tile, and at first the queries and zeros, are there
-    weigh_row_tile(state, shared, at, p.head_dim, n, n_queries,
-                   set.scores + static_cast<std::int64_t>(head) * set.stride + row, set.stride);
+    weigh_row_tile(state, shared, at, p.head_dim, n, chunk.n, scores + row, stride);
     __syncthreads();  // all weights are there
-    add_row_values(shared, at, p.head_dim, n, n_queries);
+    add_row_values(shared, at, p.head_dim, n, chunk.n);
     __syncthreads();  // the tile is read: the next overwrites it; and sums are complete
   }
-  const int split = static_cast<int>(blockIdx.x);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int query = warp_index() + i * kTiledWarps;
-    if (query < n_queries && lane_index() == 0) set.parts.set_state(head + query, split, state[i]);
+    if (query < chunk.n && lane_index() == 0) parts.set_state(chunk.head + query, split, state[i]);
   }
-  if (share.begin >= share.end) return;
-  for (int i = static_cast<int>(threadIdx.x); i < n_queries * p.head_dim; i += kTiledThreads)
-    set.parts.of(head + i / p.head_dim, split)[i % p.head_dim] = shared[at.sums + i];
+  for (int i = static_cast<int>(threadIdx.x); i < chunk.n * p.head_dim && any; i += kTiledThreads)
+    parts.of(chunk.head + i / p.head_dim, split)[i % p.head_dim] = shared[at.sums + i];
+}
+
+// The hot rows of a split.
+template <KvType kType>
+__device__ inline void attend_hot_rows(const TieredProblem& p, float* shared, int split) {
+  const QueryChunk chunk(p);
+  const DeviceRows rows = p.kv.hot.rows_of(chunk.lane);
+  const int head = chunk.kv_head % p.kv.hot.lane_heads;
+  const Share share = share_of(p.kv.hot.n_rows[chunk.lane], kTiledRows, split, p.hot.n_splits);
+  attend_rows<kType>(
+      p, chunk, shared, share, rows.value_offset, [&](int row) { return rows.key(head, row); },
+      p.hot_scores + static_cast<std::int64_t>(chunk.head) * p.kv.hot.room, p.kv.hot.room, p.hot,
+      split);
 }
 
 }  // namespace thaw

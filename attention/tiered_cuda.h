@@ -22,14 +22,12 @@ class CudaTieredDecode {
 
  private:
   void take_memory(TieredProblem& p, const KvView& kv);
-  void attend_rows_of(const TieredProblem& p, KvType type, bool recalled);
-  void ask_ghosts(const TieredProblem& p, const GhostFormat& format);
+  void attend_tiers(const TieredProblem& p, KvType type, const GhostFormat& format);
   void finish(const TieredProblem& p);
 
   const Stream& stream_;
   const int n_multiprocessors_;
   GrowingBuffer<float> numbers_;
-  GrowingBuffer<unsigned> counts_;
 };
 
 }  // namespace thaw

@@ -49,6 +49,11 @@ __device__ inline float add_product(float4 a, float4 b, float sum) {
   return fmaf(a.w, b.w, fmaf(a.z, b.z, fmaf(a.y, b.y, fmaf(a.x, b.x, sum))));
 }
 
+__device__ inline void add_scaled(float4& sum, float4 x, float weight) {
+  sum.x = fmaf(weight, x.x, sum.x), sum.y = fmaf(weight, x.y, sum.y);
+  sum.z = fmaf(weight, x.z, sum.z), sum.w = fmaf(weight, x.w, sum.w);
+}
+
 // s[i] = the score of query warp + 4 i, where there is one, with the row of this lane.
 __device__ inline void score_row_tile(float (&s)[2], const float* keys, const float* q,
                                       int head_dim, int n_queries) {
@@ -86,24 +91,24 @@ struct PowerState {
 };
 
 // States of splits with their sums, a split after another: query head x split x (n_sums sums, then
-// m, l and ps). A split without tokens has no sums.
+// m, l, ps and nothing). A split without tokens has no sums. n_sums is a multiple of 4.
 struct Parts {
-  float* all;
+  float* all;  // at a multiple of 16
   int n_splits, n_sums;
 
   __host__ __device__ std::int64_t size(int n_heads) const {
-    return std::int64_t{n_heads} * n_splits * (n_sums + 3);
+    return std::int64_t{n_heads} * n_splits * (n_sums + 4);
   }
   __device__ float* of(int head, int split) const {
-    return all + (static_cast<std::int64_t>(head) * n_splits + split) * (n_sums + 3);
+    return all + (static_cast<std::int64_t>(head) * n_splits + split) * (n_sums + 4);
   }
   __device__ PowerState state(int head, int split) const {
-    const float* at = of(head, split) + n_sums;
-    return {__ldcg(at), __ldcg(at + 1), __ldcg(at + 2)};
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(of(head, split) + n_sums));
+    return {x.x, x.y, x.z};
   }
   __device__ void set_state(int head, int split, const PowerState& state) const {
-    float* at = of(head, split) + n_sums;
-    at[0] = state.m, at[1] = state.l, at[2] = state.ps;
+    *reinterpret_cast<float4*>(of(head, split) + n_sums) =
+        make_float4(state.m, state.l, state.ps, 0);
   }
 };
 

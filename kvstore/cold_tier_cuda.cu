@@ -28,4 +28,8 @@ DeviceRows CudaColdTier::rows(int layer) const {
   return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows};
 }
 
+std::size_t CudaColdTier::layer_bytes() const {
+  return host_.rows(1, 0).offset - host_.rows(0, 0).offset;
+}
+
 }  // namespace thaw

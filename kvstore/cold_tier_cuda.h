@@ -17,6 +17,7 @@ class CudaColdTier {
 
   void reserve(int n_tokens);  // throws Error, with nothing lost, when memory is refused
   DeviceRows rows(int layer) const;
+  std::size_t layer_bytes() const;  // of a page: from a layer's rows to the next layer's
   // What kernels wrote can be read here, and checked, when the stream has been waited for.
   const ColdTier& host() const { return host_; }
   void wrote(int layer, int token) { host_.wrote(layer, token); }

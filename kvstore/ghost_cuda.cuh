@@ -15,9 +15,24 @@ struct GhostJob {
   DeviceGhosts ghosts;
   float *means, *units;  // those of `ghosts`, to be written
   DeviceRows cold;
-  DeviceHot hot;  // n_lanes is 0 where the step's tokens are read from `cold`
   const StepPlace* place;
-  bool fixes_centre;  // one block a head, which also fixes the centre
+  bool fixes_centre;           // one block a head, which also fixes the centre
+  int n_heads = 0;             // of a layer; these four are set where a launch is for all layers
+  std::size_t cold_layer = 0;  // bytes of `cold` from a layer to the next
+  DeviceHot hot = {};  // of layer 0; n_lanes is 0 where the step's tokens are read from `cold`
+
+  // The same for a layer, where this is for layer 0.
+  __device__ GhostJob of_layer(int layer) const {
+    GhostJob job = *this;
+    const std::size_t heads = static_cast<std::size_t>(layer) * n_heads;
+    const GhostFormat& f = ghosts.format;
+    job.ghosts.offset += heads * ghosts.page_groups * f.group_bytes();
+    job.means += heads * 2 * f.head_dim, job.units += heads * 2;
+    job.cold.offset += layer * cold_layer;
+    const std::ptrdiff_t lanes = static_cast<std::ptrdiff_t>(layer) * hot.n_lanes;
+    job.hot.rows.pages += lanes * hot.lane_pages, job.hot.n_rows += lanes;
+    return job;
+  }
 };
 
 // The angle of a pair at `token`.

@@ -10,7 +10,7 @@
 namespace thaw {
 namespace {
 
-constexpr unsigned kMostBlocks = 64;  // groups of a head that are written at a time
+constexpr int kMostBlocks = 64;  // groups of a head that are written at a time
 
 // Computes  the centres of a layer's heads, if the step's tokens make centre_tokens full
 // Grid      k/v heads
@@ -28,12 +28,13 @@ __global__ void fix_centres(GhostJob job) {
 }
 
 // Computes  the ghosts of a step's tokens, and of all before them if those had no centre yet
-// Grid      groups of 32 tokens, in turns x k/v heads
+// Grid      groups of 32 tokens, in turns x k/v heads x layers
 // Block     kGhostThreads; a warp has a key or a value at a time
 // Shared    a group, and a mean a warp
 // Bytes     reads keys and values and the groups that they go into, writes those groups
 template <KvType kType>
-__global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob job) {
+__global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob of_first) {
+  const GhostJob job = of_first.of_layer(static_cast<int>(blockIdx.z));
   __shared__ double squares[2 * GhostQuery::kMaxDim];
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -139,25 +140,43 @@ DeviceGhosts CudaGhostTier::view(int layer) const {
   return view;
 }
 
-void CudaGhostTier::write(int layer, const DeviceRows& cold, const DeviceHot* hot,
-                          const StepPlace* place, int n) {
-  if (!present()) return;
-  GhostJob job = {view(layer), nullptr, nullptr, cold, hot ? *hot : DeviceHot{}, place, n == 1};
-  job.means = const_cast<float*>(job.ghosts.means),
-  job.units = const_cast<float*>(job.ghosts.units);
-  const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
-  // A first step that fills the centre writes more groups than its own tokens': blocks take turns.
-  const auto groups = static_cast<unsigned>((n + kGhostGroup - 1) / kGhostGroup + 1);
+GhostJob CudaGhostTier::job_of(int layer, const DeviceRows& cold, const StepPlace* place,
+                               int n) const {
+  const DeviceGhosts ghosts = view(layer);
+  return {ghosts, const_cast<float*>(ghosts.means), const_cast<float*>(ghosts.units), cold, place,
+          n == 1};
+}
+
+void CudaGhostTier::launch_write(const GhostJob& job, int n_blocks, int n_layers) {
+  const dim3 grid(static_cast<unsigned>(n_blocks), static_cast<unsigned>(shape_.n_kv_heads),
+                  static_cast<unsigned>(n_layers));
   const std::size_t shared = format_.group_bytes() + kGhostThreads / kWarp * sizeof(float) *
                                                          static_cast<std::size_t>(shape_.head_dim);
   with_kv_type(shape_.type, [&](auto type) {
-    constexpr KvType kType = decltype(type)::value;
-    if (n > 1)
-      launch_overlapping("centre", fix_centres<kType>, heads, kGhostThreads, 0, stream_, job);
-    launch_overlapping("ghosts", write_ghosts<kType>,
-                       dim3(n == 1 ? 1 : std::min(groups, kMostBlocks), heads), kGhostThreads,
-                       shared, stream_, job);
+    launch_overlapping("ghosts", write_ghosts<decltype(type)::value>, grid, kGhostThreads, shared,
+                       stream_, job);
   });
+}
+
+void CudaGhostTier::write(int layer, const DeviceRows& cold, const StepPlace* place, int n) {
+  if (!present()) return;
+  const GhostJob job = job_of(layer, cold, place, n);
+  if (n > 1)
+    with_kv_type(shape_.type, [&](auto type) {
+      launch_overlapping("centre", fix_centres<decltype(type)::value>,
+                         static_cast<unsigned>(shape_.n_kv_heads), kGhostThreads, 0, stream_, job);
+    });
+  // A first step that fills the centre writes more groups than its own tokens': blocks take turns.
+  const int groups = (n + kGhostGroup - 1) / kGhostGroup + 1;
+  launch_write(job, n == 1 ? 1 : std::min(groups, kMostBlocks), 1);
+}
+
+void CudaGhostTier::write_newest(const DeviceRows& cold, std::size_t cold_layer,
+                                 const DeviceHot& hot, const StepPlace* place) {
+  if (!present()) return;
+  GhostJob job = job_of(0, cold, place, 1);
+  job.n_heads = shape_.n_kv_heads, job.cold_layer = cold_layer, job.hot = hot;
+  launch_write(job, 1, shape_.n_layers);
 }
 
 std::int64_t CudaGhostTier::bookkeeping_bytes() const {

@@ -9,6 +9,8 @@
 
 namespace thaw {
 
+struct GhostJob;
+
 // Groups have the bits that GhostTier gives them of the same keys and values. A layer has a centre,
 // and ghosts, while it has at least centre_tokens tokens; nothing but lengths says so, and so a
 // rewind needs nothing here.
@@ -22,16 +24,21 @@ class CudaGhostTier {
   int centre_tokens() const { return centre_tokens_; }
   void reserve(int n_tokens);  // throws Error when memory is refused
   // Queues the ghosts of the n tokens at *place, and of all before them if they make centre_tokens
-  // full. cold: every token of the layer. hot: null, or the hot rows, the last of which is the
-  // step's only token; it is read from there, and not over the bus.
-  void write(int layer, const DeviceRows& cold, const DeviceHot* hot, const StepPlace* place,
-             int n);
+  // full. cold: every token of the layer.
+  void write(int layer, const DeviceRows& cold, const StepPlace* place, int n);
+  // The same of the only token of a step of decode, in every layer by one kernel. It is the last of
+  // the hot rows, and read from there, not over the bus. cold, hot: of layer 0; cold_layer: bytes
+  // of a cold page from a layer to the next.
+  void write_newest(const DeviceRows& cold, std::size_t cold_layer, const DeviceHot& hot,
+                    const StepPlace* place);
   DeviceGhosts view(int layer) const;
   std::int64_t bytes() const { return present() ? pages_.bytes() : 0; }
   std::int64_t bookkeeping_bytes() const;
 
  private:
   void send_tables(const GhostRope& rope, int capacity);
+  GhostJob job_of(int layer, const DeviceRows& cold, const StepPlace* place, int n) const;
+  void launch_write(const GhostJob& job, int n_blocks, int n_layers);
 
   KvShape shape_;
   GhostFormat format_;

@@ -56,6 +56,7 @@ class CudaTieredStore final : public KvStore {
   };
   void count(const Ended& ended) const;
   void finish_step();
+  void write_owed_ghosts();
   void check_from(int first) const;
 
   KvShape shape_;
@@ -73,6 +74,7 @@ class CudaTieredStore final : public KvStore {
   std::vector<char> unsettled_;    // a layer: appended, and not settled yet
   Phase phase_ = Phase::kPrefill;
   int n_step_ = 0;                      // tokens of the step
+  bool owes_ghosts_ = false;            // of the step's token, which is hot in the step itself
   mutable bool reporting_ = false;      // work is queued that writes reports
   mutable std::optional<Ended> ended_;  // a step that is not in the counters yet
   KvRecorder* recorder_ = nullptr;
@@ -132,6 +134,7 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   const int first = length(), kv_len = first + n_tokens;
   check_step(shape_, appended_, n_tokens, phase);
   catch_up();
+  write_owed_ghosts();
   hot_.close(first);
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
@@ -179,7 +182,10 @@ void CudaTieredStore::append(int layer, const float* k, const float* v, int n_to
       launch_overlapping("append", append_hot_row<kType>, heads, kAppendThreads, 0, stream_, cold,
                          hot, filled, k, v, hot_.moment(), shape_.head_dim);
   });
-  ghosts_.write(layer, cold, exact() ? nullptr : &hot, hot_.moment(), n_tokens);
+  if (exact())
+    ghosts_.write(layer, cold, hot_.moment(), n_tokens);
+  else
+    owes_ghosts_ = true;
   n += n_tokens;
   unsettled_[static_cast<std::size_t>(layer)] = 1;
 }
@@ -207,9 +213,18 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
   if (layer + 1 == shape_.n_layers) finish_step();
 }
 
+// Those of a step of decode, if every layer has its token. No kernel of the step itself asks for
+// them, and so one kernel writes them all, while the token's rows are still the last ones.
+void CudaTieredStore::write_owed_ghosts() {
+  const auto [least, most] = std::minmax_element(appended_.begin(), appended_.end());
+  if (std::exchange(owes_ghosts_, false) && *least == *most)
+    ghosts_.write_newest(cold_.rows(0), cold_.layer_bytes(), hot_.lanes().hot(0), hot_.moment());
+}
+
 // Every layer's statistics are there: one kernel settles all lanes.
 void CudaTieredStore::finish_step() {
   const bool was_exact = exact(), decode = phase_ == Phase::kDecode;
+  write_owed_ghosts();
   if (was_exact)
     hot_.end_exact();
   else
@@ -244,6 +259,7 @@ void CudaTieredStore::rewind(int position) {
   require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
           length(), ", found ", position);
   catch_up();
+  write_owed_ghosts();
   hot_.cut(position, *std::max_element(appended_.begin(), appended_.end()));
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
@@ -256,6 +272,7 @@ void CudaTieredStore::rewind(int position) {
 
 double CudaTieredStore::reset(Rung rung) {
   catch_up();
+  write_owed_ghosts();
   const double woken = hot_.reset(rung, length());
   if (shadow_) shadow_->reset(rung, length());
   return woken;
@@ -299,7 +316,7 @@ void CudaTieredStore::check_from(int first) const {
   cold_.host().check(first, n);
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     const KvRows cold = cold_.host().rows(layer, n);
-    ghost_check_.check(layer, cold, ghosts_.view(layer), first, n, stream_);
+    ghost_check_.check(layer, cold, ghosts_.view(layer), first, owes_ghosts_ ? n - 1 : n, stream_);
     if (!hot_.is_seeded() || phase_ == Phase::kPrefill) continue;
     for (int i = 0; i < hot_.lanes().per_layer(); ++i)
       check_lane(hot_.lanes().snapshot(layer * hot_.lanes().per_layer() + i, n),

@@ -335,11 +335,9 @@ TEST_CASE("cuda tiered attention: ghosts and rows are read once for all heads of
   const AttentionStats stats = device.tiers.stats();
   std::int64_t n_hot = 0;
   for (const LaneView& lane : view.lanes) n_hot += lane.hot.n_rows;
-  CHECK(simt::counts()["attend_hot"].bytes == n_hot * 2 * 64 * 2);
-  CHECK(simt::counts()["attend_recalled"].bytes ==
-        static_cast<std::int64_t>(n_recalled(stats)) * 2 * 64 * 2);
-  CHECK(simt::counts()["score_ghosts"].bytes == kv_len * 2 * 64 * 3 / 8);
-  CHECK(simt::counts()["answer_ghosts"].bytes == kv_len * 2 * 64 * 2 / 8);
+  CHECK(simt::counts()["score_tiers"].bytes == n_hot * 2 * 64 * 2 + kv_len * 2 * 64 * 3 / 8);
+  CHECK(simt::counts()["answer_frozen"].bytes ==
+        static_cast<std::int64_t>(n_recalled(stats)) * 2 * 64 * 2 + kv_len * 2 * 64 * 2 / 8);
 }
 
 TEST_CASE("cuda tiered attention: groups that are hot, or add nothing, are not read") {
@@ -352,8 +350,9 @@ TEST_CASE("cuda tiered attention: groups that are hot, or add nothing, are not r
   simt::counts().clear();
   device.run(s);
   check_answer(s, view, device);
-  CHECK(simt::counts()["score_ghosts"].bytes == 0);
-  CHECK(simt::counts()["answer_ghosts"].bytes == 0);
+  const auto n_rows = static_cast<std::int64_t>(kv_len);
+  CHECK(simt::counts()["score_tiers"].bytes == n_rows * 2 * 64 * 4);
+  CHECK(simt::counts()["answer_frozen"].bytes == 0);
 }
 
 TEST_CASE("cuda tiered attention: what does not fit is refused") {

@@ -59,7 +59,7 @@ class BothTiers {
         cold_.write(layer, t, k.data(), v.data());
       }
       cpu_.write(layer, cold_.rows(layer, length_), first, n);
-      cuda_.write(layer, device_rows(layer), nullptr, place_.data(), n);
+      cuda_.write(layer, device_rows(layer), place_.data(), n);
     }
     stream.synchronize();
   }
