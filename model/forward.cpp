@@ -50,8 +50,7 @@ void Transformer::run_layers(const Scratch& a, KvStore& kv, int n_logits) {
     ops.report("attn_out", w.index, o, n_rows, config.q_dim());
     ops.project_add(x, o, w.wo, n_rows);  // x += o Wo^T
     ops.report("attn_residual", w.index, x, n_rows, config.dim);
-    ops.gate_up(h, x, w, n_rows);             // h: T x ffn_dim
-    ops.project_add(x, h, w.w_down, n_rows);  // x += h Wdown^T
+    ops.feed_forward(x, h, w, n_rows);  // h = silu(n Wgate^T) * (n Wup^T), x += h Wdown^T
     ops.report("ffn_residual", w.index, x, n_rows, config.dim);
   }
   backend_->enter_layer(-1);
