@@ -11,8 +11,10 @@ KvShape kv_shape(const Config& c, int capacity, KvType type) {
 }
 
 Transformer::Transformer(const Model& model, std::unique_ptr<Backend> backend, int max_rows)
-    : model_(model), max_rows_(max_rows), backend_(std::move(backend)) {
-  require(max_rows >= 1, "transformer: expected at least 1 row, found ", max_rows);
+    : model_(model),
+      max_rows_(max_rows == kBestRows ? backend->best_rows() : max_rows),
+      backend_(std::move(backend)) {
+  require(max_rows_ >= 1, "transformer: expected at least 1 row, found ", max_rows);
 }
 
 Transformer::Transformer(const Model& model, int n_threads, int max_rows)
