@@ -98,11 +98,11 @@ struct DeviceStats {
 
 // What attention reads of a layer, and where it reports.
 struct DeviceView {
-  DeviceRows rows;             // every token, oldest first; under a policy that freezes in pinned
-                               // memory, which kernels read over the bus
-  const std::int32_t* kv_len;  // in device memory, the running step's tokens included
-  DeviceHot hot = {};          // decode under a policy that freezes
-  DeviceGhosts ghosts = {};    // likewise
+  DeviceRows rows;  // every token, oldest first; in decode under a policy that freezes in
+                    // pinned memory, which kernels read over the bus
+  const std::int32_t* kv_len;     // in device memory, the running step's tokens included
+  DeviceHot hot = {};             // decode under a policy that freezes
+  DeviceGhosts ghosts = {};       // likewise
   const float* recall = nullptr;  // KvView::recall, in device memory: recovery lowers it
   DeviceStats stats = {};
 

@@ -11,6 +11,7 @@
 #include "kvstore/ghost_tier_cuda.h"
 #include "kvstore/hot_tier_cuda.h"
 #include "kvstore/shadow_lanes_cuda.h"
+#include "kvstore/staged_rows_cuda.h"
 #include "kvstore/step_counter.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
@@ -19,6 +20,7 @@ namespace thaw {
 namespace {
 
 constexpr int kCheckSteps = 64;  // decode steps between checks of every token
+constexpr int kUnstaged = 8;     // tokens of a step that reads each earlier one about once anyway
 
 class CudaTieredStore final : public KvStore {
  public:
@@ -65,6 +67,7 @@ class CudaTieredStore final : public KvStore {
   const Stream& stream_;
   std::unique_ptr<PageSource> fast_;
   CudaColdTier cold_;
+  CudaStagedRows staged_;
   CudaGhostTier ghosts_;
   mutable StepCounter counter_;
   CudaHotTier hot_;
@@ -75,6 +78,7 @@ class CudaTieredStore final : public KvStore {
   Phase phase_ = Phase::kPrefill;
   int n_step_ = 0;                      // tokens of the step
   bool owes_ghosts_ = false;            // of the step's token, which is hot in the step itself
+  bool is_staged_ = false;              // they are written to, and read in, staged_
   mutable bool reporting_ = false;      // work is queued that writes reports
   mutable std::optional<Ended> ended_;  // a step that is not in the counters yet
   KvRecorder* recorder_ = nullptr;
@@ -97,6 +101,7 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       stream_(stream),
       fast_(make_device_pages(stream)),
       cold_(shape, options.check, stream),
+      staged_(cold_, shape_, stream),
       ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), stream),
       counter_(shape_, options_.policy, bounds_.lane_heads()),
       hot_(*fast_, shape_, options_, bounds_, cold_.rows(0), counter_, stream),
@@ -119,6 +124,7 @@ int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
 
 // Waits until what the device reported of the last steps is here, and counts it.
 void CudaTieredStore::catch_up() const {
+  staged_.join();
   if (reporting_) stream_.synchronize();
   reporting_ = false;
   const std::optional<Ended> ended = std::exchange(ended_, {});
@@ -140,8 +146,9 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   ghosts_.reserve(kv_len);
   hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase) > 0 ? kv_len : 0);
   const bool seeds = !hot_.is_seeded();
+  is_staged_ = phase == Phase::kPrefill && n_tokens > kUnstaged && staged_.begin(first, kv_len);
   if (phase == Phase::kDecode)
-    hot_.begin_decode(first);
+    staged_.release(), hot_.begin_decode(first);
   else
     hot_.begin_exact(first, kv_len);
   if (shadow_ && phase == Phase::kDecode) shadow_->begin_decode(first, seeds);
@@ -152,7 +159,7 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
 void CudaTieredStore::make_views() {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     DeviceView& view = views_[static_cast<std::size_t>(layer)] = {};
-    view.rows = cold_.rows(layer);
+    view.rows = is_staged_ ? staged_.rows(layer) : cold_.rows(layer);
     view.kv_len = &hot_.moment()->kv_len;
     if (exact()) {
       if (stats_rows(n_step_) > 0) view.stats = hot_.lanes().exact_stats();
@@ -169,21 +176,23 @@ void CudaTieredStore::append(int layer, const float* k, const float* v, int n_to
   int& n = appended_.at(static_cast<std::size_t>(layer));
   require(n + n_tokens <= cold_.host().room(), "KV store: append without begin");
   const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
-  const DeviceRows cold = cold_.rows(layer);
+  const DeviceRows rows = views_[static_cast<std::size_t>(layer)].rows;
   const DeviceHot hot = hot_.lanes().hot(layer);
   std::int32_t* filled = hot_.lanes().all().from +
                          std::int64_t{layer} * hot_.lanes().per_layer() * hot_.lanes().all().room;
+  if (is_staged_) staged_.fetch(layer);
   with_kv_type(shape_.type, [&](auto type) {
     constexpr KvType kType = decltype(type)::value;
     if (exact())
       launch_overlapping("append", append_rows<kType>, dim3(static_cast<unsigned>(n_tokens), heads),
-                         kAppendThreads, 0, stream_, cold, k, v, hot_.moment(), shape_.head_dim);
+                         kAppendThreads, 0, stream_, rows, k, v, hot_.moment(), shape_.head_dim);
     else
-      launch_overlapping("append", append_hot_row<kType>, heads, kAppendThreads, 0, stream_, cold,
+      launch_overlapping("append", append_hot_row<kType>, heads, kAppendThreads, 0, stream_, rows,
                          hot, filled, k, v, hot_.moment(), shape_.head_dim);
   });
+  if (is_staged_) staged_.save(layer);
   if (exact())
-    ghosts_.write(layer, cold, hot_.moment(), n_tokens);
+    ghosts_.write(layer, rows, hot_.moment(), n_tokens);
   else
     owes_ghosts_ = true;
   n += n_tokens;
@@ -229,6 +238,7 @@ void CudaTieredStore::finish_step() {
     hot_.end_exact();
   else
     hot_.settle();
+  if (is_staged_) staged_.join();
   ended_ = {phase_, was_exact, hot_.epsilon()};
   if (decode) hot_.end_decode();
   if (!options_.check) return;
@@ -296,7 +306,8 @@ KvUsage CudaTieredStore::usage() const {
   u.full = length() * shape_.bytes_per_token();
   u.ghosts = ghosts_.bytes();
   u.hot = hot_.lanes().hot_bytes();
-  u.bookkeeping = ghosts_.bookkeeping_bytes() + hot_.bookkeeping_bytes() + cold_.table_bytes();
+  u.bookkeeping = ghosts_.bookkeeping_bytes() + hot_.bookkeeping_bytes() + cold_.table_bytes() +
+                  staged_.bytes();
   u.resident = u.hot + u.ghosts;
   return u;
 }

@@ -18,6 +18,11 @@ namespace thaw {
 // the last settle() nothing is allocated or waited for, and what is queued reads the step's place
 // from device memory: a graph of a decode step serves every later one with the same views.
 //
+// Prompts: a step of more than 8 tokens works on copies of two layers' exact rows in device memory
+// (kvstore/staged_rows_cuda.h), which usage().bookkeeping counts and the next decode step gives
+// back; its tokens are in the cold tier when the step is done. Where memory for them is refused,
+// stderr says so, and kernels read the cold tier over the bus.
+//
 // counters(), ghost_mass() and reset() wait for the stream, too; reset() throws Error when memory
 // is refused for the rows of those that it wakes. A recorder is told of a step when the next one
 // begins or counters() is called; one that wants events must be there from the first token on,

@@ -32,6 +32,9 @@ class Backend {
   virtual Ops& ops() = 0;
   virtual Attention& attention() = 0;
 
+  // Tokens of a pass that make the best of the backend, for prompts; any number works.
+  virtual int best_rows() const { return 512; }
+
   // A store for this backend's passes, which must not outlive it.
   virtual std::unique_ptr<KvStore> make_kv_store(const KvShape& shape,
                                                  const KvOptions& options) = 0;

@@ -12,6 +12,15 @@ namespace {
 
 constexpr std::size_t kMaxRecordings = 16;
 
+int best_rows_of(const Config& c) {
+  constexpr int kLeast = 512, kBest = 2048;
+  // x, attn_out and q, k and v, gate and up and what is packed of them, and logits.
+  const std::size_t numbers = std::size_t{1} * c.dim + 2 * c.q_dim() + 2 * c.kv_dim() +
+                              3 * std::size_t{1} * c.ffn_dim + c.vocab_size;
+  const bool has_room = device_facts().free_memory / 8 >= kBest * numbers * sizeof(float);
+  return has_room ? kBest : kLeast;
+}
+
 }  // namespace
 
 CudaBackend::CudaBackend(const Model& model, int n_threads)
@@ -19,7 +28,8 @@ CudaBackend::CudaBackend(const Model& model, int n_threads)
       config_((device_facts(), model.config)),  // the first to say that there is no device
       weights_(model.weights, stream_),
       ops_(make_cuda_ops(model.config, weights_, stream_)),
-      attention_(make_cuda_attention(stream_)) {}
+      attention_(make_cuda_attention(stream_)),
+      best_rows_(best_rows_of(model.config)) {}
 
 std::unique_ptr<KvStore> CudaBackend::make_kv_store(const KvShape& shape,
                                                     const KvOptions& options) {

@@ -22,6 +22,10 @@ class CudaBackend final : public Backend {
   std::string name() const override { return "cuda"; }
   Ops& ops() override { return *ops_; }
   Attention& attention() override { return *attention_; }
+  // 2,048: products of fewer rows leave multiprocessors idle, and quantised weights are widened for
+  // every pass. Fewer where activations of so many would take more than an eighth of the memory
+  // that the weights leave.
+  int best_rows() const override { return best_rows_; }
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override;
 
   // The tokens are on their way to the device when it returns. Throws Error on a token outside the
@@ -66,6 +70,7 @@ class CudaBackend final : public Backend {
   Event ids_read_;                       // host_ids_ may be written again
   std::vector<Recording> recordings_;    // oldest first
   bool uses_graphs_ = true, has_logits_ = false;
+  const int best_rows_;
   std::size_t n_rows_ = 0;  // of the running pass
   std::optional<ProfileRange> layer_;
   DeviceBuffer<std::byte> flush_;  // what is written to empty the caches; once something is timed

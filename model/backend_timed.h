@@ -28,6 +28,7 @@ class TimedBackend final : public Backend {
   std::string name() const override { return inner_->name(); }
   Ops& ops() override;
   Attention& attention() override;
+  int best_rows() const override { return inner_->best_rows(); }
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override;
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override;
   std::span<const float> fetch(const Scratch& a, std::size_t n) override {

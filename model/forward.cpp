@@ -11,8 +11,10 @@ KvShape kv_shape(const Config& c, int capacity, KvType type) {
 }
 
 Transformer::Transformer(const Model& model, std::unique_ptr<Backend> backend, int max_rows)
-    : model_(model), max_rows_(max_rows), backend_(std::move(backend)) {
-  require(max_rows >= 1, "transformer: expected at least 1 row, found ", max_rows);
+    : model_(model),
+      max_rows_(max_rows == kBestRows ? backend->best_rows() : max_rows),
+      backend_(std::move(backend)) {
+  require(max_rows_ >= 1, "transformer: expected at least 1 row, found ", max_rows);
 }
 
 Transformer::Transformer(const Model& model, int n_threads, int max_rows)
@@ -50,8 +52,7 @@ void Transformer::run_layers(const Scratch& a, KvStore& kv, int n_logits) {
     ops.report("attn_out", w.index, o, n_rows, config.q_dim());
     ops.project_add(x, o, w.wo, n_rows);  // x += o Wo^T
     ops.report("attn_residual", w.index, x, n_rows, config.dim);
-    ops.gate_up(h, x, w, n_rows);             // h: T x ffn_dim
-    ops.project_add(x, h, w.w_down, n_rows);  // x += h Wdown^T
+    ops.feed_forward(x, h, w, n_rows);  // h = silu(n Wgate^T) * (n Wup^T), x += h Wdown^T
     ops.report("ffn_residual", w.index, x, n_rows, config.dim);
   }
   backend_->enter_layer(-1);

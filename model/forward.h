@@ -16,11 +16,13 @@ KvShape kv_shape(const Config& config, int capacity, KvType type = KvType::kF16)
 
 class Transformer {
  public:
+  static constexpr int kBestRows = -1;  // Backend::best_rows()
+
   // Keeps a reference to `model`, which must outlive this. max_rows: most tokens of one forward()
   // call; scratch memory grows with it.
-  Transformer(const Model& model, std::unique_ptr<Backend> backend, int max_rows = 512);
+  Transformer(const Model& model, std::unique_ptr<Backend> backend, int max_rows = kBestRows);
   // On the CPU. n_threads: at least 1; results do not depend on it.
-  Transformer(const Model& model, int n_threads, int max_rows = 512);
+  Transformer(const Model& model, int n_threads, int max_rows = kBestRows);
 
   // Runs `tokens` (1 .. max_rows; in decode 1) at positions kv.length() ...; appends them to kv,
   // a store that backend() made.

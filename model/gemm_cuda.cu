@@ -3,11 +3,13 @@
 #include "device/error.h"
 #include "model/gemm_cuda.h"
 #include "model/gemv_cuda.cuh"
+#include "model/pack_cuda.cuh"
 
 namespace thaw {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kWidenThreads = 128;
+constexpr int kWidenUnits = 4;
 constexpr std::size_t kWorkspaceBytes = 32 << 20;  // at most: what NVIDIA advises for Hopper
 
 void check_blas(cublasStatus_t status, const char* what) {
@@ -25,59 +27,54 @@ cudaDataType_t cuda_type(DType type) {
   return type == DType::kF32 ? CUDA_R_32F : type == DType::kF16 ? CUDA_R_16F : CUDA_R_16BF;
 }
 
-template <class T>
-__device__ inline T rounded(float x) {
-  if constexpr (std::is_same_v<T, __half>) x = fminf(fmaxf(x, -65504.0f), 65504.0f);
-  return from_float<T>(x);
-}
-
-// Computes  n (T x padded) = x, or x / sqrt(mean(x^2) + eps) * norm, rounded to T; then zeros
-// Grid      T
-// Block     kThreads; threads take columns in turns
-// Shared    that of block_sum
-// Bytes     reads x, twice with a norm, and norm; writes n
-template <class T>
-__global__ void pack_rows(T* n, const float* x, const float* norm, float eps, int cols,
-                          int n_padded) {
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  x += static_cast<std::int64_t>(blockIdx.x) * cols;
-  n += static_cast<std::int64_t>(blockIdx.x) * n_padded;
-  float scale = 1;
-  if (norm != nullptr) {
-    float squares = 0;
-    for (int i = static_cast<int>(threadIdx.x); i < cols; i += kThreads) squares += x[i] * x[i];
-    scale = 1 / sqrtf(block_sum(squares) / static_cast<float>(cols) + eps);
-  }
-  for (int i = static_cast<int>(threadIdx.x); i < n_padded; i += kThreads) {
-    const float gain = norm == nullptr || i >= cols ? 1.0f : scale * norm[i];
-    n[i] = rounded<T>(i < cols ? x[i] * gain : 0.0f);
-  }
-}
-
 // Computes  tile (n x w.cols, f16) = rows first.. of w, rounded
-// Grid      n
-// Block     kThreads; threads take units of 16 bytes in turns
-// Shared    none
+// Grid      units of all n rows / (kWidenThreads x kWidenUnits), rounded up
+// Block     kWidenThreads; a thread widens kWidenUnits units of 16 bytes, all on their way at once
+// Shared    a warp's units, widened, so that its lanes write 16 bytes side by side
 // Bytes     reads the rows, writes the tile
 template <DType kType>
-__global__ void widen_rows(__half* tile, DeviceMatrix w, int first) {
+__global__ void __launch_bounds__(kWidenThreads)
+    widen_rows(__half* tile, DeviceMatrix w, int first, int n) {
+  using Unit = WeightUnit<kType>;
+  constexpr int kPieces = Unit::kElements / 8;  // of 16 bytes, of a unit
+  __shared__ uint4 widened[kWidenThreads / kWarp][kWarp * kPieces];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const WeightRow row = row_of(w, first + static_cast<int>(blockIdx.x));
-  tile += static_cast<std::int64_t>(blockIdx.x) * w.cols;
-  for (int u = static_cast<int>(threadIdx.x); u < w.units; u += kThreads) {
-    WeightUnit<kType> unit;
-    unit.load(row, u);
+  const WeightRow rows = row_of(w, first);  // rows lie side by side: units count on
+  const int n_units = n * w.units, lane = lane_index();
+  const int begin =
+      static_cast<int>(blockIdx.x) * kWidenThreads * kWidenUnits + warp_index() * kWarp;
+  // Eight lanes that touch piece i of their units, or eight pieces that follow, meet all banks.
+  const auto place = [](int unit, int i) {
+    return unit * kPieces + (i ^ unit * kPieces / 8 % kPieces);
+  };
+  uint4* mine = widened[warp_index()];
+  Unit units[kWidenUnits];
 #pragma unroll
-    for (int q = 0; q < unit.kElements / 4; q += 2) {
-      const float4 a = unit.codes(q), b = unit.codes(q + 1);
-      store_16(tile + u * unit.kElements + 4 * q,
-               make_uint4(pack2<__half>(unit.weight(a.x), unit.weight(a.y)),
-                          pack2<__half>(unit.weight(a.z), unit.weight(a.w)),
-                          pack2<__half>(unit.weight(b.x), unit.weight(b.y)),
-                          pack2<__half>(unit.weight(b.z), unit.weight(b.w))));
+  for (int j = 0; j < kWidenUnits; ++j)
+    if (begin + j * kWidenThreads + lane < n_units)
+      units[j].load(rows, begin + j * kWidenThreads + lane);
+#pragma unroll
+  for (int j = 0; j < kWidenUnits; ++j) {
+    const Unit& unit = units[j];
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const float4 a = unit.codes(2 * i), b = unit.codes(2 * i + 1);
+      mine[place(lane, i)] = make_uint4(pack2<__half>(unit.weight(a.x), unit.weight(a.y)),
+                                        pack2<__half>(unit.weight(a.z), unit.weight(a.w)),
+                                        pack2<__half>(unit.weight(b.x), unit.weight(b.y)),
+                                        pack2<__half>(unit.weight(b.z), unit.weight(b.w)));
     }
+    __syncwarp();  // the lanes' units are there
+    const int first_unit = begin + j * kWidenThreads;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int piece = i * kWarp + lane, from = piece / kPieces;
+      if (first_unit + from < n_units)
+        store_16(tile + (static_cast<std::int64_t>(first_unit) * kPieces + piece) * 8,
+                 mine[place(from, piece % kPieces)]);
+    }
+    __syncwarp();  // and read: the next overwrite them
   }
 }
 
@@ -123,8 +120,13 @@ void* Gemm::scratch(DeviceBuffer<std::byte>& buffer, std::size_t bytes) {
 }
 
 void Gemm::set_activations(const float* x, const float* norm, float eps, int n_rows, int cols) {
-  x_ = x, norm_ = norm, eps_ = eps, n_rows_ = n_rows, cols_ = cols;
+  x_ = x, up_ = nullptr, norm_ = norm, eps_ = eps, n_rows_ = n_rows, cols_ = cols;
   is_packed_ = false;
+}
+
+void Gemm::set_gated(const float* gate, const float* up, int n_rows, int cols) {
+  set_activations(gate, nullptr, 0, n_rows, cols);
+  up_ = up;
 }
 
 void Gemm::pack(DType type) {
@@ -133,9 +135,17 @@ void Gemm::pack(DType type) {
   const int n_padded = padded(type, cols_);
   void* to = scratch(packed_, static_cast<std::size_t>(n_rows_) * n_padded * bytes_of(type));
   const auto launch_pack = [&](auto* typed) {
-    launch_overlapping("pack", pack_rows<std::remove_pointer_t<decltype(typed)>>,
-                       static_cast<unsigned>(n_rows_), kThreads, 0, stream_, typed, x_, norm_, eps_,
-                       cols_, n_padded);
+    using T = std::remove_pointer_t<decltype(typed)>;
+    const auto launch_rows = [&](auto kernel, auto... rows) {
+      launch_overlapping("pack", kernel, static_cast<unsigned>(n_rows_), kPackThreads, 0, stream_,
+                         typed, rows..., cols_, n_padded);
+    };
+    if (norm_ != nullptr)
+      launch_rows(pack_normalized<T>, x_, norm_, eps_);
+    else if (up_ != nullptr)
+      launch_rows(pack_rows<T, GatedRows>, GatedRows{x_, up_});
+    else
+      launch_rows(pack_rows<T, PlainRows>, PlainRows{x_});
   };
   if (type == DType::kF32) launch_pack(static_cast<float*>(to));
   if (type == DType::kF16) launch_pack(static_cast<__half*>(to));
@@ -149,9 +159,11 @@ const void* Gemm::widened(const DeviceMatrix& w, int first, int n) {
       static_cast<__half*>(scratch(tile_, static_cast<std::size_t>(n) * w.cols * sizeof(__half)));
   with_type(w.type, [&](auto known) {
     constexpr DType kType = decltype(known)::value;
+    constexpr int kUnits = kWidenThreads * kWidenUnits;  // of a block
     if constexpr (WeightUnit<kType>::kHasScale)
-      launch_overlapping("widen", widen_rows<kType>, static_cast<unsigned>(n), kThreads, 0, stream_,
-                         tile, w, first);
+      launch_overlapping("widen", widen_rows<kType>,
+                         static_cast<unsigned>((n * w.units + kUnits - 1) / kUnits), kWidenThreads,
+                         0, stream_, tile, w, first, n);
   });
   return tile;
 }
@@ -210,8 +222,8 @@ void Gemm::multiply(const char* name, float* y, const DeviceMatrix& w, bool add)
     const auto alignment = static_cast<std::int64_t>(address & -address);
     const Plan& p = plan({static_cast<std::int64_t>(type), n_rows_, n, inner, w.rows, alignment});
     const ProfileRange range(name);
-    check_blas(cublasLtMatmul(handle_.get(), transposed_.get(), &one, tile, p.w, packed_.data(), p.x,
-                              &beta, y + first, p.y, y + first, p.y, &p.algorithm,
+    check_blas(cublasLtMatmul(handle_.get(), transposed_.get(), &one, tile, p.w, packed_.data(),
+                              p.x, &beta, y + first, p.y, y + first, p.y, &p.algorithm,
                               workspace_.data(), workspace_.size(), stream_.get()),
                name);
   }

@@ -31,6 +31,9 @@ class Gemm {
   // norm. x must stay as it is until they are queued, and may be the output of the last one.
   void set_activations(const float* x, const float* norm, float eps, int n_rows, int cols);
 
+  // The same with silu(gate) * up of what two products gave (n_rows x cols each, f32).
+  void set_gated(const float* gate, const float* up, int n_rows, int cols);
+
   // y (n_rows x w.rows) = x W^T, or += with `add`. w.cols = cols.
   void multiply(const char* name, float* y, const DeviceMatrix& w, bool add);
 
@@ -56,6 +59,7 @@ class Gemm {
   DeviceBuffer<std::byte> workspace_, packed_, tile_;
 
   const float* x_ = nullptr;
+  const float* up_ = nullptr;  // not null: x_ is the gate
   const float* norm_ = nullptr;
   float eps_ = 0;
   int n_rows_ = 0, cols_ = 0;

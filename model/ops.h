@@ -2,7 +2,8 @@
 // backend; model/forward.cpp composes them and knows no backend.
 //
 // All activations are f32, row-major, T rows; T = positions.size() or tokens.size(). Outputs come
-// first and must not alias inputs, except x in project_add, which is read and written.
+// first and must not alias inputs, except x in project_add and feed_forward, which is read and
+// written.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +46,12 @@ class Ops {
   // n = RMSNorm(x) * ffn_norm; h (T x ffn_dim) = silu(n Wgate^T) * (n Wup^T).  Observed: ffn_norm,
   // h.
   virtual void gate_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) = 0;
+
+  // gate_up() and project_add() with Wdown, in which h is scratch where nobody observes it.
+  virtual void feed_forward(float* x, float* h, const LayerWeights& w, std::int64_t n_rows) {
+    gate_up(h, x, w, n_rows);
+    project_add(x, h, w.w_down, n_rows);
+  }
 
   // logits (T x vocab_size) = RMSNorm(x) * final_norm Woutput^T.  Observed: final_norm, logits.
   virtual void logits(float* logits, const float* x, const Weights& weights,

@@ -7,11 +7,10 @@
 #include "model/gemm_cuda.h"
 #include "model/gemv_cuda.cuh"
 #include "model/ops_cuda.h"
+#include "model/pack_cuda.cuh"
 
 namespace thaw {
 namespace {
-
-__device__ inline float silu(float x) { return x / (1 + expf(-x)); }
 
 // A pair of a head by its angle   (RoFormer, 2104.09864, eq. 34)
 __device__ inline void rotate(float* first, float* second, int position, float inverse_frequency) {
@@ -164,20 +163,35 @@ __global__ void rms_norm(float* n, const float* x, const float* w, float eps, in
     n[row + i] = x[row + i] * scale * w[i];
 }
 
-// Computes  RoPE on every head of x (T x 2 n_pairs), in place; half = head_dim / 2
-// Grid      T
-// Block     kThreads; threads take pairs in turns
+// Computes  RoPE on every head of q and k (T x 2 of their pairs), in place; half = head_dim / 2
+// Grid      T x {q, k}
+// Block     kThreads; threads take pairs in turns, with kLoads turns on their way
 // Shared    none
-// Bytes     reads and writes x
-__global__ void rope_rows(float* x, const std::int32_t* positions, const float* inverse_frequencies,
-                          int n_pairs, int half, bool interleaved) {
+// Bytes     reads and writes q and k
+__global__ void rope_rows(float* q, float* k, const std::int32_t* positions,
+                          const float* inverse_frequencies, int q_pairs, int k_pairs, int half,
+                          bool interleaved) {
+  constexpr int kLoads = 4;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  x += static_cast<std::int64_t>(blockIdx.x) * 2 * n_pairs;
-  for (int p = static_cast<int>(threadIdx.x); p < n_pairs; p += kThreads) {
-    float* first = x + (interleaved ? 2 * p : p / half * 2 * half + p % half);
-    rotate(first, first + (interleaved ? 1 : half), positions[blockIdx.x],
-           inverse_frequencies[p % half]);
+  const int n_pairs = blockIdx.y == 0 ? q_pairs : k_pairs, position = positions[blockIdx.x];
+  float* x = (blockIdx.y == 0 ? q : k) + static_cast<std::int64_t>(blockIdx.x) * 2 * n_pairs;
+  const int step = interleaved ? 1 : half;
+  const auto first_of = [&](int p) { return interleaved ? 2 * p : p / half * 2 * half + p % half; };
+  for (int begin = static_cast<int>(threadIdx.x); begin < n_pairs; begin += kLoads * kThreads) {
+    float a[kLoads] = {}, b[kLoads] = {};
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int p = begin + j * kThreads;
+      if (p < n_pairs) a[j] = x[first_of(p)], b[j] = x[first_of(p) + step];
+    }
+#pragma unroll
+    for (int j = 0; j < kLoads; ++j) {
+      const int p = begin + j * kThreads;
+      if (p >= n_pairs) continue;
+      rotate(&a[j], &b[j], position, inverse_frequencies[p % half]);
+      x[first_of(p)] = a[j], x[first_of(p) + step] = b[j];
+    }
   }
 }
 
@@ -243,7 +257,7 @@ class CudaOps final : public Ops {
       normalize(x, w.attn_norm, n_rows);
       float* outputs[] = {q, k, v};
       for (int i = 0; i < 3; ++i) gemm_.multiply("qkv", outputs[i], all[i], false);
-      rope(q, config_.q_dim(), positions), rope(k, config_.kv_dim(), positions);
+      rope(q, k, positions);
       return report_qkv(q, k, v, w.index, n_rows);
     }
     const bool fused = all[0].type == all[1].type && all[1].type == all[2].type;
@@ -281,13 +295,10 @@ class CudaOps final : public Ops {
     const DeviceMatrix &gate = weights_.matrix(w.w_gate), &up = weights_.matrix(w.w_up);
     const float* norm = weights_.norm(w.ffn_norm);
     if (n_rows > kMaxGemvRows) {
-      const auto n = static_cast<std::size_t>(n_rows * config_.ffn_dim);
-      if (up_.size() < n) up_ = {}, up_ = DeviceBuffer<float>(n, "up");
-      normalize(x, w.ffn_norm, n_rows);
-      gemm_.multiply("gate_up", h, gate, false);
-      gemm_.multiply("gate_up", up_.data(), up, false);
+      multiply_gate_and_up(h, x, w, n_rows);
+      const std::int64_t n = n_rows * config_.ffn_dim;
       launch_overlapping("swiglu", swiglu, static_cast<unsigned>((n + kThreads - 1) / kThreads),
-                         kThreads, 0, stream_, h, up_.data(), static_cast<std::int64_t>(n));
+                         kThreads, 0, stream_, h, up_.data(), n);
     } else if (gate.type == up.type) {
       multiply("gate_up", SwiGlu{gate, up, h}, gate.type, x, norm, n_rows, config_.dim);
     } else {
@@ -295,6 +306,14 @@ class CudaOps final : public Ops {
       multiply("gate", Project{gate, h, Store::kGate}, gate.type, x, norm, n_rows, config_.dim);
     }
     report("ffn_hidden", w.index, h, n_rows, config_.ffn_dim);
+  }
+
+  // Of many rows, h is packed for the product with Wdown as it is computed.
+  void feed_forward(float* x, float* h, const LayerWeights& w, std::int64_t n_rows) override {
+    if (n_rows <= kMaxGemvRows || observed()) return Ops::feed_forward(x, h, w, n_rows);
+    multiply_gate_and_up(h, x, w, n_rows);
+    gemm_.set_gated(h, up_.data(), static_cast<int>(n_rows), config_.ffn_dim);
+    gemm_.multiply("project_add", x, weights_.matrix(w.w_down), true);
   }
 
   void logits(float* logits, const float* x, const Weights& weights, std::int64_t n_rows) override {
@@ -341,10 +360,20 @@ class CudaOps final : public Ops {
                           config_.dim);
   }
 
-  void rope(float* x, int cols, std::span<const std::int32_t> positions) const {
-    launch_overlapping("rope", rope_rows, static_cast<unsigned>(positions.size()), kThreads, 0,
-                       stream_, x, positions.data(), inverse_frequencies_.data(), cols / 2,
-                       config_.head_dim / 2, config_.rope_pairing == RopePairing::kInterleaved);
+  // Both products alone: of gate in h, of up in up_.
+  void multiply_gate_and_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) {
+    const auto n = static_cast<std::size_t>(n_rows * config_.ffn_dim);
+    if (up_.size() < n) up_ = {}, up_ = DeviceBuffer<float>(n, "up");
+    normalize(x, w.ffn_norm, n_rows);
+    gemm_.multiply("gate_up", h, weights_.matrix(w.w_gate), false);
+    gemm_.multiply("gate_up", up_.data(), weights_.matrix(w.w_up), false);
+  }
+
+  void rope(float* q, float* k, std::span<const std::int32_t> positions) const {
+    launch_overlapping("rope", rope_rows, dim3(static_cast<unsigned>(positions.size()), 2),
+                       kThreads, 0, stream_, q, k, positions.data(), inverse_frequencies_.data(),
+                       config_.q_dim() / 2, config_.kv_dim() / 2, config_.head_dim / 2,
+                       config_.rope_pairing == RopePairing::kInterleaved);
   }
 
   // op's products with x (n_rows x cols), normalised if norm is not null.

@@ -93,6 +93,15 @@ Tokens generate(Machine& m, const Tokens& prompt, int n, Logits* all = nullptr,
 
 }  // namespace
 
+TEST_CASE("cuda forward: prompts go in steps of 2,048 where they leave most memory free") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF16));
+  CHECK(Transformer(tiny.model, 1).max_rows() == 512);
+  CHECK(Transformer(tiny.model, make_cuda_backend(tiny.model, 1)).max_rows() == 2048);
+  simt::set_memory((std::size_t{1} << 30) - device_facts().free_memory + (8 << 20));
+  CHECK(Transformer(tiny.model, make_cuda_backend(tiny.model, 1)).max_rows() == 512);
+  simt::set_memory(std::size_t{1} << 30);
+}
+
 TEST_CASE("cuda forward: every format writes what the CPU writes") {
   for (DType type : kTypes) {
     CAPTURE(dtype_info(type).name);

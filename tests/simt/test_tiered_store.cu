@@ -68,6 +68,105 @@ TEST_CASE("cuda tiers: rows of every type are hot with the CPU's bits") {
   }
 }
 
+namespace {
+
+// The bytes of a layer's rows in device memory, token by token.
+std::vector<std::byte> rows_on_device(const KvView& view, const KvShape& shape,
+                                      const Stream& stream) {
+  const DeviceRows& rows = view.device->rows;
+  std::vector<const std::byte*> pages(static_cast<std::size_t>(view.kv_len / rows.page_rows + 1));
+  copy_to_host(pages.data(), rows.pages, pages.size(), stream);
+  const auto bytes = kv_row_bytes(shape.type, shape.head_dim);
+  std::vector<std::byte> all(static_cast<std::size_t>(2 * shape.n_kv_heads * view.kv_len) * bytes);
+  std::byte* to = all.data();
+  for (int token = 0; token < view.kv_len; ++token)
+    for (int head = 0; head < shape.n_kv_heads; ++head)
+      for (const std::size_t value : {std::size_t{0}, rows.value_offset}) {
+        const std::byte* page = pages[static_cast<std::size_t>(token / rows.page_rows)];
+        copy_to_host(to,
+                     page + rows.offset + static_cast<std::size_t>(head) * rows.head_stride +
+                         value + static_cast<std::size_t>(token % rows.page_rows) * rows.row_bytes,
+                     bytes, stream);
+        to += bytes;
+      }
+  return all;
+}
+std::vector<std::byte> rows_on_host(const KvRows& rows, int n, const KvShape& shape) {
+  const auto bytes = kv_row_bytes(shape.type, shape.head_dim);
+  std::vector<std::byte> all;
+  for (int token = 0; token < n; ++token)
+    for (int head = 0; head < shape.n_kv_heads; ++head)
+      for (const std::byte* row : {rows.key(head, token), rows.value(head, token)})
+        all.insert(all.end(), row, row + bytes);
+  return all;
+}
+
+}  // namespace
+
+// Every layer of every step finds in device memory what the cold tier has, and the step's tokens;
+// the cold tier gets those, also when a later step begins before anybody waited.
+TEST_CASE("cuda tiers: a prompt's rows are staged in any order that streams and events allow") {
+  const KvShape shape{5, 2, 8, 300, KvType::kF16, {}};
+  for (std::uint64_t seed = 1; seed <= (testing::kIsSlow ? 3 : 40); ++seed) {
+    CAPTURE(seed);
+    simt::set_seed(seed);
+    const Stream stream;
+    const auto cuda = make_cuda_tiered_store(shape, thaw_options(), stream);
+    const auto cpu = make_kv_store(shape, thaw_options());
+    testing::Random random(seed);
+    std::vector<DeviceBuffer<float>> inputs;  // kept: giving memory back waits for everything
+    const auto on_device = [&](const std::vector<float>& x) {
+      inputs.emplace_back(x.size(), "x");
+      copy_to_device(inputs.back().data(), x.data(), x.size(), stream);
+      return inputs.back().data();
+    };
+    const auto step = [&](int n, int n_layers) {
+      cuda->begin(n, Phase::kPrefill), cpu->begin(n, Phase::kPrefill);
+      for (int layer = 0; layer < n_layers; ++layer) {
+        const std::vector<float> k = random.normals(16 * n), v = random.normals(16 * n);
+        cuda->append(layer, on_device(k), on_device(v), n);
+        cpu->append(layer, k.data(), v.data(), n);
+        const KvView view = cpu->view(layer);
+        if (n > 8 && rows_on_device(cuda->view(layer), shape, stream) !=
+                         rows_on_host(view.cold, view.kv_len, shape))
+          FAIL("seed " << seed << ", layer " << layer << ", " << view.kv_len << " tokens");
+        if (n_layers < shape.n_layers) continue;
+        fill_device(cuda->view(layer).device->stats.probability, 0, 4u * view.kv_len, stream);
+        fill_device(cuda->view(layer).device->stats.entropy, 0, 4, stream);
+        AttentionStats stats;
+        stats.lanes.resize(2);
+        for (auto& lane : stats.lanes) lane.probability.resize(view.kv_len);
+        cuda->settle(layer, {}), cpu->settle(layer, stats);
+      }
+    };
+    step(3, 5), step(100, 5), step(40, 5), step(20, 2);
+    cuda->rewind(120), cpu->rewind(120);
+    step(5, 5), step(55, 5);
+    static_cast<void>(cuda->counters());  // waits
+    for (int layer = 0; layer < shape.n_layers; ++layer)
+      CHECK(rows_on_host(cuda->view(layer).cold, 180, shape) ==
+            rows_on_host(cpu->view(layer).cold, 180, shape));
+  }
+  simt::set_seed(1);
+}
+
+TEST_CASE("cuda tiers: a prompt whose staged rows are refused reads the cold tier") {
+  BothStores both(kShape, thaw_options(), 3);
+  both.prefill(3, Mood::kPlain);
+  const std::int64_t before = both.cuda->usage().bookkeeping;
+  simt::set_memory(kMemory - device_facts().free_memory + 12000);  // stderr says so
+  both.cuda->begin(20, Phase::kPrefill);
+  CHECK(both.cuda->view(0).device->rows.offset == 0);
+  both.rewind(3);
+  both.prefill(20, Mood::kPlain);
+  CHECK(both.cuda->usage().bookkeeping < before + 12000);
+  simt::set_memory(kMemory);
+  both.prefill(20, Mood::kPlain);
+  CHECK(both.cuda->usage().bookkeeping > before + 12000);
+  both.decode(2, Mood::kPlain);
+  CHECK(both.cuda->usage().bookkeeping < before + 12000);
+}
+
 TEST_CASE("cuda tiers: work in any order that the stream allows gives the same bits") {
   for (std::uint64_t seed = 1; seed <= (testing::kIsSlow ? 3 : 24); ++seed) {
     CAPTURE(seed);
@@ -128,7 +227,8 @@ TEST_CASE("cuda tiers: a graph of a decode step serves the later ones, across pa
 
 TEST_CASE("cuda tiers: while memory is refused no step begins, and nothing changes") {
   BothStores both(kShape, thaw_options(), 3);
-  both.prefill(100, Mood::kAllHit);
+  // Steps so short that they have no staged rows, whose memory decode would find.
+  for (int n = 0; n < 100; n += 5) both.prefill(5, Mood::kAllHit);
   simt::set_memory(kMemory - device_facts().free_memory + 100);
   for (int i = 0; i < 3; ++i) {
     CHECK(error_of([&] { both.cuda->begin(1, Phase::kDecode); }).find("out of device memory") !=
@@ -174,13 +274,15 @@ TEST_CASE("cuda tiers: any call that fails is one clear error") {
   simt::fail_call(0);
   everything();
   const int n_calls = simt::fail_call(0);
+  int n_unnoticed = 0;  // a prompt's staged rows, which it can do without
   CHECK(n_calls > 100);
   for (int call = 1; call <= n_calls; call += testing::kIsSlow ? 61 : 3) {
     simt::fail_call(call);
     const std::string error = error_of(everything);
     simt::fail_call(0);
     forget_failure();
-    if (error.empty()) FAIL("call " << call << " of " << n_calls << " failed, and nobody noticed");
+    if (error.empty() && ++n_unnoticed > 1)
+      FAIL("call " << call << " of " << n_calls << " failed, and nobody noticed");
     if (error.find('\n') != std::string::npos) FAIL("call " << call << ": " << error);
   }
 }
