@@ -55,7 +55,7 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
 // Whether the ghost of a token is probable enough, in the mean over the lane, to be recalled.
 // own: the scores of the chunk's queries.
 __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
-                                   const QueryChunk& chunk, int token,
+                                   const QueryChunk& chunk, int token, float recall,
                                    const float (&own)[kTiledQueries]) {
   float mean = 0;
   if (chunk.n == p.lane_queries()) {
@@ -72,7 +72,7 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
       mean = fmaf(power(s, totals[3 * i]), totals[3 * i + 2], mean);
     }
   }
-  return mean >= *p.kv.recall && mean > 0;
+  return mean >= recall && mean > 0;
 }
 
 // A group's weights times its values' scales, one a lane, rounded to 8 bits of the largest. Returns
@@ -163,7 +163,9 @@ class GhostAnswerer {
         chunk_(chunk),
         kv_len_(kv_len),
         n_columns_(p.kv.ghosts.format.padded_dim() / 2),
-        n_teams_(AnswerLayout::n_teams(p.kv.ghosts.format)) {}
+        n_teams_(AnswerLayout::n_teams(p.kv.ghosts.format)),
+        unit_(p.kv.ghosts.units[2 * chunk.kv_head + 1]),
+        recall_(*p.kv.recall) {}
   // Of this thread's tokens, and of its two dimensions of its team's groups.
   float l[kTiledQueries] = {}, ps[kTiledQueries] = {}, sums[kTiledQueries][2] = {};
 
@@ -218,7 +220,7 @@ class GhostAnswerer {
   // ghosts of a span, and what they add to l and ps.
   __device__ void weigh(int span, float* of_span) {
     const int token = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
-    const bool recalled = is_recalled(p_, shared_ + at_.totals, chunk_, token, scores_);
+    const bool recalled = is_recalled(p_, shared_ + at_.totals, chunk_, token, recall_, scores_);
     const unsigned word = __ballot_sync(kAllLanes, recalled);
     const float* totals =
         shared_ + at_.totals + 3 * (chunk_.head - chunk_.lane * p_.lane_queries());
@@ -230,8 +232,7 @@ class GhostAnswerer {
       l[i] += weight;
       ps[i] += weight > 0 ? weight * scores_[i] : 0.0f;
       if constexpr (kBits > 0)
-        matters |= round_weights<kBits>(of_span, at_, i, weight * scale_,
-                                        p_.kv.ghosts.units[2 * chunk_.kv_head + 1],
+        matters |= round_weights<kBits>(of_span, at_, i, weight * scale_, unit_,
                                         kNegligible * totals[3 * i + 1]);
     }
     if (lane_index() != 0) return;
@@ -275,6 +276,7 @@ class GhostAnswerer {
   const AnswerLayout& at_;
   const QueryChunk& chunk_;
   const int kv_len_, n_columns_, n_teams_;
+  const float unit_, recall_;
   float scores_[kTiledQueries], scale_;
   CodeWords<kBits == 0 ? 1 : kBits> codes_[kAhead][2];
 };
