@@ -10,9 +10,11 @@ namespace thaw {
 // Groups whose weights are all less than this share of the softmax add nothing to its sums.
 inline constexpr float kNegligible = 1e-8f;
 
-// Where answer_frozen() has its weights and sums in shared memory; numbers of words.
+// Where answer_frozen() has its weights and sums in shared memory; numbers of words. What is of a
+// span is there twice: spans take turns.
 struct AnswerLayout {
-  int weights, units, offsets, matters, recalled, totals, sums, states, total;
+  int weights;  // four tokens x query: what four queries are multiplied by is read at once
+  int units, offsets, matters, recalled, span_size, totals, sums, states, total;
 
   __host__ __device__ AnswerLayout(const GhostFormat& format, int lane_queries)
       : weights(0),
@@ -20,7 +22,8 @@ struct AnswerLayout {
         offsets(units + kTiledQueries * kSpanGroups),
         matters(offsets + kTiledQueries * kSpanGroups),
         recalled(matters + kSpanGroups),
-        totals(recalled + kSpanGroups),
+        span_size(recalled + kSpanGroups),
+        totals(2 * span_size),
         sums(totals + 3 * lane_queries),
         states(sums + kTiledQueries * n_teams(format) * format.padded_dim()),
         total(states + 2 * kTiledWarps * kTiledQueries) {}
@@ -50,120 +53,80 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
 }
 
 // Whether the ghost of a token is probable enough, in the mean over the lane, to be recalled.
-__device__ inline bool is_recalled(const TieredProblem& p, const float* totals, int lane,
-                                   int token) {
-  const float* scores =
-      p.ghost_scores + static_cast<std::int64_t>(lane) * p.lane_queries() * p.ghost_stride + token;
+// own: the scores of the chunk's queries.
+__device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
+                                   const QueryChunk& chunk, int token, float recall,
+                                   const float (&own)[kTiledQueries]) {
   float mean = 0;
-  for (int i = 0; i < p.lane_queries(); ++i) {
-    const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
-    mean = fmaf(power(s, totals[3 * i]), totals[3 * i + 2], mean);
+  if (chunk.n == p.lane_queries()) {
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i)
+      if (i < chunk.n) mean = fmaf(power(own[i], totals[3 * i]), totals[3 * i + 2], mean);
+  } else {
+    const float* scores =
+        p.ghost_scores + static_cast<std::int64_t>(chunk.lane) * p.lane_queries() * p.ghost_stride +
+        token;
+#pragma unroll 4
+    for (int i = 0; i < p.lane_queries(); ++i) {
+      const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
+      mean = fmaf(power(s, totals[3 * i]), totals[3 * i + 2], mean);
+    }
   }
-  return mean >= *p.kv.recall && mean > 0;
+  return mean >= recall && mean > 0;
 }
 
 // A group's weights times its values' scales, one a lane, rounded to 8 bits of the largest. Returns
-// whether any is above `negligible`.
+// whether any is above `negligible`. of_span: its numbers in shared memory.
 template <int kBits>
-__device__ inline bool round_weights(float* shared, const AnswerLayout& at, int query, float weight,
-                                     float unit, float negligible) {
+__device__ inline bool round_weights(float* of_span, const AnswerLayout& at, int query,
+                                     float weight, float unit, float negligible) {
   const float largest = warp_max(weight);
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
   const int code = static_cast<int>(fmaf(weight, inverse, 0.5f)), group = warp_index();
-  auto* codes = reinterpret_cast<std::uint8_t*>(shared + at.weights);
-  codes[query * GhostRope::kSpan + group * kGhostGroup + lane_index()] =
-      static_cast<std::uint8_t>(code);
+  auto* codes = reinterpret_cast<std::uint8_t*>(of_span + at.weights);
+  const int token = group * kGhostGroup + lane_index();
+  codes[(token / 4 * kTiledQueries + query) * 4 + token % 4] = static_cast<std::uint8_t>(code);
   const int sum = __reduce_add_sync(kAllLanes, code);
   if (lane_index() == 0) {
     const float one = unit * (largest / 255.0f);
-    shared[at.units + query * kSpanGroups + group] = one;
-    shared[at.offsets + query * kSpanGroups + group] =
+    of_span[at.units + query * kSpanGroups + group] = one;
+    of_span[at.offsets + query * kSpanGroups + group] =
         -one * (0.5f * (1 << kBits) - 0.5f) * static_cast<float>(sum);
   }
   return largest > negligible;
 }
 
-// The sums over a group of this thread's two dimensions, those of word `column` of block `dims`.
+// The sums over a group of a thread's two dimensions, whose codes are `words`, a half of the tokens
+// each. Queries are taken by four, also those that are not there.
 template <int kBits>
-__device__ inline void sum_group(float (&sums)[kTiledQueries][2], const float* shared,
-                                 const AnswerLayout& at, int n_queries, const std::byte* codes,
-                                 int column, int group) {
+__device__ inline void sum_group(float (&sums)[kTiledQueries][2], const float* of_span,
+                                 const AnswerLayout& at, int n_queries,
+                                 const CodeWords<kBits> (&words)[2], int group) {
+  const auto* weights = reinterpret_cast<const uint4*>(of_span + at.weights) +
+                        group * kGhostGroup / 4 * kTiledQueries / 4;
   unsigned dots[kTiledQueries][2] = {};
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {  // 16 tokens
-    CodeWords<kBits> words;
-    words.load(codes + half * 32 * kBits, column);
+  for (int four = 0; four < kGhostGroup / 4; ++four) {
+    const int2 u = words[four / 4].four_codes(four % 4 * 2, 1);
 #pragma unroll
-    for (int four = 0; four < 4; ++four) {
-      const int2 u = words.four_codes(2 * four, 1);
+    for (int i = 0; i < kTiledQueries; i += 4) {
+      if (i >= n_queries) break;
+      const uint4 w = weights[(four * kTiledQueries + i) / 4];
+      const unsigned of[4] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-      for (int i = 0; i < kTiledQueries; ++i) {
-        if (i >= n_queries) break;
-        const auto w = reinterpret_cast<const unsigned*>(
-            shared + at.weights)[i * GhostRope::kSpan / 4 + group * 8 + half * 4 + four];
-        dots[i][0] = __dp4a(static_cast<unsigned>(u.x), w, dots[i][0]);
-        dots[i][1] = __dp4a(static_cast<unsigned>(u.y), w, dots[i][1]);
+      for (int j = 0; j < 4; ++j) {
+        dots[i + j][0] = __dp4a(static_cast<unsigned>(u.x), of[j], dots[i + j][0]);
+        dots[i + j][1] = __dp4a(static_cast<unsigned>(u.y), of[j], dots[i + j][1]);
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
     if (i >= n_queries) break;
-    const float unit = shared[at.units + i * kSpanGroups + group];
-    const float offset = shared[at.offsets + i * kSpanGroups + group];
+    const float unit = of_span[at.units + i * kSpanGroups + group];
+    const float offset = of_span[at.offsets + i * kSpanGroups + group];
     sums[i][0] += fmaf(unit, static_cast<float>(dots[i][0]), offset);
     sums[i][1] += fmaf(unit, static_cast<float>(dots[i][1]), offset);
-  }
-}
-
-// Decides who is recalled, a bit a token of shared[at.recalled]; the weights of the other ghosts of
-// a span, and what they add to l and ps of this thread's tokens.
-template <int kBits>
-__device__ inline void weigh_span(const TieredProblem& p, float* shared, const AnswerLayout& at,
-                                  const QueryChunk& chunk, int span, int kv_len,
-                                  float (&l)[kTiledQueries], float (&ps)[kTiledQueries]) {
-  const GhostFormat& f = p.kv.ghosts.format;
-  const int of_lane = chunk.head - chunk.lane * p.lane_queries(), kv_head = chunk.kv_head;
-  const int group = span * kSpanGroups + warp_index(), token = group * kGhostGroup + lane_index();
-  const bool recalled = is_recalled(p, shared + at.totals, chunk.lane, token);
-  const unsigned word = __ballot_sync(kAllLanes, recalled);
-  if (lane_index() == 0) shared[at.recalled + warp_index()] = __uint_as_float(word);
-  const float* totals = shared + at.totals + 3 * of_lane;
-  const float* scores =
-      p.ghost_scores + static_cast<std::int64_t>(chunk.head) * p.ghost_stride + token;
-  float scale = 0;
-  if (kBits > 0 && group * kGhostGroup < kv_len)
-    scale = scale_at(p.kv.ghosts.group(kv_head, group) + f.group_bytes() - f.scale_bytes(),
-                     lane_index());
-  bool matters = false;
-#pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= chunk.n) break;
-    const float s = scores[static_cast<std::int64_t>(i) * p.ghost_stride];
-    const float weight = recalled ? 0.0f : power(s, totals[3 * i]);
-    l[i] += weight;
-    ps[i] += weight > 0 ? weight * s : 0.0f;
-    if constexpr (kBits > 0)
-      matters |=
-          round_weights<kBits>(shared, at, i, weight * scale, p.kv.ghosts.units[2 * kv_head + 1],
-                               kNegligible * totals[3 * i + 1]);
-  }
-  if (lane_index() == 0) shared[at.matters + warp_index()] = matters ? 1.0f : 0.0f;
-}
-
-template <int kBits>
-__device__ inline void sum_span(float (&sums)[kTiledQueries][2], const TieredProblem& p,
-                                const float* shared, const AnswerLayout& at, int kv_head,
-                                int n_queries, int span) {
-  const GhostFormat& f = p.kv.ghosts.format;
-  const int thread = static_cast<int>(threadIdx.x), n_columns = f.padded_dim() / 2;
-  const int column = thread % n_columns, n_teams = AnswerLayout::n_teams(f);
-  if (thread / n_columns >= n_teams) return;
-  for (int group = thread / n_columns; group < kSpanGroups; group += n_teams) {
-    if (shared[at.matters + group] == 0) continue;
-    const std::byte* codes = p.kv.ghosts.group(kv_head, span * kSpanGroups + group) +
-                             f.key_bytes() + column / 8 * 64 * kBits;
-    sum_group<kBits>(sums, shared, at, n_queries, codes, column % 8, group);
   }
 }
 
@@ -186,6 +149,137 @@ __device__ inline int list_recalled(std::int32_t* list, int n, int room, const f
     list[at] = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
   return min(n + all, room);
 }
+
+// Answers of a k/v head's spans, one after another: while the codes of one are on their way, the
+// next is weighed, and the scores of the one behind that are on theirs.
+template <int kBits>
+class GhostAnswerer {
+ public:
+  __device__ GhostAnswerer(const TieredProblem& p, float* shared, const AnswerLayout& at,
+                           const QueryChunk& chunk, int kv_len)
+      : p_(p),
+        shared_(shared),
+        at_(at),
+        chunk_(chunk),
+        kv_len_(kv_len),
+        n_columns_(p.kv.ghosts.format.padded_dim() / 2),
+        n_teams_(AnswerLayout::n_teams(p.kv.ghosts.format)),
+        unit_(p.kv.ghosts.units[2 * chunk.kv_head + 1]),
+        recall_(*p.kv.recall) {}
+  // Of this thread's tokens, and of its two dimensions of its team's groups.
+  float l[kTiledQueries] = {}, ps[kTiledQueries] = {}, sums[kTiledQueries][2] = {};
+
+  // Returns how many tokens are recalled: those in `list`, which all threads see.
+  __device__ int answer(const Share& share, std::int32_t* list) {
+    const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
+    int span = share.begin / GhostRope::kSpan, n_recalled = 0;
+    load_scores(span);
+    estimate_totals(shared_ + at_.totals, p_, chunk_.lane);
+    __syncthreads();  // the totals are there
+    weigh(span, shared_);
+    __syncthreads();  // so are all weights of the first span
+    load_codes(span, shared_);
+    if (span + 1 < end) load_scores(span + 1);
+    for (int buffer = 0; span < end; ++span, buffer ^= 1) {
+      float *now = shared_ + buffer * at_.span_size, *next = shared_ + (buffer ^ 1) * at_.span_size;
+      if (span + 1 < end) weigh(span + 1, next);
+      n_recalled = list_recalled(list, n_recalled, p_.recalled_stride, now + at_.recalled, span);
+      if constexpr (kBits > 0) sum(span, now);
+      __syncthreads();  // weights of the next span are there, and this one's read; so is the list
+      if (span + 1 < end) load_codes(span + 1, next);
+      if (span + 2 < end) load_scores(span + 2);
+    }
+    return n_recalled;
+  }
+
+ private:
+  static constexpr int kAhead = 2;  // groups of a team of heads of 128; others are read when needed
+
+  __device__ int team() const { return static_cast<int>(threadIdx.x) / n_columns_; }
+  __device__ int column() const { return static_cast<int>(threadIdx.x) % n_columns_; }
+  __device__ const std::byte* group(int index) const {
+    return p_.kv.ghosts.group(chunk_.kv_head, index);
+  }
+
+  // Of this thread's token.
+  __device__ void load_scores(int span) {
+    const GhostFormat& f = p_.kv.ghosts.format;
+    const int token = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
+    const float* scores =
+        p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride + token;
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i)
+      if (i < chunk_.n) scores_[i] = scores[static_cast<std::int64_t>(i) * p_.ghost_stride];
+    const int index = span * kSpanGroups + warp_index();
+    scale_ = 0;
+    if (kBits > 0 && index * kGhostGroup < kv_len_)
+      scale_ = scale_at(group(index) + f.group_bytes() - f.scale_bytes(), lane_index());
+  }
+
+  // Decides who is recalled, a bit a token of of_span[at.recalled]; the weights of the other
+  // ghosts of a span, and what they add to l and ps.
+  __device__ void weigh(int span, float* of_span) {
+    const int token = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
+    const bool recalled = is_recalled(p_, shared_ + at_.totals, chunk_, token, recall_, scores_);
+    const unsigned word = __ballot_sync(kAllLanes, recalled);
+    const float* totals =
+        shared_ + at_.totals + 3 * (chunk_.head - chunk_.lane * p_.lane_queries());
+    bool matters = false;
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i) {
+      if (i >= chunk_.n) break;
+      const float weight = recalled ? 0.0f : power(scores_[i], totals[3 * i]);
+      l[i] += weight;
+      ps[i] += weight > 0 ? weight * scores_[i] : 0.0f;
+      if constexpr (kBits > 0)
+        matters |= round_weights<kBits>(of_span, at_, i, weight * scale_, unit_,
+                                        kNegligible * totals[3 * i + 1]);
+    }
+    if (lane_index() != 0) return;
+    of_span[at_.recalled + warp_index()] = __uint_as_float(word);
+    of_span[at_.matters + warp_index()] = matters ? 1.0f : 0.0f;
+  }
+
+  __device__ void load_group(CodeWords<kBits> (&words)[2], int index) const {
+    const std::byte* codes =
+        group(index) + p_.kv.ghosts.format.key_bytes() + column() / 8 * 64 * kBits;
+    words[0].load(codes, column() % 8), words[1].load(codes + 32 * kBits, column() % 8);
+  }
+  __device__ bool adds(const float* of_span, int group) const {
+    return team() < n_teams_ && group < kSpanGroups && of_span[at_.matters + group] != 0;
+  }
+  __device__ void load_codes(int span, const float* of_span) {
+    if constexpr (kBits > 0) {
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) {
+        const int of = team() + k * n_teams_;
+        if (adds(of_span, of)) load_group(codes_[k], span * kSpanGroups + of);
+      }
+    }
+  }
+  __device__ void sum(int span, const float* of_span) {
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int of = team() + k * n_teams_;
+      if (adds(of_span, of)) sum_group<kBits>(sums, of_span, at_, chunk_.n, codes_[k], of);
+    }
+    for (int of = team() + kAhead * n_teams_; of < kSpanGroups; of += n_teams_) {
+      if (!adds(of_span, of)) continue;
+      CodeWords<kBits> words[2];
+      load_group(words, span * kSpanGroups + of);
+      sum_group<kBits>(sums, of_span, at_, chunk_.n, words, of);
+    }
+  }
+
+  const TieredProblem& p_;
+  float* shared_;
+  const AnswerLayout& at_;
+  const QueryChunk& chunk_;
+  const int kv_len_, n_columns_, n_teams_;
+  const float unit_, recall_;
+  float scores_[kTiledQueries], scale_;
+  CodeWords<kBits == 0 ? 1 : kBits> codes_[kAhead][2];
+};
 
 // The states and sums of the block's threads into p.answered.
 __device__ inline void join_answers(const TieredProblem& p, float* shared, const AnswerLayout& at,
@@ -226,10 +320,9 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
   }
 }
 
-// Computes  of up to kTiledQueries queries of a k/v head: who is recalled, ascending, a split, and
-// a
-//           part of those rows; of the other ghosts, the sums of their values in rotated space, l
-//           and ps, relative to the largest score of all
+// Computes  of up to kTiledQueries queries of a k/v head: who is recalled, ascending, a split,
+//           and a part of those rows; of the other ghosts, the sums of their values in rotated
+//           space, l and ps, relative to the largest score of all
 // Grid      splits of the spans x k/v heads x chunks of queries
 // Block     kTiledThreads; a span at a time; for decisions a thread has a token, for sums two
 //           dimensions of every n_teams-th group; then recalled rows as attend_rows() has them
@@ -247,22 +340,18 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) answer_frozen(Tie
   std::int32_t* list = p.recalled_tokens + static_cast<std::int64_t>(part) * p.recalled_stride;
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int kv_len = *p.kv.kv_len;
+  const int kv_len = *p.kv.kv_len, thread = static_cast<int>(threadIdx.x);
   const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
-  float l[kTiledQueries] = {}, ps[kTiledQueries] = {}, sums[kTiledQueries][2] = {};
-  int n_recalled = 0;
-  estimate_totals(shared + at.totals, p, chunk.lane);
-  __syncthreads();  // the totals are there
-  for (int token = share.begin; token < share.end; token += GhostRope::kSpan) {
-    const int span = token / GhostRope::kSpan;
-    weigh_span<kBits>(p, shared, at, chunk, span, kv_len, l, ps);
-    __syncthreads();  // all weights are there
-    n_recalled = list_recalled(list, n_recalled, p.recalled_stride, shared + at.recalled, span);
-    if constexpr (kBits > 0) sum_span<kBits>(sums, p, shared, at, chunk.kv_head, chunk.n, span);
-    __syncthreads();  // and read: the next span overwrites them; and the list is complete
+  if (share.begin >= share.end) {
+    if (thread < chunk.n) p.answered.set_state(chunk.head + thread, split, {});
+    if (thread < chunk.n) p.recalled.set_state(chunk.head + thread, split, {});
+    if (thread == 0) p.n_recalled[part] = 0;
+    return;
   }
-  join_answers(p, shared, at, chunk, split, l, ps, sums);
-  if (threadIdx.x == 0) p.n_recalled[part] = n_recalled;
+  GhostAnswerer<kBits> answerer(p, shared, at, chunk, kv_len);
+  const int n_recalled = answerer.answer(share, list);
+  join_answers(p, shared, at, chunk, split, answerer.l, answerer.ps, answerer.sums);
+  if (thread == 0) p.n_recalled[part] = n_recalled;
   __syncthreads();  // answers are read: rows overwrite them
   attend_rows<kType>(
       p, chunk, shared, {0, n_recalled}, p.kv.rows.value_offset,

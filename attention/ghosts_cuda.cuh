@@ -43,7 +43,7 @@ struct GhostQueryLayout {
   int codes;  // four dimensions x query: what four queries are multiplied by is read at once
   int along, across;        // query x pair
   int turned, turned_size;  // row of the rope's table x query, twice: spans take turns
-  int cubic, rows;          // the tables
+  int pairs, cubic, rows;   // the tables
   int scale, offset, states, total;
 
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
@@ -52,7 +52,8 @@ struct GhostQueryLayout {
         across(along + kTiledQueries * format.head_dim / 2),
         turned(across + kTiledQueries * format.head_dim / 2),
         turned_size(kTiledQueries * (2 * n_fast + 4)),
-        cubic(turned + 2 * turned_size),
+        pairs(turned + 2 * turned_size),
+        cubic(pairs + format.head_dim),
         rows(cubic + 2 * format.head_dim),
         scale(rows + GhostRope::kSpan * (2 * n_fast + 4)),
         offset(scale + kTiledQueries),
@@ -68,45 +69,60 @@ __device__ inline void load_rope_tables(float* shared, const GhostQueryLayout& a
                                         const TieredProblem& p) {
   const DeviceRope& rope = p.kv.ghosts.rope;
   if (rope.rows == nullptr) return;  // there is no ghost yet
-  const int n_cubic = 2 * p.head_dim / 4,
-            n = n_cubic + (2 * rope.n_fast + 4) * GhostRope::kSpan / 4;
-  const auto* cubic = reinterpret_cast<const float4*>(rope.cubic);
-  const auto* rows = reinterpret_cast<const float4*>(rope.rows);
-  auto* to = reinterpret_cast<float4*>(shared + at.cubic);  // rows follow
+  const int n_pairs = p.head_dim / 4, n_cubic = n_pairs + p.head_dim / 2;
+  const int n = n_cubic + (2 * rope.n_fast + 4) * GhostRope::kSpan / 4;
+  const auto* pairs = reinterpret_cast<const float4*>(rope.pairs);
+  const auto* cubic = reinterpret_cast<const float4*>(rope.cubic) - n_pairs;
+  const auto* rows = reinterpret_cast<const float4*>(rope.rows) - n_cubic;
+  auto* to = reinterpret_cast<float4*>(shared + at.pairs);  // the others follow
 #pragma unroll 8
   for (int i = static_cast<int>(threadIdx.x); i < n; i += kTiledThreads)
-    to[i] = *(i < n_cubic ? cubic + i : rows + (i - n_cubic));
+    to[i] = (i < n_pairs ? pairs : i < n_cubic ? cubic : rows)[i];
 }
+
+// What a warp reads of a query and of its head's centre, on its way before it is asked for.
+struct QueryAhead {
+  float x[kGhostUnits];                                                    // the query
+  float a[kPairUnits], b[kPairUnits], c[kPairUnits], d[kPairUnits], unit;  // by pair; the centre's
+
+  __device__ void load(const float* shared, const GhostQueryLayout& at, const TieredProblem& p,
+                       int kv_head, int query) {
+    const float* from = p.q + p.at(kv_head, query);
+    const float* centre = p.kv.ghosts.means + static_cast<std::int64_t>(kv_head) * 2 * p.head_dim;
+    const auto* pairs = reinterpret_cast<const DeviceRope::Pair*>(shared + at.pairs);
+    unit = p.kv.ghosts.units[2 * kv_head];
+#pragma unroll
+    for (int j = 0; j < kPairUnits; ++j) {
+      const DeviceRope::Pair pair = pairs[min(lane_index() + j * kWarp, p.head_dim / 2 - 1)];
+      a[j] = from[pair.first], b[j] = from[pair.second];
+      c[j] = centre[pair.first], d[j] = centre[pair.second];
+    }
+#pragma unroll
+    for (int j = 0; j < kGhostUnits; ++j) {
+      const int i = lane_index() + j * kWarp;
+      x[j] = i < p.head_dim ? from[i] : 0.0f;
+    }
+  }
+};
 
 // prepare_query() of kvstore/ghost.h by a warp, with scores as powers of two.
 __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout& at,
-                                           const TieredProblem& p, int kv_head, int query,
-                                           int first) {
+                                           const TieredProblem& p, const QueryAhead& of,
+                                           int query) {
   const GhostFormat& f = p.kv.ghosts.format;
-  const float* from = p.q + p.at(kv_head, first + query);
-  const float* centre = p.kv.ghosts.means + static_cast<std::int64_t>(kv_head) * 2 * f.head_dim;
   const float scale = 1.0f / sqrtf(static_cast<float>(f.head_dim));
   const int lane = lane_index(), half = f.head_dim / 2;
-  float x[kGhostUnits], a[kPairUnits], b[kPairUnits], c[kPairUnits], d[kPairUnits], largest = 0;
-#pragma unroll
-  for (int j = 0; j < kPairUnits; ++j) {  // all that is read is on its way before any is used
-    const DeviceRope::Pair pair = p.kv.ghosts.rope.pairs[min(lane + j * kWarp, half - 1)];
-    a[j] = from[pair.first], b[j] = from[pair.second];
-    c[j] = centre[pair.first], d[j] = centre[pair.second];
-  }
-#pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j) {
-    const int i = lane + j * kWarp;
-    x[j] = i < f.head_dim ? from[i] * scale : 0.0f;
-  }
+  float x[kGhostUnits], largest = 0;
 #pragma unroll
   for (int j = 0; j < kPairUnits; ++j) {
     const int i = lane + j * kWarp;
     if (i >= half) break;
-    const float u = a[j] * p.scale, v = b[j] * p.scale;
-    shared[at.along + query * half + i] = fmaf(u, c[j], v * d[j]);
-    shared[at.across + query * half + i] = fmaf(v, c[j], -(u * d[j]));
+    const float u = of.a[j] * p.scale, v = of.b[j] * p.scale;
+    shared[at.along + query * half + i] = fmaf(u, of.c[j], v * of.d[j]);
+    shared[at.across + query * half + i] = fmaf(v, of.c[j], -(u * of.d[j]));
   }
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) x[j] = of.x[j] * scale;
   rotate_in_warp(x, f.head_dim);
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) largest = fmaxf(largest, fabsf(x[j]));
@@ -124,7 +140,7 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
   sum = __reduce_add_sync(kAllLanes, sum);
   if (lane != 0) return;
   // p.scale is `scale` times log2(e)
-  shared[at.scale + query] = largest / 127.0f * (p.scale / scale) * p.kv.ghosts.units[2 * kv_head];
+  shared[at.scale + query] = largest / 127.0f * (p.scale / scale) * of.unit;
   shared[at.offset + query] =
       -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
 }
@@ -331,17 +347,21 @@ class GhostScorer {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
     int span = share.begin / GhostRope::kSpan;
     find(span, end, kv_len);
-    for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
-      prepare_ghost_query(shared_, at_, p_, chunk_.kv_head, query, chunk_.first);
+    for (int query = warp_index(); query < chunk_.n; query += kTiledWarps) {
+      if (query != warp_index()) load_query(query);
+      prepare_ghost_query(shared_, at_, p_, query_, query);
+    }
     load(span, end);
     find(span + 1, end, kv_len);
-    __syncthreads();  // the rope's tables are there
     for (int buffer = 0; span < end; ++span, buffer ^= 1) {
       for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
         turn_ghost_query(shared_, at_, angle_, rope().n_fast, p_.head_dim / 2, query, buffer);
       __syncthreads();  // all queries are turned, and the span before last is read
       score_span(span, end, kv_len, buffer);
     }
+  }
+  __device__ void load_query(int query) {
+    if (query < chunk_.n) query_.load(shared_, at_, p_, chunk_.kv_head, chunk_.first + query);
   }
 
  private:
@@ -397,6 +417,7 @@ class GhostScorer {
   const std::byte* group_ = nullptr;
   GroupAhead<kBits> ahead_;
   SpanAngle angle_;
+  QueryAhead query_;
 };
 
 // The ghosts of a split: scores, and m and l.
@@ -405,8 +426,10 @@ __device__ inline void score_ghosts(const TieredProblem& p, float* shared,
                                     const GhostQueryLayout& at, int split) {
   const QueryChunk chunk(p);
   const int kv_len = *p.kv.kv_len;
-  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
   GhostScorer<kBits> scorer(p, shared, at, chunk);
+  if (p.kv.ghosts.rope.rows != nullptr)
+    scorer.load_query(warp_index());  // kv_len is on its way, too
+  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
   if (share.begin < share.end) scorer.score(share, kv_len);
   join_scores(p, shared + at.states, chunk, split, scorer.m, scorer.l);
 }
@@ -428,6 +451,7 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_tiers(Tiere
   if (split >= 0) load_rope_tables(shared, at, p);
   wait_for_previous_kernel();
   let_next_kernel_start();
+  __syncthreads();  // the rope's tables are there
   if (split < 0)
     attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.x));
   else

@@ -82,7 +82,7 @@ __global__ void place_rows(LaneCall call) {
   let_next_kernel_start();
   LaneBlock block = call.block(static_cast<int>(blockIdx.x), shared);
   block.place();
-  block.finish();
+  block.store();  // every kernel that moves rows has copied them
 }
 
 // Computes  who is hot after a step, from what attention reported; what moved is copied

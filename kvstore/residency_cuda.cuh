@@ -9,8 +9,8 @@
 
 namespace thaw {
 
-inline constexpr int kLaneThreads = 128;
-inline constexpr int kDigits = 256;  // of a byte
+inline constexpr int kLaneThreads = 256;  // a row each: what they wait for is a chain of loads
+inline constexpr int kDigits = 256;       // of a byte
 
 struct LaneShared {
   LaneState state;
@@ -109,6 +109,16 @@ class LaneBlock {
       if (lane_index() == 0 && row < n) marks_[row / kWarp] = bits;
     }
     __syncthreads();  // all marks are there
+  }
+
+  // body(row) for every marked row, by warps in turns.
+  template <class Body>
+  __device__ void each_marked(const Body& body) const {
+    int turn = 0;
+    for (int word = 0; word * kWarp < s_.n_rows; ++word)
+      for (unsigned bits = marks_[word]; bits != 0; bits &= bits - 1, ++turn)
+        if (turn % (kLaneThreads / kWarp) == warp_index())
+          body(word * kWarp + __ffs(static_cast<int>(bits)) - 1);
   }
 
   template <class Has, class Key>
@@ -343,14 +353,14 @@ __device__ inline void LaneBlock::finish() {
   DeviceRows hot = g_.hot;
   hot.pages += static_cast<std::int64_t>(lane_) * g_.lane_pages;
   __syncthreads();  // rows and state are decided
-  for (int row = warp_index(); row < s_.n_rows; row += kLaneThreads / kWarp) {
+  mark([&](int row) { return from_[row] != kInCold && from_[row] != row; });
+  each_marked([&](int row) {
     const int from = from_[row];
     __syncwarp();  // all lanes have read where it is, which lane 0 will change
-    if (from == kInCold || from == row) continue;
     for (int head = 0; head < g_.lane_heads; ++head)
       copy_row(const_cast<std::byte*>(hot.key(head, row)), hot.key(head, from), g_.kv_row);
     if (lane_index() == 0) from_[row] = row;
-  }
+  });
   store();
 }
 

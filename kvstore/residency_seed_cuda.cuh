@@ -113,15 +113,13 @@ __device__ inline void LaneBlock::sleep_all_frozen() {
 __device__ inline void LaneBlock::place() {
   DeviceRows hot = g_.hot;
   hot.pages += static_cast<std::int64_t>(lane_) * g_.lane_pages;
-  for (int row = warp_index(); row < s_.n_rows; row += kLaneThreads / kWarp) {
-    const int from = from_[row], token = tokens_[row];
-    __syncwarp();  // all lanes have read where it is, which lane 0 will change
-    if (from != kInCold) continue;
+  mark([&](int row) { return from_[row] == kInCold; });
+  each_marked([&](int row) {
     for (int head = 0; head < g_.lane_heads; ++head)
       copy_row(const_cast<std::byte*>(hot.key(head, row)),
-               g_.cold.key(lane_ * g_.lane_heads + head, token), g_.cold.value_offset);
+               g_.cold.key(lane_ * g_.lane_heads + head, tokens_[row]), g_.cold.value_offset);
     if (lane_index() == 0) from_[row] = row;
-  }
+  });
   __syncthreads();  // all have read the number of rows
   if (threadIdx.x == 0) insert(now_.kv_len - 1);
 }
