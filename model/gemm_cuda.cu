@@ -40,8 +40,7 @@ __global__ void __launch_bounds__(kWidenThreads)
   __shared__ uint4 widened[kWidenThreads / kWarp][kWarp * kPieces];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const WeightRow rows = row_of(w, first);  // rows lie side by side: units count on
-  const int n_units = n * w.units, lane = lane_index();
+  const int n_units = n * w.units, lane = lane_index();  // units count on from row to row
   const int begin =
       static_cast<int>(blockIdx.x) * kWidenThreads * kWidenUnits + warp_index() * kWarp;
   // Eight lanes that touch piece i of their units, or eight pieces that follow, meet all banks.
@@ -51,9 +50,10 @@ __global__ void __launch_bounds__(kWidenThreads)
   uint4* mine = widened[warp_index()];
   Unit units[kWidenUnits];
 #pragma unroll
-  for (int j = 0; j < kWidenUnits; ++j)
-    if (begin + j * kWidenThreads + lane < n_units)
-      units[j].load(rows, begin + j * kWidenThreads + lane);
+  for (int j = 0; j < kWidenUnits; ++j) {
+    const int unit = begin + j * kWidenThreads + lane;
+    if (unit < n_units) units[j].load(row_of(w, first + unit / w.units), unit % w.units);
+  }
 #pragma unroll
   for (int j = 0; j < kWidenUnits; ++j) {
     const Unit& unit = units[j];
