@@ -86,6 +86,7 @@ void CudaStagedRows::save(int layer) {
     copy_to_host(const_cast<std::byte*>(to.pages[static_cast<std::size_t>(i)]) + to.offset,
                  page(layer, i), layer_bytes(), side_);
   saved_.record(side_);
+  is_saving_ = true;
 }
 
 DeviceRows CudaStagedRows::rows(int layer) const {

@@ -29,7 +29,10 @@ class CudaStagedRows {
   // After that: they are on their way to the cold tier, and the next layer's to the other buffer.
   void save(int layer);
   // The cold tier has what was saved, for work that is queued later.
-  void join() const { stream_.wait(saved_); }
+  void join() {
+    if (is_saving_) stream_.wait(saved_);
+    is_saving_ = false;
+  }
   // Gives the memory back. The stream must have been waited for since the last join().
   void release() { memory_ = {}, n_pages_ = 0; }
 
@@ -53,6 +56,7 @@ class CudaStagedRows {
   int n_pages_ = 0;                 // of a buffer
   int first_ = 0, kv_len_ = 0;      // the step's tokens
   int in_buffer_[2] = {-1, -1};     // the layer whose rows a buffer has
+  bool is_saving_ = false;          // since the last join()
   bool has_warned_ = false;
 };
 

@@ -67,7 +67,7 @@ class CudaTieredStore final : public KvStore {
   const Stream& stream_;
   std::unique_ptr<PageSource> fast_;
   CudaColdTier cold_;
-  CudaStagedRows staged_;
+  mutable CudaStagedRows staged_;
   CudaGhostTier ghosts_;
   mutable StepCounter counter_;
   CudaHotTier hot_;
@@ -238,7 +238,7 @@ void CudaTieredStore::finish_step() {
     hot_.end_exact();
   else
     hot_.settle();
-  if (is_staged_) staged_.join();
+  staged_.join();
   ended_ = {phase_, was_exact, hot_.epsilon()};
   if (decode) hot_.end_decode();
   if (!options_.check) return;
