@@ -211,32 +211,55 @@ struct Staged {
   }
 };
 
-// Four columns of a row of n_cols; zeros beyond it.
+// Four columns of a row of n_cols; zeros beyond it. kWhole: n_cols is a multiple of 4, and there is
+// no branch for which loads that follow would wait.
+template <bool kWhole>
 __device__ inline float4 load_columns(const float* row, int col, int n_cols) {
-  if (n_cols % 4 == 0 && col < n_cols) return *reinterpret_cast<const float4*>(row + col);
-  return make_float4(col < n_cols ? row[col] : 0.0f, col + 1 < n_cols ? row[col + 1] : 0.0f,
-                     col + 2 < n_cols ? row[col + 2] : 0.0f,
-                     col + 3 < n_cols ? row[col + 3] : 0.0f);
+  if constexpr (kWhole) {
+    const auto x = *reinterpret_cast<const float4*>(row + min(col, n_cols - 4));
+    return col < n_cols ? x : make_float4(0, 0, 0, 0);
+  } else {
+    return make_float4(col < n_cols ? row[col] : 0.0f, col + 1 < n_cols ? row[col + 1] : 0.0f,
+                       col + 2 < n_cols ? row[col + 2] : 0.0f,
+                       col + 3 < n_cols ? row[col + 3] : 0.0f);
+  }
 }
 
 // Columns from `begin` of all rows into shared memory, times norm, with zeros to the end of the
 // last step; adds their squares to this thread's.
-template <DType kType, int kT>
+template <DType kType, int kT, bool kWhole>
 __device__ inline void stage(void* shared, float (&squares)[kT], const GemvInput& in, int begin) {
   constexpr int kSpan = WeightStep<kType>::kElements;
+  constexpr int kBatch = kT == 1 && kWhole ? 4 : 1;  // passes whose loads are under way together
   const int n = min(in.chunk, (in.cols - begin + kSpan - 1) / kSpan * kSpan);
-#pragma unroll 4
-  for (int e = static_cast<int>(threadIdx.x) * 4; e < n; e += kGemvThreads * 4) {
-    float4 gain = make_float4(1, 1, 1, 1);
-    if (in.norm != nullptr) gain = load_columns(in.norm, begin + e, in.cols);
+  for (int first = static_cast<int>(threadIdx.x) * 4; first < n;
+       first += kGemvThreads * 4 * kBatch) {
+    float4 x[kBatch][kT], gain[kBatch];
 #pragma unroll
-    for (int t = 0; t < kT; ++t) {
-      float4 x = make_float4(0, 0, 0, 0);
-      if (t < in.n_rows)
-        x = load_columns(in.x + static_cast<std::int64_t>(t) * in.cols, begin + e, in.cols);
-      squares[t] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-      x.x *= gain.x, x.y *= gain.y, x.z *= gain.z, x.w *= gain.w;
-      Staged<kType>(shared, t, in.chunk).put(e, x);
+    for (int i = 0; i < kBatch; ++i) {
+      gain[i] = make_float4(1, 1, 1, 1);
+#pragma unroll
+      for (int t = 0; t < kT; ++t)  // a row that is not there is one that nobody asks for
+        x[i][t] =
+            load_columns<kWhole>(in.x + static_cast<std::int64_t>(min(t, in.n_rows - 1)) * in.cols,
+                                 begin + first + i * kGemvThreads * 4, in.cols);
+    }
+    if (in.norm != nullptr) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i)
+        gain[i] = load_columns<kWhole>(in.norm, begin + first + i * kGemvThreads * 4, in.cols);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int e = first + i * kGemvThreads * 4;
+      if (e >= n) break;  // the same for all lanes
+#pragma unroll
+      for (int t = 0; t < kT; ++t) {
+        float4& a = x[i][t];
+        squares[t] += a.x * a.x + a.y * a.y + a.z * a.z + a.w * a.w;
+        a.x *= gain[i].x, a.y *= gain[i].y, a.z *= gain[i].z, a.w *= gain[i].w;
+        Staged<kType>(shared, t, in.chunk).put(e, a);
+      }
     }
   }
 }
@@ -430,7 +453,10 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
     for (int begin = 0; begin < in.cols; begin += in.chunk) {
       if (turn == 0 || in.cols > in.chunk) {
         __syncthreads();  // the chunk before may still be read
-        stage<kType, kT>(shared, squares, in, begin);
+        if (Staged<kType>::kIsCodes || in.cols % 4 == 0)
+          stage<kType, kT, true>(shared, squares, in, begin);
+        else
+          stage<kType, kT, false>(shared, squares, in, begin);
         __syncthreads();  // this chunk is complete
       }
       const int end = min(in.chunk, in.cols - begin);
