@@ -1,7 +1,7 @@
 #include <algorithm>
 
 #include "attention/attention_cuda.h"
-#include "attention/decode_cuda.cuh"
+#include "attention/decode_tiles_cuda.cuh"
 #include "attention/growing_buffer_cuda.h"
 #include "attention/prefill_cuda.cuh"
 #include "attention/stats_cuda.h"
@@ -61,6 +61,12 @@ class CudaAttention final : public Attention {
   }
 
   void decode(const ExactProblem& p, const KvView& kv) {
+    if (kv.type == KvType::kF16 && kv.head_dim <= kMaxTileDim) {
+      if (kv.head_dim <= 64) return launch_tiles<64>(p, kv);
+      if (kv.head_dim <= 80) return launch_tiles<80>(p, kv);
+      if (kv.head_dim <= 96) return launch_tiles<96>(p, kv);
+      return launch_tiles<128>(p, kv);
+    }
     with_kv_type(kv.type, [&](auto type) {
       constexpr KvType kType = decltype(type)::value;
       const int n_lanes = kv.head_dim <= 64 ? 8 : kv.head_dim <= 128 ? 16 : 32;
@@ -79,17 +85,28 @@ class CudaAttention final : public Attention {
 
   template <KvType kType, int kLanes, int kQ>
   void launch_decode(const ExactProblem& p, const KvView& kv) {
-    const int n_chunks = (p.n_queries() + kQ - 1) / kQ;
+    launch_splits(decode_attention<kType, kLanes, kQ>, kQ, kDecodeShared<kLanes, kQ>, p, kv);
+  }
+
+  template <int kDim>
+  void launch_tiles(const ExactProblem& p, const KvView& kv) {
+    launch_splits(decode_tiles<kDim>, kDecodeTileQueries, kDecodeTileShared<kDim>, p, kv);
+  }
+
+  // A decode kernel whose blocks take chunk_queries queries.
+  void launch_splits(void (*kernel)(DecodeProblem), int chunk_queries, std::size_t shared_bytes,
+                     const ExactProblem& p, const KvView& kv) {
+    const int n_chunks = (p.n_queries() + chunk_queries - 1) / chunk_queries;
     const int n_blocks = kDecodeBlocks * n_multiprocessors_;
     const int n_splits = std::clamp(n_blocks / (kv.n_kv_heads * n_chunks), 1, kMaxSplits);
     const std::int64_t n_parts = std::int64_t{n_splits} * p.n_rows * p.n_heads;
     float* sums = parts_.reserve(n_parts * (kv.head_dim + 2));
     auto* states = reinterpret_cast<float2*>(sums + n_parts * kv.head_dim);
     unsigned* n_arrived = n_arrived_.reserve_zeros(std::int64_t{n_chunks} * kv.n_kv_heads, stream_);
-    launch_overlapping("attend", decode_attention<kType, kLanes, kQ>,
+    launch_overlapping("attend", kernel,
                        dim3(static_cast<unsigned>(n_splits), static_cast<unsigned>(kv.n_kv_heads),
                             static_cast<unsigned>(n_chunks)),
-                       kDecodeThreads, kDecodeShared<kType, kLanes, kQ>, stream_,
+                       kDecodeThreads, shared_bytes, stream_,
                        DecodeProblem{p, sums, states, n_arrived});
   }
 

@@ -3,8 +3,6 @@
 // (FlashAttention, 2205.14135; Flash-Decoding splits the tokens).
 #pragma once
 
-#include <algorithm>
-
 #include "attention/exact_cuda.cuh"
 #include "kvstore/row_cuda.cuh"
 
@@ -39,6 +37,37 @@ struct DecodeState {
       m[i] = kLowest, l[i] = 0;
       for (float& x : o[i]) x = 0;
     }
+  }
+
+  // Where join_teams() expects them.
+  template <int kLanes>
+  __device__ void store() const {
+    constexpr int kTeams = kDecodeThreads / kLanes, kDim = kLanes * kRowUnit;
+    float* sums = dynamic_shared<float>();
+    float* states = sums + kTeams * kQ * kDim;
+    const int team = static_cast<int>(threadIdx.x) / kLanes;
+    const int lane = static_cast<int>(threadIdx.x) % kLanes;
+#pragma unroll
+    for (int i = 0; i < kQ; ++i) {
+      if (lane == 0) states[(team * kQ + i) * 2] = m[i];
+      if (lane == 0) states[(team * kQ + i) * 2 + 1] = l[i];
+#pragma unroll
+      for (int j = 0; j < kRowUnit; ++j)
+        sums[(team * kQ + i) * kDim + lane * kRowUnit + j] = o[i][j];
+    }
+  }
+};
+
+// The tokens that a block takes, kTurn at a time: the first n_splits blocks have some.
+struct DecodeSplit {
+  int n_splits, begin, end;
+
+  __device__ DecodeSplit(int kv_len, int turn) {
+    const int max_splits = static_cast<int>(gridDim.x);
+    const int least = max((kv_len + max_splits - 1) / max_splits, kMinSpan);
+    const int span = (least + turn - 1) / turn * turn;
+    n_splits = (kv_len + span - 1) / span;
+    begin = static_cast<int>(blockIdx.x) * span, end = min(begin + span, kv_len);
   }
 };
 
@@ -86,24 +115,16 @@ __device__ inline void absorb(DecodeState<kQ>& state, int i, const float (&q)[kR
   }
 }
 
-// Joins the teams of a block: queries' sums and states into their part, or o where nothing is
-// split.
-template <int kLanes, int kQ>
-__device__ void join_teams(const DecodeProblem& p, DecodeState<kQ>& state, int kv_head, int first,
-                           int n_splits) {
-  constexpr int kTeams = kDecodeThreads / kLanes, kDim = kLanes * kRowUnit;
-  float* sums = dynamic_shared<float>();      // team x kQ x kDim
-  float* states = sums + kTeams * kQ * kDim;  // team x kQ x {m, l}
-  const int team = static_cast<int>(threadIdx.x) / kLanes;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-#pragma unroll
-  for (int i = 0; i < kQ; ++i) {
-    if (lane == 0) states[(team * kQ + i) * 2] = state.m[i];
-    if (lane == 0) states[(team * kQ + i) * 2 + 1] = state.l[i];
-#pragma unroll
-    for (int j = 0; j < kRowUnit; ++j)
-      sums[(team * kQ + i) * kDim + lane * kRowUnit + j] = state.o[i][j];
-  }
+// Floats that join_teams() reads: team x kQ x kDim sums, then team x kQ x {m, l}.
+template <int kTeams, int kQ, int kDim>
+constexpr std::size_t kJoinShared = sizeof(float) * kTeams* kQ*(kDim + 2);
+
+// Joins the teams of a block, whose sums and states stand in shared memory: queries' sums and
+// states into their part, or o where nothing is split.
+template <int kTeams, int kQ, int kDim>
+__device__ void join_teams(const DecodeProblem& p, int kv_head, int first, int n_splits) {
+  const float* sums = dynamic_shared<float>();
+  const float* states = sums + kTeams * kQ * kDim;
   __syncthreads();  // all states and sums are there
   for (int n = static_cast<int>(threadIdx.x); n < kQ * p.head_dim; n += kDecodeThreads) {
     const int i = n / p.head_dim, d = n % p.head_dim, query = first + i;
@@ -173,120 +194,55 @@ __device__ void join_splits(const DecodeProblem& p, int kv_head, int first, int 
   }
 }
 
-// A thread's units of the keys and values of kBatch tokens in a row, batch after batch. 16-bit
-// numbers come through a ring in shared memory, some batches ahead; what is packed tighter stands
-// at no multiple of 16 bytes and is loaded when it is asked for.
-template <KvType kType, int kBatch>
-class TokenRing {
- public:
-  static constexpr int kStages = RowUnit<kType>::kWide ? 4 : 1;
-  static constexpr std::size_t kBytes =
-      RowUnit<kType>::kWide ? std::size_t{kStages} * 2 * kBatch * kDecodeThreads * 16 : 0;
-
-  __device__ TokenRing(const DeviceRows& rows, int kv_head, int unit, int end)
-      : rows_(rows), kv_head_(kv_head), unit_(unit), end_(end) {}
-
-  // Begins to copy the batch from `token` on, if it is before the end. A batch stands in one page.
-  __device__ void fetch(int token) {
-    if constexpr (RowUnit<kType>::kWide) {
-      if (token < end_) {
-        const std::byte* key = rows_.key(kv_head_, token) + unit_ * 16;
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          const bool exists = token + b < end_;
-          cp_async_16(at(to_, 2 * b), key + b * rows_.row_bytes, exists);
-          cp_async_16(at(to_, 2 * b + 1), key + b * rows_.row_bytes + rows_.value_offset, exists);
-        }
-      }
-      cp_async_commit();
-      to_ = to_ + 1 == kStages ? 0 : to_ + 1;
-    }
-  }
-
-  // The batch from `token` on, which was fetched kStages - 1 batches ago.
-  __device__ void take(RowUnit<kType> (&k)[kBatch], RowUnit<kType> (&v)[kBatch], int token) {
-    if constexpr (RowUnit<kType>::kWide) {
-      cp_async_wait<kStages - 2>();
-      if (token < end_) {
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-          k[b].set(*at(from_, 2 * b)), v[b].set(*at(from_, 2 * b + 1));
-      }
-      from_ = from_ + 1 == kStages ? 0 : from_ + 1;
-    } else if (token < end_) {
-      const std::byte* key = rows_.key(kv_head_, token);
-#pragma unroll
-      for (int b = 0; b < kBatch; ++b) {
-        if (token + b >= end_) continue;
-        k[b].load(key + b * rows_.row_bytes, unit_);
-        v[b].load(key + b * rows_.row_bytes + rows_.value_offset, unit_);
-      }
-    }
-  }
-
- private:
-  __device__ uint4* at(int stage, int i) const {
-    return dynamic_shared<uint4>() + (stage * 2 * kBatch + i) * kDecodeThreads + threadIdx.x;
-  }
-  const DeviceRows& rows_;
-  int kv_head_, unit_, end_, to_ = 0, from_ = 0;
-};
-
-// Tokens that a team takes at a time.
-template <KvType kType, int kQ>
-constexpr int kDecodeBatch = RowUnit<kType>::kWide || kType == KvType::kF32 || kQ == 8 ? 2 : 4;
-
-template <KvType kType, int kLanes, int kQ>
-constexpr std::size_t kDecodeShared =
-    std::max(TokenRing<kType, kDecodeBatch<kType, kQ>>::kBytes,
-             sizeof(float) * kQ * (kDecodeThreads * kRowUnit + kDecodeThreads / kLanes * 2));
+template <int kLanes, int kQ>
+constexpr std::size_t kDecodeShared = kJoinShared<kDecodeThreads / kLanes, kQ, kLanes * kRowUnit>;
 
 // Computes  o = softmax(q K^T / sqrt(head_dim)) V of kQ queries of a k/v head, each over the tokens
 //           that it sees
 // Grid      splits of the tokens x k/v heads x chunks of kQ queries
 // Block     kDecodeThreads; teams of kLanes lanes (8 kLanes >= head_dim) take kBatch tokens in turn
-// Shared    kDecodeShared<kType, kLanes, kQ>: the ring of tokens, then what teams join
+// Shared    kDecodeShared<kLanes, kQ>: what teams join
 // Bytes     reads keys and values once a chunk, and q; writes o; writes and reads head_dim + 2
 //           numbers a query and split
 template <KvType kType, int kLanes, int kQ>
 __global__ void __launch_bounds__(kDecodeThreads, kQ == 8 ? kDecodeBlocks : kDecodeBlocks + 1)
     decode_attention(DecodeProblem p) {
   constexpr int kTeams = kDecodeThreads / kLanes;
-  constexpr int kBatch = kDecodeBatch<kType, kQ>;
+  constexpr int kBatch = kQ == 8 || kType == KvType::kF32 ? 2 : 4;
   constexpr int kTurn = kTeams * kBatch;  // tokens of the block at a time
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int kv_len = *p.kv.kv_len, kv_head = static_cast<int>(blockIdx.y);
   const int first_query = static_cast<int>(blockIdx.z) * kQ;
-  const int max_splits = static_cast<int>(gridDim.x);
-  const int least = max((kv_len + max_splits - 1) / max_splits, kMinSpan);
-  const int span = (least + kTurn - 1) / kTurn * kTurn, n_splits = (kv_len + span - 1) / span;
-  const int begin = static_cast<int>(blockIdx.x) * span, end = min(begin + span, kv_len);
-  if (begin >= end) return;
+  const DecodeSplit split(kv_len, kTurn);
+  if (split.begin >= split.end) return;
   const int lane = static_cast<int>(threadIdx.x) % kLanes;
   const int team = static_cast<int>(threadIdx.x) / kLanes;
   const int unit =
       min(lane, p.head_dim / kRowUnit - 1);  // lanes beyond the head: its last, times 0
 
-  TokenRing<kType, kBatch> ring(p.kv.rows, kv_head, unit, end);
-  for (int i = 0; i + 1 < ring.kStages; ++i) ring.fetch(begin + i * kTurn + team * kBatch);
   float q[kQ][kRowUnit];
   load_queries(q, p, kv_head, first_query, lane);
   DecodeState<kQ> state;
   state.reset();
-  for (int turn = begin; turn < end; turn += kTurn) {  // all lanes of a warp stay together
+  for (int turn = split.begin; turn < split.end; turn += kTurn) {  // warps stay together
     const int token = turn + team * kBatch;
-    RowUnit<kType> k[kBatch] = {}, v[kBatch] = {};
-    ring.take(k, v, token);
-    ring.fetch(token + (ring.kStages - 1) * kTurn);
+    const std::byte* key = p.kv.rows.key(kv_head, min(token, kv_len - 1));
+    RowUnit<kType> k[kBatch] = {}, v[kBatch] = {};  // a batch stands in one page
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (token + b >= split.end) continue;
+      k[b].load(key + b * p.kv.rows.row_bytes, unit);
+      v[b].load(key + b * p.kv.rows.row_bytes + p.kv.rows.value_offset, unit);
+    }
 #pragma unroll
     for (int i = 0; i < kQ; ++i)
       absorb<kType, kLanes>(state, i, q[i], k, v,
-                            min(end, p.visible(kv_len, first_query + i)) - token);
+                            min(split.end, p.visible(kv_len, first_query + i)) - token);
   }
-  __syncthreads();  // nobody reads the ring any more
-  join_teams<kLanes>(p, state, kv_head, first_query, n_splits);
-  if (n_splits > 1) join_splits<kQ>(p, kv_head, first_query, n_splits);
+  state.template store<kLanes>();
+  join_teams<kTeams, kQ, kLanes * kRowUnit>(p, kv_head, first_query, split.n_splits);
+  if (split.n_splits > 1) join_splits<kQ>(p, kv_head, first_query, split.n_splits);
 }
 
 }  // namespace thaw

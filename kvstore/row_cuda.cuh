@@ -39,11 +39,6 @@ struct RowUnit {
   std::uint32_t words[kType == KvType::kF32 ? 8 : 4];
   float scale;
 
-  // All 16 bytes of a unit of 16-bit numbers.
-  __device__ void set(uint4 all) {
-    words[0] = all.x, words[1] = all.y, words[2] = all.z, words[3] = all.w;
-  }
-
   // Unit u of a row: numbers 8 u to 8 u + 7. Rows of 16-bit and 32-bit numbers stand at multiples
   // of 16 bytes, blocks at multiples of 2.
   __device__ void load(const std::byte* row, int u) {
