@@ -121,7 +121,10 @@ inline constexpr int kGemvWarps = kGemvThreads / kWarp;
 // Blocks of a multiprocessor at the same time: with the ring they ask for more bytes than the
 // memory's latency swallows, and leave room for the next kernel's blocks.
 inline constexpr int kGemvBlocks = 2;
-inline constexpr int kGemvStages = 7;  // steps of the ring: one is multiplied, the others arrive
+// Steps of the ring: one is multiplied, the others arrive. A block of the widest product and two of
+// another, or the other way round, fit into a multiprocessor's shared memory: kernels overlap.
+template <DType kType>
+inline constexpr int kGemvStages = WeightUnit<kType>::kHasScale ? 5 : 6;
 inline constexpr std::size_t kGemvStaged = 64
                                            << 10;  // bytes of activations in shared memory, at most
 
@@ -136,7 +139,7 @@ struct WeightStep {
   static constexpr int kSize = kWarp + kScales;
 };
 template <DType kType>
-constexpr std::size_t kGemvRing = std::size_t{kGemvWarps} * kGemvStages * 2 *
+constexpr std::size_t kGemvRing = std::size_t{kGemvWarps} * kGemvStages<kType> * 2 *
                                   WeightStep<kType>::kSize * sizeof(uint4);
 
 struct GemvInput {
@@ -302,14 +305,14 @@ class WeightRing {
     }
     cp_async_commit();
     ++step_;
-    slot_ = slot_ + 1 == kGemvStages ? 0 : slot_ + 1;
+    slot_ = slot_ + 1 == kGemvStages<kType> ? 0 : slot_ + 1;
   }
 
   // Asks for what follows of the first pair's rows, as far as it is soon needed.
   __device__ void prefetch() const {
     const auto* codes = reinterpret_cast<const unsigned char*>(
         lane_index() < kWarp / 2 ? rows_[0].codes : rows_[1].codes);
-    const int begin = (kGemvStages - 1) * kWarp * 16 + lane_index() % (kWarp / 2) * kLine;
+    const int begin = (kGemvStages<kType> - 1) * kWarp * 16 + lane_index() % (kWarp / 2) * kLine;
     const int end = min(units_ * 16, begin + kMostPrefetched);
     for (int at = begin; at < end; at += kWarp / 2 * kLine) prefetch_line(codes + at);
   }
@@ -433,11 +436,11 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
   using Step = WeightStep<kType>;
   auto* shared = dynamic_shared<unsigned char>();
   uint4* ring = reinterpret_cast<uint4*>(shared + kT * Staged<kType>::bytes(in.chunk)) +
-                warp_index() * kGemvStages * 2 * Step::kSize;
+                warp_index() * kGemvStages<kType> * 2 * Step::kSize;
   const int pairs_a_turn = static_cast<int>(gridDim.x) * kGemvWarps;
   const int first_pair = static_cast<int>(blockIdx.x) * kGemvWarps + warp_index();
   WeightRing<kType, Op> weights(op, ring, first_pair, pairs_a_turn, in.cols);
-  for (int i = 0; i + 1 < kGemvStages; ++i) weights.fetch();
+  for (int i = 0; i + 1 < kGemvStages<kType>; ++i) weights.fetch();
   if (first_pair < op.n_pairs()) weights.prefetch();
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -461,7 +464,7 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
       }
       const int end = min(in.chunk, in.cols - begin);
       for (int at = 0; at < end; at += Step::kElements) {
-        cp_async_wait<kGemvStages - 2>();
+        cp_async_wait<kGemvStages<kType> - 2>();
         __syncwarp();  // this step is there for all lanes, and they are through with the one before
         weights.fetch();
         const int unit = at / WeightUnit<kType>::kElements + lane_index();
@@ -471,7 +474,7 @@ __global__ void __launch_bounds__(kGemvThreads, kT == 1 ? kGemvBlocks + 1 : kGem
           else
             multiply_floats<kType>(sums, ring + slot * 2 * Step::kSize, shared, in.chunk, unit);
         }
-        slot = slot + 1 == kGemvStages ? 0 : slot + 1;
+        slot = slot + 1 == kGemvStages<kType> ? 0 : slot + 1;
       }
     }
     if (turn == 0 && in.norm != nullptr) {

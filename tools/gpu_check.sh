@@ -6,6 +6,9 @@
 #   tools/gpu_check.sh --emulated [DIR]    the same steps on the emulator, with tiny sizes, so that
 #                                          this script is known to work; default DIR: build
 #
+# FORMATS, DEPTHS and PROMPTS in the environment replace what is measured: "bf16 q8_0 q4_0",
+# 512,8192,32768,131072 and 512,4096,32768.
+#
 # build/thaw-cuda and build/thaw-cuda-tests are used as they are where they stand, and built where
 # they do not. Exits with 1 when something is wrong, and says what; a step that needs what this
 # machine lacks (compute-sanitizer, weights, torch) is left out, and the results say so.
@@ -20,7 +23,8 @@ if $emulated; then
   shape=tiny formats="q8_0" depths=4,40 prompts=9 tokens=2 repetitions=1 answer=2
 else
   out=${1:-docs} thaw=build/thaw-cuda tests=build/thaw-cuda-tests
-  shape=8b formats="bf16 q8_0 q4_0" depths=512,8192,32768,131072 prompts=512,4096,32768
+  shape=8b formats=${FORMATS:-bf16 q8_0 q4_0} depths=${DEPTHS:-512,8192,32768,131072}
+  prompts=${PROMPTS:-512,4096,32768}
   tokens=32 repetitions=5 answer=48
 fi
 model=weights/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -58,7 +62,7 @@ run_tests() {
 
 # A short run of everything that decoding and prompts launch.
 small_run() {
-  "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 0,150 --policy full,thaw
+  "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 150 --policy full,thaw
 }
 # The same without cuBLASLt, whose results initcheck takes for memory that nobody wrote: it does not
 # see what the tensor memory accelerator stores.
@@ -107,16 +111,18 @@ for format in $formats; do
 done
 step "ops, $shape" measure ops --weights "${formats##* }" -n 4 -d "${depths%%,*}" \
   --policy full,thaw --op embed,qkv,append,attend,settle,project_add,gate_up,logits
+facts=emulator
+$emulated || facts=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,compute_cap \
+  --format=csv,noheader 2>/dev/null | head -n 1)
+results() { python3 tools/gpu_results.py "$work" "$out" "$facts"; }
 if $emulated; then
   leave_out "transformers" "there is no device"
 elif python3 -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
+  results  # the last step takes longest, and may be cut off
   step "transformers, $shape bf16" bash -c "python3 tools/gpu_peer.py >'$work/peer.json'"
 else
   leave_out "transformers" "no torch with CUDA"
 fi
-facts=emulator
-$emulated || facts=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,compute_cap \
-  --format=csv,noheader 2>/dev/null | head -n 1)
-step "write $out/gpu-results.md" python3 tools/gpu_results.py "$work" "$out" "$facts"
+step "write $out/gpu-results.md" results
 [ "$failed" -eq 0 ] || echo "gpu_check: failed steps: $failed"
 [ "$failed" -eq 0 ]

@@ -20,7 +20,7 @@ constexpr LeftOut kLeftOut[] = {
     {"*any call that fails is one clear error", "calls that fail when they are told to"},
     {"cuda tiers: pinned memory that is refused*", "calls that fail when they are told to"},
     {"cuda forward: times are of work that is done", "a device with little memory"},
-    {"cuda forward: prompts go in steps of 2,048*", "a device with little memory"},
+    {"cuda forward: prompts go in steps of 2?048*", "a device with little memory"},
     {"cuda tiers: a prompt whose staged rows are refused*", "a device with little memory"},
     {"cuda store: what does not fit is refused*", "a device with little memory"},
     {"cuda tiers: while memory is refused*", "a device with little memory"},
