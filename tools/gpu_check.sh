@@ -32,6 +32,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 failed=0
+limited="timeout 120"  # a step that takes longer has failed; the others still have their turn
 
 # step NAME COMMAND..: runs it; its end is shown only when it fails. One line a step in steps.txt.
 step() {
@@ -57,17 +58,16 @@ build() {
 
 # On a device every case is a process of its own: what one breaks there, no other sees.
 run_tests() {
-  if $emulated; then $tests; else python3 tests/cases.py "$tests"; fi
+  if $emulated; then $tests; else $limited python3 tests/cases.py "$tests"; fi
 }
 
 # A short run of everything that decoding and prompts launch.
 small_run() {
   "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 150 --policy full,thaw
 }
-# The same without cuBLASLt, whose results initcheck takes for memory that nobody wrote: it does not
-# see what the tensor memory accelerator stores.
-decode_run() {
-  "$@" "$thaw" bench --random tiny --backend cuda -p 5 -n 150 -r 1 --policy full,thaw
+# initcheck sees only what kernels of our own store, so it gets what needs no cuBLASLt.
+memory_tests() {
+  "$@" "$tests" -tc="cuda attention*,cuda tiered*,cuda tiers*,cuda residency*,cuda lanes*"
 }
 
 # The real model writes on the GPU what it writes on the CPU, under a policy.
@@ -83,16 +83,18 @@ checked_ops() {
 measure() {
   local name=$1
   shift
-  "$thaw" bench --random "$shape" --backend cuda -r "$repetitions" -q --json "$@" >"$work/$name.json"
+  $limited "$thaw" bench --random "$shape" --backend cuda -r "$repetitions" -q --json "$@" >"$work/$name.json"
 }
 
 step "build" build
 step "tests on the device" run_tests
 if ! $emulated && command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    step "compute-sanitizer $tool" small_run compute-sanitizer --tool "$tool" --error-exitcode 1
+    step "compute-sanitizer $tool" small_run $limited \
+      compute-sanitizer --tool "$tool" --error-exitcode 1
   done
-  step "compute-sanitizer initcheck" decode_run compute-sanitizer --tool initcheck --error-exitcode 1
+  step "compute-sanitizer initcheck" memory_tests $limited \
+    compute-sanitizer --tool initcheck --error-exitcode 1
 else
   leave_out "compute-sanitizer" "$($emulated && echo "there is no device" || echo "not in PATH")"
   step "a short run" small_run
@@ -119,7 +121,7 @@ if $emulated; then
   leave_out "transformers" "there is no device"
 elif python3 -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
   results  # the last step takes longest, and may be cut off
-  step "transformers, $shape bf16" bash -c "python3 tools/gpu_peer.py >'$work/peer.json'"
+  step "transformers, $shape bf16" bash -c "$limited python3 tools/gpu_peer.py >'$work/peer.json'"
 else
   leave_out "transformers" "no torch with CUDA"
 fi
