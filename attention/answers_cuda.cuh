@@ -3,7 +3,7 @@
 // the CPU (kvstore/ghost.h).
 #pragma once
 
-#include "attention/ghosts_cuda.cuh"
+#include "attention/score_cuda.cuh"
 
 namespace thaw {
 

@@ -7,7 +7,7 @@
 //   finish_decode  all states together: o and statistics
 // Where frozen tokens are mute, attend_hot stands for the first two. The definition is TieredDecode
 // (attention/tiered_cpu.h). Here is what they are given, and how rows are attended; the kernels are
-// in attention/ghosts_cuda.cuh, attention/answers_cuda.cuh and attention/finish_cuda.cuh.
+// in attention/score_cuda.cuh, attention/answers_cuda.cuh and attention/finish_cuda.cuh.
 #pragma once
 
 #include "attention/tile_cuda.cuh"

@@ -2,7 +2,7 @@
 
 #include "device/error.h"
 #include "model/gemm_cuda.h"
-#include "model/gemv_cuda.cuh"
+#include "model/weight_unit_cuda.cuh"
 #include "model/pack_cuda.cuh"
 
 namespace thaw {

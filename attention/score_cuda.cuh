@@ -1,0 +1,176 @@
+// The first kernel of a decode step over two tiers: scores of hot rows and of ghosts.
+#pragma once
+
+#include "attention/ghosts_cuda.cuh"
+
+namespace thaw {
+
+__device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
+  return kv_len >= p.kv.ghosts.centre_tokens ? kv_len : 0;
+}
+
+// m and l of the lanes' tokens into p.scored.
+__device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
+                                   int split, const float (&m)[kTiledQueries],
+                                   const float (&l)[kTiledQueries]) {
+#pragma unroll
+  for (int i = 0; i < kTiledQueries; ++i) {
+    if (i >= chunk.n) break;
+    const float peak = warp_max(m[i]), sum = warp_sum(l[i] * power(m[i], peak));
+    float* state = states + 2 * (warp_index() * kTiledQueries + i);
+    if (lane_index() == 0) state[0] = peak, state[1] = sum;
+  }
+  __syncthreads();  // all warps' states are there
+  const int query = static_cast<int>(threadIdx.x);
+  if (query >= chunk.n) return;
+  PowerState all;
+  for (int w = 0; w < kTiledWarps; ++w)
+    all.m = fmaxf(all.m, states[2 * (w * kTiledQueries + query)]);
+  for (int w = 0; w < kTiledWarps; ++w) {
+    const float* state = states + 2 * (w * kTiledQueries + query);
+    all.l += state[1] * power(state[0], all.m);
+  }
+  p.scored.set_state(chunk.head + query, split, all);
+}
+
+// Scores of the ghosts of a k/v head's spans, one after another: while one is scored, the next is
+// on its way, and where the one behind that stands.
+template <int kBits>
+class GhostScorer {
+ public:
+  __device__ GhostScorer(const TieredProblem& p, float* shared, const GhostQueryLayout& at,
+                         const QueryChunk& chunk)
+      : p_(p), shared_(shared), at_(at), chunk_(chunk) {
+#pragma unroll
+    for (float& x : m) x = kLowest;
+  }
+  float m[kTiledQueries], l[kTiledQueries] = {};  // of this lane's tokens
+
+  __device__ void score(const Share& share, int kv_len) {
+    const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
+    int span = share.begin / GhostRope::kSpan;
+    find(span, end, kv_len);
+    for (int query = warp_index(); query < chunk_.n; query += kTiledWarps) {
+      if (query != warp_index()) load_query(query);
+      prepare_ghost_query(shared_, at_, p_, query_, query);
+    }
+    load(span, end);
+    find(span + 1, end, kv_len);
+    for (int buffer = 0; span < end; ++span, buffer ^= 1) {
+      for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
+        turn_ghost_query(shared_, at_, angle_, rope().n_fast, p_.head_dim / 2, query, buffer);
+      __syncthreads();  // all queries are turned, and the span before last is read
+      score_span(span, end, kv_len, buffer);
+    }
+  }
+  __device__ void load_query(int query) {
+    if (query < chunk_.n) query_.load(shared_, at_, p_, chunk_.kv_head, chunk_.first + query);
+  }
+
+ private:
+  __device__ const DeviceRope& rope() const { return p_.kv.ghosts.rope; }
+
+  __device__ void find(int span, int end, int kv_len) {
+    const int group = span * kSpanGroups + warp_index();
+    silent_ = ~0u;
+    if (span >= end || group * kGhostGroup >= kv_len) return;
+    silent_ = silent_tokens(p_, chunk_.lane, group, kv_len);
+    group_ = p_.kv.ghosts.group(chunk_.kv_head, group);
+  }
+  __device__ void load(int span, int end) {
+    ahead_.silent = silent_, ahead_.at = group_;
+    ahead_.load(p_.kv.ghosts.format);
+    if (span < end) angle_.load(rope(), p_.head_dim / 2, span);
+  }
+
+  __device__ void score_span(int span, int end, int kv_len, int buffer) {
+    const std::uint32_t silent = ahead_.silent;
+    const float scale = ahead_.scale;
+    int dots[kTiledQueries] = {};
+    if (silent != ~0u)
+      ahead_.dot(dots, shared_ + at_.codes, chunk_.n, p_.kv.ghosts.format.padded_dim());
+    load(span + 1, end);
+    find(span + 2, end, kv_len);
+    const int place = warp_index() * kGhostGroup + token_of_lane();
+    float centre[kTiledQueries] = {};
+    if (silent != ~0u)
+      score_centres(centre, shared_ + at_.turned + buffer * at_.turned_size, chunk_.n,
+                    shared_ + at_.rows, 2 * rope().n_fast + 4, place);
+    float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
+                    span * GhostRope::kSpan + place;
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i) {
+      if (i >= chunk_.n) break;
+      const float product = static_cast<float>(dots[i]) + shared_[at_.offset + i];
+      const float s = (silent >> token_of_lane() & 1u) != 0
+                          ? kLowest
+                          : fmaf(shared_[at_.scale + i] * scale, product, centre[i]);
+      scores[static_cast<std::int64_t>(i) * p_.ghost_stride] = s;
+      const float peak = fmaxf(m[i], s);
+      l[i] = l[i] * power(m[i], peak) + power(s, peak);
+      m[i] = peak;
+    }
+  }
+
+  const TieredProblem& p_;
+  float* shared_;
+  const GhostQueryLayout& at_;
+  const QueryChunk chunk_;
+  std::uint32_t silent_;
+  const std::byte* group_ = nullptr;
+  GroupAhead<kBits> ahead_;
+  SpanAngle angle_;
+  QueryAhead query_;
+};
+
+// The ghosts of a split: scores, and m and l.
+template <int kBits>
+__device__ inline void score_ghosts(const TieredProblem& p, float* shared,
+                                    const GhostQueryLayout& at, int split) {
+  const QueryChunk chunk(p);
+  const int kv_len = *p.kv.kv_len;
+  GhostScorer<kBits> scorer(p, shared, at, chunk);
+  if (p.kv.ghosts.rope.rows != nullptr)
+    scorer.load_query(warp_index());  // kv_len is on its way, too
+  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
+  if (share.begin < share.end) scorer.score(share, kv_len);
+  join_scores(p, shared + at.states, chunk, split, scorer.m, scorer.l);
+}
+
+// Computes  of up to kTiledQueries queries of a k/v head: scores with its lane's hot rows, and a
+//           state with sums a split; scores with the ghosts of its tokens, kLowest for hot ones,
+//           and m and l of each split
+// Grid      splits of the hot rows, then of the spans x k/v heads x chunks of queries
+// Block     kTiledThreads; a tile of rows at a time, or a span, a warp for each of its groups
+// Shared    RowTileLayout or GhostQueryLayout
+// Bytes     reads the rows' keys and values once a chunk; the rope's tables, and key codes and
+//           their scales once a chunk, but not those of groups that are all hot; writes a score a
+//           query and row, and a query and token
+template <KvType kType, int kBits>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_tiers(TieredProblem p) {
+  const GhostQueryLayout at(p.kv.ghosts.format, p.kv.ghosts.rope.n_fast);
+  float* shared = dynamic_shared<float>();
+  const int split = static_cast<int>(blockIdx.x) - p.hot.n_splits;
+  if (split >= 0) load_rope_tables(shared, at, p);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  __syncthreads();  // the rope's tables are there
+  if (split < 0)
+    attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.x));
+  else
+    score_ghosts<kBits>(p, shared, at, split);
+}
+
+// Computes  what score_tiers() does of hot rows, where frozen tokens are mute
+// Grid      splits of the hot rows x k/v heads x chunks of queries
+// Block     kTiledThreads
+// Shared    RowTileLayout
+// Bytes     reads the rows' keys and values once a chunk; writes a score a query and row
+template <KvType kType>
+__global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attend_hot(TieredProblem p) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  attend_hot_rows<kType>(p, dynamic_shared<float>(), static_cast<int>(blockIdx.x));
+}
+
+}  // namespace thaw
