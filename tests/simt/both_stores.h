@@ -45,8 +45,8 @@ class LastStep final : public KvRecorder {
   bool same_as(const LastStep& other) const {
     const KvStep &a = step_, &b = other.step_;
     return a.step == b.step && a.length == b.length && a.cold_bytes_read == b.cold_bytes_read &&
-           a.layers.size() == b.layers.size() &&
-           std::memcmp(a.layers.data(), b.layers.data(), a.layers.size() * sizeof a.layers[0]) == 0;
+           std::equal(a.layers.begin(), a.layers.end(), b.layers.begin(), b.layers.end(),
+                      [](const auto& x, const auto& y) { return !std::memcmp(&x, &y, sizeof x); });
   }
 
  private:
