@@ -181,8 +181,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks + 1) decode_tile
     state.add_values(s, tiles + turn * kTile + kDecodeTileNumbers<kDim>);
     __syncwarp();  // nobody reads this tile any more: the turn after the next overwrites it
   }
-  cp_async_wait<0>();
-  __syncthreads();  // nobody reads tiles any more
+  __syncthreads();  // nobody reads tiles any more, and none is on its way
   float* sums = dynamic_shared<float>();
   float* states = sums + kDecodeWarps * kDecodeTileQueries * kDim;
   state.store(sums + warp_index() * kDecodeTileQueries * kDim,
