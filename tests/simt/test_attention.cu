@@ -9,6 +9,7 @@
 // are rounded to f16 as well, which doubles it. Twice that leaves room for chance.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -148,6 +149,9 @@ Stats stats_of(const Case& c, const KvStore& kv, const Vector& q, int stats_rows
   const int n_lanes = c.n_kv_heads / lane_heads, stride = c.kv_len + 3;
   const auto n = static_cast<std::size_t>(n_lanes * stride);
   const DeviceBuffer<float> out(2 * n + static_cast<std::size_t>(n_lanes), "statistics");
+  constexpr float kUntouched = -1;  // no statistic is negative
+  Vector got(out.size(), kUntouched);
+  copy_to_device(out.data(), got.data(), got.size(), stream);
   KvView view = pages.view();
   DeviceView device = *view.device;
   device.stats.stride = stride;
@@ -159,8 +163,9 @@ Stats stats_of(const Case& c, const KvStore& kv, const Vector& q, int stats_rows
   AttentionStats stats;
   attention->attend(o.data(), dq.data(), c.n_rows, c.n_heads(), view, stats, stats_rows);
   CHECK(stats.n_rows == stats_rows);
-  Vector got(out.size());
   copy_to_host(got.data(), out.data(), got.size(), stream);
+  CHECK(std::count(got.begin(), got.end(), kUntouched) ==
+        n_lanes * (relevant ? 2 * 3 : 3 + stride));  // nothing behind kv_len
   Stats all;
   for (int i = 0; i < n_lanes; ++i) {
     const auto lane = got.begin() + i * stride;
