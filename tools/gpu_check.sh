@@ -7,7 +7,8 @@
 #                                          this script is known to work; default DIR: build
 #
 # FORMATS, DEPTHS and PROMPTS in the environment replace what is measured: "bf16 q8_0 q4_0",
-# 512,8192,32768,131072 and 512,4096,32768.
+# 512,8192,32768 and 512,4096; the last format also gets LONG_DEPTHS and LONG_PROMPTS, which take
+# longest: 131072 and 32768.
 #
 # build/thaw-cuda and build/thaw-cuda-tests are used as they are where they stand, and built where
 # they do not. Exits with 1 when something is wrong, and says what; a step that needs what this
@@ -20,11 +21,12 @@ if [ "${1:-}" = --emulated ]; then emulated=true && shift; fi
 case ${1:-} in -*) echo "gpu_check: expected --emulated or a folder, found '$1'" >&2; exit 2 ;; esac
 if $emulated; then
   out=${1:-build} thaw=build/thaw-emulated tests="build/thaw-simt-tests -tc=*attention:*refused*"
-  shape=tiny formats="q8_0" depths=4,40 prompts=9 tokens=2 repetitions=1 answer=2
+  shape=tiny formats="f16 q8_0" depths=4 prompts=9 long_depths=40 long_prompts=20
+  tokens=2 repetitions=1 answer=2
 else
   out=${1:-docs} thaw=build/thaw-cuda tests=build/thaw-cuda-tests
-  shape=8b formats=${FORMATS:-bf16 q8_0 q4_0} depths=${DEPTHS:-512,8192,32768,131072}
-  prompts=${PROMPTS:-512,4096,32768}
+  shape=8b formats=${FORMATS:-bf16 q8_0 q4_0} depths=${DEPTHS:-512,8192,32768}
+  prompts=${PROMPTS:-512,4096} long_depths=${LONG_DEPTHS:-131072} long_prompts=${LONG_PROMPTS:-32768}
   tokens=32 repetitions=5 answer=48
 fi
 model=weights/SmolLM2-135M-Instruct.Q4_1.gguf
@@ -65,9 +67,13 @@ run_tests() {
 small_run() {
   "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 150 --policy full,thaw
 }
-# initcheck sees only what kernels of our own store, so it gets what needs no cuBLASLt.
-memory_tests() {
-  "$@" "$tests" -tc="cuda attention*,cuda tiered*,cuda tiers*,cuda residency*,cuda lanes*"
+# initcheck sees only what kernels of our own store, so it gets what needs no cuBLASLt. Tests copy
+# whole buffers to the host and look at what is there: that is no error, a kernel that reads is.
+no_uninitialized_reads() {
+  $limited compute-sanitizer --tool initcheck --show-backtrace no --print-limit 1000000 \
+    --log-file "$work/initcheck" "$tests" \
+    -tc="cuda attention*,cuda tiered*,cuda tiers*,cuda residency*,cuda lanes*" || return
+  grep -q 'ERROR SUMMARY' "$work/initcheck" && ! grep -m 5 -A 3 'Uninitialized __' "$work/initcheck"
 }
 
 # The real model writes on the GPU what it writes on the CPU, under a policy.
@@ -93,8 +99,7 @@ if ! $emulated && command -v compute-sanitizer >/dev/null; then
     step "compute-sanitizer $tool" small_run $limited \
       compute-sanitizer --tool "$tool" --error-exitcode 1
   done
-  step "compute-sanitizer initcheck" memory_tests $limited \
-    compute-sanitizer --tool initcheck --error-exitcode 1
+  step "compute-sanitizer initcheck" no_uninitialized_reads
 else
   leave_out "compute-sanitizer" "$($emulated && echo "there is no device" || echo "not in PATH")"
   step "a short run" small_run
@@ -106,6 +111,7 @@ else
   leave_out "SmolLM2" "no weights (make weights)"
 fi
 for format in $formats; do
+  [ "$format" != "${formats##* }" ] || depths=$depths,$long_depths prompts=$prompts,$long_prompts
   step "decode, $shape $format" measure "decode-$format" --weights "$format" -p 0 -n "$tokens" \
     -d "$depths" --policy full,thaw
   step "prompts, $shape $format" measure "prompt-$format" --weights "$format" -p "$prompts" -n 0 \
