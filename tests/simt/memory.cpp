@@ -30,6 +30,7 @@ struct Allocation {
   std::size_t bytes;
   char* mapping;  // guard, pages, guard; the data ends at the second guard
   std::size_t mapping_bytes;
+  bool touched = false;  // device memory that can be touched now
 };
 
 struct Memories {
@@ -50,16 +51,29 @@ void protect(const Allocation& a, int protection) {
   mprotect(a.mapping + kGuard, a.mapping_bytes - 2 * kGuard, protection);
 }
 
-void protect_device(int protection) {
-  for (const auto& [at, allocation] : memories().allocations)
-    if (allocation.kind == Kind::kDevice) protect(allocation, protection);
+// Device memory can be touched by nobody until somebody may who does: opening all of it for every
+// kernel would take longer than most kernels do.
+bool open_touched(Allocation& a, std::uintptr_t at) {
+  const std::uintptr_t first = address(a.mapping) + kGuard;
+  const std::size_t bytes = a.mapping_bytes - 2 * kGuard;
+  if (a.kind != Kind::kDevice || a.touched || memories().open == 0) return false;
+  if (at < first || at >= first + bytes) return false;
+  a.touched = true;
+  protect(a, PROT_READ | PROT_WRITE);
+  return true;
+}
+
+void close_touched() {
+  for (auto& [at, a] : memories().allocations)
+    if (std::exchange(a.touched, false)) protect(a, PROT_NONE);
 }
 
 void explain_fault(int, siginfo_t* info, void*) {
   const std::uintptr_t at = address(info->si_addr);
-  for (const auto& [data, a] : memories().allocations) {
+  for (auto& [data, a] : memories().allocations) {
     const std::uintptr_t first = address(a.mapping);
     if (at < first || at >= first + a.mapping_bytes) continue;
+    if (open_touched(a, at)) return;
     const long offset = static_cast<long>(at - data);
     if (running() == nullptr && a.kind == Kind::kDevice && offset >= 0 && at < data + a.bytes)
       fatal("host code touched device memory: byte %ld of a buffer of %zu", offset, a.bytes);
@@ -76,9 +90,7 @@ void report_leaks() {
   _exit(1);
 }
 
-void prepare_once() {
-  static bool done = false;
-  if (std::exchange(done, true)) return;
+void handle_faults() {
   static char stack[64 << 10];
   const stack_t alternative = {.ss_sp = stack, .ss_flags = 0, .ss_size = sizeof stack};
   sigaltstack(&alternative, nullptr);
@@ -86,6 +98,12 @@ void prepare_once() {
   action.sa_sigaction = explain_fault;
   action.sa_flags = SA_SIGINFO | SA_ONSTACK;
   sigaction(SIGSEGV, &action, nullptr);
+}
+
+void prepare_once() {
+  static bool done = false;
+  if (std::exchange(done, true)) return;
+  handle_faults();
   std::atexit(report_leaks);
 }
 
@@ -112,7 +130,7 @@ void* allocate(Kind kind, std::size_t bytes) {
   std::memset(data + bytes, kTail, taken - bytes);
   poison(data + bytes, taken - bytes);
   if (kind == Kind::kDevice) memories().used += bytes;
-  if (kind == Kind::kDevice && memories().open == 0) protect(a, PROT_NONE);
+  if (kind == Kind::kDevice) protect(a, PROT_NONE);
   memories().allocations[address(data)] = a;
   return data;
 }
@@ -142,11 +160,12 @@ Kind kind_of(const void* at, std::size_t bytes) {
   return address(at) + bytes <= data + a.bytes ? a.kind : Kind::kPageable;
 }
 
+// doctest handles faults itself, from each case's beginning on.
 DeviceAccess::DeviceAccess() {
-  if (memories().open++ == 0) protect_device(PROT_READ | PROT_WRITE);
+  if (memories().open++ == 0) handle_faults();
 }
 DeviceAccess::~DeviceAccess() {
-  if (--memories().open == 0) protect_device(PROT_NONE);
+  if (--memories().open == 0) close_touched();
 }
 
 void fatal(const char* format, ...) {
