@@ -85,7 +85,7 @@ std::pair<float, float> round_to_grid(float* c, const float* x, int n, float ste
 // with the largest <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one
 // token and returns its scale.
 float round_to_codes(std::byte* codes, Place place, int token, int bits, const float* in,
-                     const float* mean, int head_dim, bool is_key) {
+                     const float* mean, int head_dim) {
   float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
   float best = -1, step = 0;
   for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
@@ -101,7 +101,7 @@ float round_to_codes(std::byte* codes, Place place, int token, int bits, const f
   const float half = static_cast<float>(1 << (bits - 1));
   for (int i = 0; i < head_dim; ++i)
     put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(c[i] + half)));
-  return is_key ? key_scale(squares, xc) : value_scale(xc, cc);
+  return unbiased_scale(squares, xc);
 }
 
 float read_scale(const std::byte* scales, int i, float unit) {
@@ -138,12 +138,11 @@ void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, 
                  const GhostCentre& centre) {
   std::byte* values = group + f.key_bytes();
   std::byte* scales = values + f.value_bytes();
-  const float key = round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean, f.head_dim,
-                                   true);
+  const float key = round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean, f.head_dim);
   scales[i] = static_cast<std::byte>(byte_of_scale(key, centre.key_unit));
   if (f.value_bits == 0) return;
   const float value = round_to_codes(values, value_place, i, f.value_bits, v, centre.value_mean,
-                                     f.head_dim, false);
+                                     f.head_dim);
   scales[f.scale_bytes() + i] = static_cast<std::byte>(byte_of_scale(value, centre.value_unit));
 }
 

@@ -61,14 +61,10 @@ THAW_HOST_DEVICE inline float grid_number(float x, float inverse, float half) {
   return (cell < -half ? -half : cell > half - 1 ? half - 1 : cell) + 0.5f;
 }
 
-// A scale of a vector x with the numbers c: for keys, unbiased, for values, of the least squares.
-THAW_HOST_DEVICE inline float key_scale(float squares, float xc) {
+// The unbiased scale of a vector x with the numbers c, from |x|^2 and <x,c>.
+THAW_HOST_DEVICE inline float unbiased_scale(float squares, float xc) {
   const float scale = xc > 0 ? squares / xc : 0.0f;
   return scale < INFINITY ? scale : 0.0f;
-}
-THAW_HOST_DEVICE inline float value_scale(float xc, float cc) {
-  const float scale = xc / cc;
-  return scale < INFINITY && scale > -INFINITY ? scale : 0.0f;
 }
 
 // The byte that stands for `scale`: the nearest in the scale of mantissas, 0 for nothing.

@@ -98,7 +98,7 @@ __device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
     const float c = grid_number(x[j], inverse, half);
     put_code<kIsKey>(codes, i, dim, bits, static_cast<unsigned>(static_cast<int>(c + half)));
   }
-  return kIsKey ? key_scale(squares, sums.xc) : value_scale(sums.xc, sums.cc);
+  return unbiased_scale(squares, sums.xc);
 }
 
 // The mean of a head's first keys, turned back to position 0, and values, and the units of their

@@ -28,7 +28,7 @@ kvstore/tiered_store.cpp|s/bounds_.share(kv_len + 1, entropy_);//|budgets
 # 7: the same seed, the same history
 kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
 # ghosts
-kvstore/ghost.cpp|s/is_key ? key_scale(squares, xc) : value_scale/value_scale/|the unbiased gain
+kvstore/ghost_code.h|s/xc > 0 ? squares \/ xc/xc > 0 ? 0.9f * squares \/ xc/|the unbiased gain
 kvstore/ghost_cpu.cpp|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
 kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
 kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
