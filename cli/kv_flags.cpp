@@ -29,9 +29,8 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   if (preset != "economy" || p.policy != Policy::kThaw) return;
   p.ghost_key_bits = 2;
   p.ghost_value_bits = 2;
-  p.epsilon = 1e-3f;
+  p.epsilon = 1.5e-3f;
   p.stay = 0;
-  p.window = 16;
 }
 
 }  // namespace
@@ -96,7 +95,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 1, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
-  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 24; asr: 32)", 0,
+  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 16; asr: 32)", 0,
                 1 << 24);
   flags.integer(kv.sinks, "--sinks", "oldest tokens that are never frozen (default 4; asr: 0)", 0,
                 1 << 24);
@@ -108,10 +107,10 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
              },
              "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
   flags.real(kv.epsilon, "--epsilon",
-             "thaw: attention probability from which a frozen token is recalled (default 0.00275)",
+             "thaw: attention probability from which a frozen token is recalled (default 0.0035)",
              "a number above 0", positive);
   flags.real(kv.stay, "--stay",
-             "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1.5)",
+             "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1)",
              "a number from 0 to 255", [](double x) { return x >= 0 && x <= 255; });
   flags.choice(kv.select, "--select", {"head", "layer"},
                "thaw: what freezes together: a KV head's tokens, or a layer's");

@@ -7,8 +7,8 @@
 // With sigma = rms(x), x is rounded to b bits on a uniform grid of step(b) sigma, the best for a
 // Gaussian (Max, 1960): code u in [0, 2^b), y = step (u - 2^(b-1) + 1/2). One scale a token is
 // kept, in 8 bits: step |x|^2 / <x,y>, so that the ghost is unbiased over rotations (RaBitQ,
-// 2405.12497). For keys that makes the estimate of q.k right on average; for values, a sum over many
-// tokens, in which errors cancel and a bias would not. Then
+// 2405.12497). For keys that makes the estimate of q.k right on average; of values many are added,
+// and then errors cancel, but a bias would not. Then
 //   q.k  ~ q.mu + (R q) . k^,   k^ = scale (u - 2^(b-1) + 1/2),
 // and the sum of p v of many tokens is rotated back once.
 #pragma once

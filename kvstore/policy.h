@@ -20,10 +20,10 @@ inline constexpr const char* kPolicyNames[] = {"full", "window", "h2o", "budget"
 // Every parameter of every policy; which one reads what is said at the functions below.
 struct PolicyParams {
   Policy policy = Policy::kFull;
-  int window = 24;           // newest tokens, always hot
+  int window = 16;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
-  float epsilon = 2.75e-3f;  // thaw: a frozen token of at least this probability is recalled
-  float stay = 1.5f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
+  float epsilon = 3.5e-3f;   // thaw: a frozen token of at least this probability is recalled
+  float stay = 1.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
   float softness = 2.0f;     // asr: k
   float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
   int ghost_key_bits = 3;    // thaw: 0 (no ghosts: frozen tokens are mute) .. 4

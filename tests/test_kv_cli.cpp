@@ -33,7 +33,7 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"--hot-tokens", "0", "--ghost", "off", "--policy", "thaw"}, 2),
                  "--hot-tokens"));
   CHECK(contains(run_out({"--hot-tokens", "1", "--policy", "thaw"}, 1),
-                 "--hot-tokens: expected room for at least 29 tokens a layer"));
+                 "--hot-tokens: expected room for at least 21 tokens a layer"));
   CHECK(contains(run_out({"--hot-bytes", "1", "--policy", "h2o"}, 1), "--hot-bytes"));
   CHECK(contains(run_out({"--hot-bytes", "0", "--policy", "thaw"}, 2), "--hot-bytes"));
   CHECK(contains(run_out({"--hot-fraction", "0", "--policy", "thaw"}, 2), "--hot-fraction"));
