@@ -5,8 +5,8 @@
 // independent and normal; 8 deviations hold for every element of a run. A deviation is a share of
 // what a product's terms would give if they were independent:
 //   codes    the CPU takes activations of quantised weights as codes: a block's err evenly within
-//            its largest / 32767, and the largest is at most the root of the block's squares, so
-//            sqrt(32 / 12) / 32767 = 5.0e-5, whatever the activations
+//            its largest / 32639, and the largest is at most the root of the block's squares, so
+//            sqrt(32 / 12) / 32639 = 5.0e-5, whatever the activations
 //   rounded  with more than 8 rows the GPU rounds both factors to 16 bits, by u / sqrt(3) of them
 //            (u = 2^-11 or 2^-8): 0.82 u
 // Terms that cancel give less. That a row keeps a fifth of it is assumed, not derived; SmolLM2's

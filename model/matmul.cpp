@@ -1,12 +1,14 @@
 #include "model/matmul.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
 #include "device/codes_cpu.h"
+#include "device/dots_cpu.h"
 #include "device/error.h"
 #include "device/tile_cpu.h"
 
@@ -15,27 +17,37 @@ namespace {
 
 constexpr int kBlock = 32;   // elements of a quantised block
 constexpr int kChunk = 512;  // weight columns unpacked at a time: a tile of them stays in L1 or L2
-constexpr int kDotRows = 3;  // up to so many activation rows, dot products are faster than tiles
-constexpr int kDotCols = 4;  // weight rows that dot products take together
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
-// Codes of one block, round(x / scale) with |code| <= 32767, in code_position() order; its two
-// scales.
+// The largest code: split into two bytes with signs, 127 and 127.
+constexpr float kPeakCode = 127 * 256 + 127;
+
+// Codes of one block, round(x / scale), and its two scales. In code_position() order; as planes,
+// the higher bytes c1 and then the lower c0 of c = 256 c1 + c0.
+template <bool kPlanes>
 void encode_block(std::int16_t* codes, float* scales, const float* x) {
   float peak = 0;
 #pragma omp simd reduction(max : peak)
   for (int i = 0; i < kBlock; ++i) peak = std::max(peak, std::fabs(x[i]));
-  const float inverse = peak > 0 ? 32767.0f / peak : 0.0f;
+  const float inverse = peak > 0 ? kPeakCode / peak : 0.0f;
+  std::int16_t c[kBlock];
   std::int32_t total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int i = 0; i < kBlock / 2; ++i) {
+  for (int i = 0; i < kBlock; ++i) {
     // Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low 16 bits.
-    const float even = x[2 * i] * inverse + 12582912.0f, odd = x[2 * i + 1] * inverse + 12582912.0f;
-    codes[i] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(even));
-    codes[i + 16] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(odd));
-    total += codes[i] + codes[i + 16];
+    c[i] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(x[i] * inverse + 12582912.0f));
+    total += c[i];
   }
-  scales[0] = peak / 32767.0f;
+  auto* planes = reinterpret_cast<std::int8_t*>(codes);
+  for (int i = 0; i < kBlock; ++i) {
+    if (kPlanes) {
+      const auto low = static_cast<std::int8_t>(c[i]);
+      planes[i] = static_cast<std::int8_t>((c[i] - low) >> 8), planes[kBlock + i] = low;
+    } else {
+      codes[code_position(i)] = c[i];
+    }
+  }
+  scales[0] = peak / kPeakCode;
   scales[1] = scales[0] * static_cast<float>(total);
 }
 
@@ -58,60 +70,43 @@ float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n)
   return total;
 }
 
-// The 32 codes of a block; its header precedes them.
-template <DType kType>
-BlockCodes unpack(const std::byte* block) {
-  if constexpr (kType == DType::kQ8_0) return unpack_bytes(block + 2);
-  return unpack_nibbles(block + (kType == DType::kQ4_1 ? 4 : 2));
-}
-
 // out[t * kDotCols + r] = row r of w . row t of x, for kDotCols weight rows `stride` bytes apart
 // and all kRows rows of x: weights are read once. With stride 0 all weight rows are the first.
 template <DType kType, int kRows>
 void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64_t stride) {
   constexpr std::int64_t kAhead = 4096;  // bytes; the hardware's prefetcher stops at every page
+  constexpr bool kNibbles = kType != DType::kQ8_0;
+  constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
+  constexpr int kOffset = kType == DType::kQ4_1 ? 1 : kType == DType::kQ4_0 ? -8 : -kByteBias;
   const std::int64_t n_blocks = x.cols() / kBlock;
   const std::int16_t* codes = x.codes(0);
   const float* scales = x.scales(0);
-  f32x8 total[kRows][kDotCols] = {}, offset[kRows] = {};  // of offset, odd elements are used
+  DotSums sums[kRows];
+  f32x8 offset[kRows] = {};  // odd elements are used
   for (std::int64_t b = 0; b < n_blocks; ++b, codes += kBlock, scales += 2) {
     const std::byte* rows[] = {w, w + stride, w + 2 * stride, w + 3 * stride};
+    for (const std::byte* row : rows) __builtin_prefetch(row + kAhead);
     f32x8 header = load_halves(rows, 0);  // d and m of each row, where the format has an m
     if (kType != DType::kQ4_1)
       header = __builtin_shufflevector(header, header, 0, 0, 2, 2, 4, 4, 6, 6);
     f32x8 scaled[kRows];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < kRows; ++i) {
       scaled[i] = header * broadcast2(scales + i * 2 * n_blocks);
-      if (kType != DType::kQ8_0) offset[i] += scaled[i];
+      if (kOffset != 0) offset[i] += scaled[i];
     }
-#pragma GCC unroll 4
-    for (int r = 0; r < kDotCols; ++r) {
-      __builtin_prefetch(w + r * stride + kAhead);
-      const BlockCodes unpacked = unpack<kType>(w + r * stride);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i)
-        total[i][r] += broadcast_element(scaled[i], 2 * r) *
-                       to_float(dot_block(codes + i * x.cols(), unpacked));
-    }
+    add_dots<kNibbles>(sums, scaled, codes, x.cols(), w + kHeader, stride);
     w += dtype_info(kType).block_bytes;
   }
-  constexpr float kOffset = kType == DType::kQ4_0 ? -8 : 1;
-  for (int i = 0; i < kRows; ++i)
-    for (int r = 0; r < kDotCols; ++r)
-      out[i * kDotCols + r] = sum8(total[i][r]) + kOffset * offset[i][2 * r + 1];
+  for (int i = 0; i < kRows; ++i) {
+    sums[i].finish(out + i * kDotCols);
+    for (int r = 0; r < kDotCols; ++r) out[i * kDotCols + r] += kOffset * offset[i][2 * r + 1];
+  }
 }
 
-template <DType kType>
-void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64_t stride) {
-  switch (x.rows()) {
-    case 1:
-      return dot_blocks<kType, 1>(out, x, w, stride);
-    case 2:
-      return dot_blocks<kType, 2>(out, x, w, stride);
-    default:
-      return dot_blocks<kType, kDotRows>(out, x, w, stride);
-  }
+template <DType kType, int... kLess>
+auto dot_blocks_by_rows(std::integer_sequence<int, kLess...>) {
+  return std::array{&dot_blocks<kType, kLess + 1>...};
 }
 
 // out[t * kDotCols + r] = row first_row + r of w . row t of x, for kDotCols weight rows, or for
@@ -120,13 +115,15 @@ void dot_rows(float* out, const Activations& x, const Tensor& w, std::int64_t fi
               std::int64_t n_rows) {
   const std::byte* data = w.row(first_row);
   const std::int64_t stride = n_rows == kDotCols ? row_bytes(w.type, w.cols) : 0;
+  constexpr auto kRows = std::make_integer_sequence<int, kDotRows>{};
+  const auto at = static_cast<std::size_t>(x.rows() - 1);
   switch (w.type) {
     case DType::kQ8_0:
-      return dot_blocks<DType::kQ8_0>(out, x, data, stride);
+      return dot_blocks_by_rows<DType::kQ8_0>(kRows)[at](out, x, data, stride);
     case DType::kQ4_0:
-      return dot_blocks<DType::kQ4_0>(out, x, data, stride);
+      return dot_blocks_by_rows<DType::kQ4_0>(kRows)[at](out, x, data, stride);
     case DType::kQ4_1:
-      return dot_blocks<DType::kQ4_1>(out, x, data, stride);
+      return dot_blocks_by_rows<DType::kQ4_1>(kRows)[at](out, x, data, stride);
     default:
       for (std::int64_t t = 0; t < x.rows(); ++t)
         for (std::int64_t r = 0; r < n_rows; ++r)
@@ -352,10 +349,11 @@ void Activations::assign(const float* x, std::int64_t rows, std::int64_t cols, b
   grow(codes_, rows * cols), grow(scales_, 2 * rows * n_blocks);
   constexpr std::int64_t kTask = 128;  // blocks: 4096 elements
   const std::int64_t total = rows * n_blocks;
+  const auto encode = kDotPlanes && rows <= kDotRows ? encode_block<true> : encode_block<false>;
   pool.run((total + kTask - 1) / kTask, [&](std::int64_t task, int) {
     const std::int64_t end = std::min(total, (task + 1) * kTask);
     for (std::int64_t i = task * kTask; i < end; ++i) {
-      encode_block(codes_.data() + i * kBlock, scales_.data() + 2 * i, x + i * kBlock);
+      encode(codes_.data() + i * kBlock, scales_.data() + 2 * i, x + i * kBlock);
     }
   });
 }

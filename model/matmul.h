@@ -5,8 +5,9 @@
 // block's largest element (8 bits, the usual choice, cost 100 times more KL), and the products of
 // codes are summed exactly in 32-bit integers, so every instruction set gives the same sums.
 //
-// T <= 3: dot products with blocks as stored, of four weight rows and all of T. More rows: tiles of
-// 16 weight rows are unpacked once and multiplied with all rows of activations from registers.
+// T <= kDotRows (device/dots_cpu.h): dot products with blocks as stored, of four weight rows and
+// all of T. More rows: tiles of 16 weight rows are unpacked once and multiplied with all rows of
+// activations from registers.
 #pragma once
 
 #include <cstdint>
@@ -30,8 +31,10 @@ class Activations {
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
   const float* row(std::int64_t t) const { return x_ + t * cols_; }
-  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)]; scales(t)[2 b + 1] is the
-  // scale times the sum of the block's codes: what a format's offset is multiplied with.
+  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)], where codes are not planes
+  // of bytes (kDotPlanes and T <= kDotRows: 32 higher bytes, then 32 lower ones, each with a sign);
+  // scales(t)[2 b + 1] is the scale times the sum of the block's codes: what a format's offset is
+  // multiplied with.
   const std::int16_t* codes(std::int64_t t) const { return codes_.data() + t * cols_; }
   const float* scales(std::int64_t t) const { return scales_.data() + t * (cols_ / 16); }
 
