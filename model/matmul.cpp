@@ -30,22 +30,22 @@ void encode_block(std::int16_t* codes, float* scales, const float* x) {
 #pragma omp simd reduction(max : peak)
   for (int i = 0; i < kBlock; ++i) peak = std::max(peak, std::fabs(x[i]));
   const float inverse = peak > 0 ? kPeakCode / peak : 0.0f;
-  std::int16_t c[kBlock];
+  std::int16_t in_planes[kBlock];
+  std::int16_t* c = kPlanes ? in_planes : codes;
   std::int32_t total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int i = 0; i < kBlock; ++i) {
+  for (int i = 0; i < kBlock / 2; ++i) {
     // Adding 1.5 * 2^23 rounds to nearest and leaves the integer in the low 16 bits.
-    c[i] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(x[i] * inverse + 12582912.0f));
-    total += c[i];
+    const float even = x[2 * i] * inverse + 12582912.0f, odd = x[2 * i + 1] * inverse + 12582912.0f;
+    const int at_even = kPlanes ? 2 * i : i, at_odd = kPlanes ? 2 * i + 1 : i + 16;
+    c[at_even] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(even));
+    c[at_odd] = static_cast<std::int16_t>(std::bit_cast<std::int32_t>(odd));
+    total += c[at_even] + c[at_odd];
   }
   auto* planes = reinterpret_cast<std::int8_t*>(codes);
-  for (int i = 0; i < kBlock; ++i) {
-    if (kPlanes) {
-      const auto low = static_cast<std::int8_t>(c[i]);
-      planes[i] = static_cast<std::int8_t>((c[i] - low) >> 8), planes[kBlock + i] = low;
-    } else {
-      codes[code_position(i)] = c[i];
-    }
+  for (int i = 0; kPlanes && i < kBlock; ++i) {
+    const auto low = static_cast<std::int8_t>(c[i]);
+    planes[i] = static_cast<std::int8_t>((c[i] - low) >> 8), planes[kBlock + i] = low;
   }
   scales[0] = peak / kPeakCode;
   scales[1] = scales[0] * static_cast<float>(total);

@@ -57,8 +57,9 @@ TokenMap map_tokens(const TokenizerSpec& spec, Wanted wanted) {
     const std::string& text = spec.tokens[static_cast<std::size_t>(id)];
     if (text.empty() || !wanted(kind_of(spec, id))) continue;
     const auto [it, added] = map.emplace(text, id);
-    require(added, spec.source, ": tokens: expected each once, found ",
-            token_name(spec, it->second), " again as token ", id);
+    if (!added)
+      fail(spec.source, ": tokens: expected each once, found ", token_name(spec, it->second),
+           " again as token ", id);
   }
   return map;
 }
@@ -94,6 +95,7 @@ MergeTable merges_by_id(const TokenMap& text_tokens) {
   return table;
 }
 
+// What may be wrong is put into words only once it is: there are as many merges as tokens.
 MergeTable merges_by_rank(const TokenizerSpec& spec, const TokenMap& text_tokens,
                           const TokenMap& added) {
   MergeTable table(spec.merges.size());
@@ -104,12 +106,13 @@ MergeTable merges_by_rank(const TokenizerSpec& spec, const TokenMap& text_tokens
     const auto where = [&] { return join(spec.source, ": merge ", rank); };
     TokenId product = lookup(text_tokens, text);
     if (product < 0) product = lookup(added, text);
-    require(product >= 0, where(), ": expected to make a token, found \"", printable(text), "\"");
-    require(kind_of(spec, product) != TokenKind::kControl, where(),
-            ": expected to make a text token, found the control ", token_name(spec, product));
-    require(table.add(left, right, {static_cast<std::int32_t>(rank), product}), where(),
-            ": expected each merge once, found ", token_name(spec, left), " with ",
-            token_name(spec, right), " again");
+    if (product < 0) fail(where(), ": expected to make a token, found \"", printable(text), "\"");
+    if (kind_of(spec, product) == TokenKind::kControl)
+      fail(where(), ": expected to make a text token, found the control ",
+           token_name(spec, product));
+    if (!table.add(left, right, {static_cast<std::int32_t>(rank), product}))
+      fail(where(), ": expected each merge once, found ", token_name(spec, left), " with ",
+           token_name(spec, right), " again");
   }
   return table;
 }
