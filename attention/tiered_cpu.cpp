@@ -10,7 +10,6 @@ namespace thaw {
 namespace {
 
 constexpr int kRangeTokens = 512;     // ghosts of one task
-constexpr float kNegligible = 1e-8f;  // groups whose tokens are all less probable add nothing
 
 // Groups of ghosts are too far apart for the CPU to see what is read next.
 void prefetch(const std::byte* from, std::size_t bytes) {
@@ -130,6 +129,10 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   std::vector<std::int32_t>& recalled =
       ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
   recalled.clear();
+  float most = 0;  // no token's mean is more: e is at most 1
+  for (int h = first; h < first + queries; ++h)
+    most += exp_fast(ghost_state_[at(h, range)].m - total_[h].m) / total_[h].l;
+  if (most < kv.recall * static_cast<float>(queries) * 0.999f) return;
   float mean[kRangeTokens] = {};
   for (int h = first; h < first + queries; ++h) {
     const SoftmaxState& state = ghost_state_[at(h, range)];
@@ -192,20 +195,10 @@ void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
     for (int h = head; h < head + group_; ++h)
       std::fill_n(ghost_o_.data() + at(h, range) * dim_, dim_, 0.0f);
     for (int t = begin; t < end; t += kGhostGroup) {
-      bool matters = false;
-      for (int h = head; h < head + group_; ++h) {
-        const SoftmaxState& state = ghost_state_[at(h, range)];
-        const float* e = ghost_row(h) + t;
-        float largest = 0;
-#pragma omp simd reduction(max : largest)
-        for (int j = 0; j < kGhostGroup; ++j) largest = e[j] > largest ? e[j] : largest;
-        matters |= largest * exp_fast(state.m - total_[h].m) > kNegligible * total_[h].l;
-      }
-      if (matters)
-        sum_ghosts(ghost_o_.data() + at(head, range) * dim_,
-                   static_cast<std::size_t>(n_ranges_) * dim_, ghost_row(head) + t, ghost_stride_,
-                   group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
-                   kv.ghosts.centres[kv_head].value_unit);
+      sum_ghosts(ghost_o_.data() + at(head, range) * dim_,
+                 static_cast<std::size_t>(n_ranges_) * dim_, ghost_row(head) + t, ghost_stride_,
+                 group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
+                 kv.ghosts.centres[kv_head].value_unit);
     }
   }
 }

@@ -58,6 +58,22 @@ void widen_add(i32x8* out, Codes sum) {  // 16 sums
 
 Codes zero() { return _mm256_setzero_si256(); }
 
+// pairs[i] = bytes 2 i and 2 i + 1 of 32, twice; the bytes are given as integers.
+void pack_pairs(std::uint32_t* pairs, const i32x8 (&bytes)[4]) {
+  const auto in = [&](int i) { return reinterpret_cast<Codes>(bytes[i]); };
+  const Codes mixed =
+      _mm256_packus_epi16(_mm256_packus_epi32(in(0), in(1)), _mm256_packus_epi32(in(2), in(3)));
+  const Codes packed =
+      _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const auto put = [&](int half, __m128i words) {
+    const Codes wide = _mm256_cvtepu16_epi32(words);
+    _mm256_storeu_si256(reinterpret_cast<Codes*>(pairs) + half,
+                        _mm256_or_si256(wide, _mm256_slli_epi32(wide, 16)));
+  };
+  put(0, _mm256_castsi256_si128(packed));
+  put(1, _mm256_extracti128_si256(packed, 1));
+}
+
 #else
 
 struct Codes {
@@ -105,13 +121,19 @@ void widen_add(i32x8* out, const Codes& sum) {
   for (int i = 0; i < 16; ++i) out[i / 8][i % 8] += sum.sums[i];
 }
 
+void pack_pairs(std::uint32_t* pairs, const i32x8 (&bytes)[4]) {
+  for (int i = 0; i < 16; ++i) {
+    const std::int32_t low = bytes[i / 4][i % 4 * 2], high = bytes[i / 4][i % 4 * 2 + 1];
+    pairs[i] = static_cast<std::uint32_t>(low | high << 8) * 0x10001u;
+  }
+}
+
 #endif
 
 // dots[h][j] = sum over dimensions of q_h u_j, for 32 tokens. A 16-bit sum of n packets holds at
 // most n * 8 * 127 * (2^b - 1): 4 packets of 3 bits, or 2 of 4 bits, are sure to fit.
 template <int kBits, int kN>
-void key_dots(i32x8 (*dots)[4], const GhostQuery* q, const std::byte* codes,
-              int n_packets) {
+void key_dots(i32x8 (*dots)[4], const GhostQuery* q, const std::byte* codes, int n_packets) {
   constexpr int kPackets = kBits == 4 ? 2 : 4;
   for (int first = 0; first < n_packets; first += kPackets) {
     Codes sum[kN][2];
@@ -175,23 +197,22 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
 }
 
 void round_weights(Weights& out, const float* weights, const float* scales) {
-  float w[kGhostGroup], largest = 0;
-#pragma omp simd reduction(max : largest)
-  for (int j = 0; j < kGhostGroup; ++j) {
-    w[j] = weights[j] * scales[j];
-    largest = w[j] > largest ? w[j] : largest;
+  f32x8 w[kGhostGroup / 8], most = {};
+  for (int i = 0; i < kGhostGroup / 8; ++i) {
+    w[i] = load8(weights + 8 * i) * load8(scales + 8 * i);
+    most = w[i] > most ? w[i] : most;
   }
+  float largest = 0;
+  for (int i = 0; i < 8; ++i) largest = most[i] > largest ? most[i] : largest;
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
-  std::uint32_t rounded[kGhostGroup], sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int j = 0; j < kGhostGroup; ++j) {
-    rounded[j] = static_cast<std::uint32_t>(static_cast<std::int32_t>(w[j] * inverse + 0.5f));
-    sum += rounded[j];
+  i32x8 rounded[kGhostGroup / 8], sum = {};
+  for (int i = 0; i < kGhostGroup / 8; ++i) {
+    rounded[i] = __builtin_convertvector(w[i] * inverse + 0.5f, i32x8);
+    sum += rounded[i];
   }
-  for (int i = 0; i < kGhostGroup / 2; ++i)
-    out.pairs[i] = (rounded[2 * i] | rounded[2 * i + 1] << 8) * 0x10001u;
+  pack_pairs(out.pairs, rounded);
   out.unit = largest / 255.0f;
-  out.sum = static_cast<float>(sum);
+  out.sum = sum8(to_float(sum));
 }
 
 template <int kBits, int kN>
