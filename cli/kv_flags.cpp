@@ -15,8 +15,8 @@ bool parse_ghost(const std::string& text, int& key_bits, int& value_bits) {
   if (text.size() != 4 || text[0] != 'k' || text[2] != 'v') return false;
   key_bits = text[1] - '0';
   value_bits = text[3] - '0';
-  return key_bits >= 1 && key_bits <= 4 && (value_bits == 0 || value_bits == 1 || value_bits == 2 ||
-                                            value_bits == 4);
+  return key_bits >= 1 && key_bits <= 4 &&
+         (value_bits == 0 || value_bits == 1 || value_bits == 2 || value_bits == 4);
 }
 
 Policy policy_named(const std::string& name) {
@@ -53,6 +53,8 @@ KvOptions KvFlags::options() const {
     throw UsageError("expected at most one of --hot-fraction, --hot-tokens and --hot-bytes");
   if (p.policy == Policy::kFull && (hot_fraction || hot_tokens || hot_bytes))
     throw UsageError("--policy full keeps every token; --hot-* bounds the other policies");
+  if (p.policy == Policy::kBudget)
+    p.window = 24;  // worth 4 % of perplexity; h2o keeps half its room
   if (p.policy == Policy::kAsr) p.sinks = 0, p.window = 32;  // the paper's: no sinks
   apply_preset(preset, p);
   o.hot_fraction = hot_fraction.value_or(0);
@@ -95,17 +97,19 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 1, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
-  flags.integer(kv.window, "--window", "newest tokens that are never frozen (default 16; asr: 32)", 0,
+  flags.integer(kv.window, "--window",
+                "newest tokens that are never frozen (default 16; budget: 24; asr: 32)", 0,
                 1 << 24);
   flags.integer(kv.sinks, "--sinks", "oldest tokens that are never frozen (default 4; asr: 0)", 0,
                 1 << 24);
-  flags.text(kv.ghost, "--ghost", "kAvB|off",
-             "thaw: bits of a ghost's key (1 to 4) and value (0, 1, 2, 4) (default k3v2)",
-             [](const std::string& s) {
-               int k, v;
-               return parse_ghost(s, k, v);
-             },
-             "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
+  flags.text(
+      kv.ghost, "--ghost", "kAvB|off",
+      "thaw: bits of a ghost's key (1 to 4) and value (0, 1, 2, 4) (default k3v2)",
+      [](const std::string& s) {
+        int k, v;
+        return parse_ghost(s, k, v);
+      },
+      "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
   flags.real(kv.epsilon, "--epsilon",
              "thaw: attention probability from which a frozen token is recalled (default 0.0035)",
              "a number above 0", positive);
@@ -116,13 +120,13 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
                "thaw: what freezes together: a KV head's tokens, or a layer's");
   flags.real(kv.softness, "--softness",
              "asr: a token of low relevance c times sleeps sqrt(c) / X steps (default 2)",
-             "a number from 0.01 to 1000",
-             [](double x) { return x >= 0.01 && x <= 1000; });
+             "a number from 0.01 to 1000", [](double x) { return x >= 0.01 && x <= 1000; });
   flags.real(kv.quantile, "--tau-quantile",
              "asr: share of the context's tokens that count as of low relevance (default 0.5)",
              "a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });
-  flags.text(kv.cold_file, "--cold-file", "PATH",
-             "keep the cold tier in a new file instead of memory; it is gone when the program ends");
+  flags.text(
+      kv.cold_file, "--cold-file", "PATH",
+      "keep the cold tier in a new file instead of memory; it is gone when the program ends");
   flags.toggle(kv.check, "--check-kv",
                "check the store after every step: slow, and an error names what does not hold");
 }
