@@ -15,7 +15,7 @@
 namespace thaw {
 namespace {
 
-constexpr int kQueryTokens = 16;  // tokens of a query tile; its rows are these times the GQA group
+constexpr int kQueryTokens = 32;  // tokens of a query tile; its rows are these times the GQA group
 constexpr int kRange = 256;       // tokens of a split in decode
 constexpr int kSplitBelow = 16;   // rows below which tokens are split between threads
 constexpr int kStatsRows = 64;    // rows whose scores are kept at a time
