@@ -135,6 +135,16 @@ TEST_CASE("h2o: heavy hitters and the recent half stay, and who has left never c
   CHECK(h2o.kv().counters().thawed == 0);
 }
 
+TEST_CASE("h2o: a prompt's attention counts once for each of its rows") {
+  KvOptions o = options(Policy::kH2o, 2, 1);
+  o.hot_tokens = 6;  // a sink, the recent three, and two by weight
+  Told h2o(o);
+  // Over 20 rows token 9 gathers 1.0, which 18 does not reach with 0.2 and 0.05 a step.
+  h2o.prefill(20, [](int, int token) { return token == 7 ? 0.3f : token == 9 ? 0.05f : 0.01f; });
+  for (int n = 0; n < 6; ++n) h2o.decode([](int, int token) { return token == 18 ? 0.05f : 0.0f; });
+  CHECK(h2o.hot() == std::vector<int>{0, 7, 9, 23, 24, 25});
+}
+
 TEST_CASE("h2o: sinks have precedence over the recent half, and both over the bound") {
   KvOptions o = options(Policy::kH2o, 2, 8);
   o.hot_tokens = 11;
