@@ -11,10 +11,8 @@ inline constexpr int kDotCols = 4;  // weight rows that are taken together
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
-// Bytes are multiplied as unsigned by signed: those of formats with signs have 128 added.
 inline constexpr bool kDotPlanes = true;
 inline constexpr int kDotRows = 7;  // activation rows up to which this is faster than tiles
-inline constexpr int kByteBias = 128;
 
 using i32x16 = std::int32_t __attribute__((vector_size(64)));
 using f32x16 = float __attribute__((vector_size(64)));
@@ -64,23 +62,34 @@ template <bool kNibbles, int kRows>
 [[gnu::always_inline]] inline void add_dots(DotSums (&sums)[kRows], const f32x8 (&scaled)[kRows],
                                             const std::int16_t* codes, std::int64_t code_stride,
                                             const std::byte* w, std::int64_t stride) {
-  i32x16 low = load_rows(w, stride), high;  // elements 0 .. 15 and 16 .. 31 of the block
+  // Bytes are multiplied as unsigned by signed. Nibbles have no signs; where weights have, 128 is
+  // added to the bytes of activations, and 128 * 256 + 128 times the sum of weights is taken away.
+  constexpr auto kSigns = static_cast<std::int32_t>(0x80808080);
+  i32x16 low = load_rows(w, stride), high, excess = {};  // elements 0 .. 15 and 16 .. 31
   if constexpr (kNibbles) {
     high = low >> 4 & 0x0f0f0f0f;
     low &= 0x0f0f0f0f;
   } else {
-    constexpr auto kSigns = static_cast<std::int32_t>(0x80808080);
-    high = load_rows(w + 16, stride) ^ kSigns;
-    low ^= kSigns;
+    const i32x16 ones = i32x16{} + 0x01010101;
+    high = load_rows(w + 16, stride);
+    add_byte_products(excess, ones, low), add_byte_products(excess, ones, high);
+    excess *= 128 * 256 + 128;
   }
+  const auto add = [&](i32x16& sum, const std::int16_t* plane, i32x16 weights) {
+    const i32x16 x = load_four_times(plane);
+    if constexpr (kNibbles) {
+      add_byte_products(sum, weights, x);
+    } else {
+      add_byte_products(sum, x ^ kSigns, weights);
+    }
+  };
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i, codes += code_stride) {
     i32x16 sum = {};
-    add_byte_products(sum, low, load_four_times(codes));
-    add_byte_products(sum, high, load_four_times(codes + 8));
+    add(sum, codes, low), add(sum, codes + 8, high);
     sum <<= 8;
-    add_byte_products(sum, low, load_four_times(codes + 16));
-    add_byte_products(sum, high, load_four_times(codes + 24));
+    add(sum, codes + 16, low), add(sum, codes + 24, high);
+    sum -= excess;
     sums[i].rows += spread_even(scaled[i]) * __builtin_convertvector(sum, f32x16);
   }
 }
@@ -89,7 +98,6 @@ template <bool kNibbles, int kRows>
 
 inline constexpr bool kDotPlanes = false;
 inline constexpr int kDotRows = 3;
-inline constexpr int kByteBias = 0;
 
 struct DotSums {
   f32x8 rows[kDotCols] = {};

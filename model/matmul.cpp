@@ -17,6 +17,7 @@ namespace {
 
 constexpr int kBlock = 32;   // elements of a quantised block
 constexpr int kChunk = 512;  // weight columns unpacked at a time: a tile of them stays in L1 or L2
+constexpr int kFloatDotRows = 3;       // as kDotRows, for formats without codes
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
 // The largest code: split into two bytes with signs, 127 and 127.
@@ -77,7 +78,7 @@ void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64
   constexpr std::int64_t kAhead = 4096;  // bytes; the hardware's prefetcher stops at every page
   constexpr bool kNibbles = kType != DType::kQ8_0;
   constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
-  constexpr int kOffset = kType == DType::kQ4_1 ? 1 : kType == DType::kQ4_0 ? -8 : -kByteBias;
+  constexpr int kOffset = kType == DType::kQ4_1 ? 1 : kType == DType::kQ4_0 ? -8 : 0;
   const std::int64_t n_blocks = x.cols() / kBlock;
   const std::int16_t* codes = x.codes(0);
   const float* scales = x.scales(0);
@@ -359,22 +360,25 @@ void Activations::assign(const float* x, std::int64_t rows, std::int64_t cols, b
 }
 
 void matmul(std::span<const Product> products, const Activations& x, ThreadPool& pool) {
-  const bool tiled = x.rows() > kDotRows;
-  const std::int64_t step = tiled ? kTileCols : kDotTask;
+  const auto tiled = [&](const Product& p) {
+    return x.rows() > (needs_codes(p.w->type) ? kDotRows : kFloatDotRows);
+  };
+  const auto step = [&](const Product& p) { return tiled(p) ? kTileCols : kDotTask; };
+  const auto tasks = [&](const Product& p) { return (p.w->rows + step(p) - 1) / step(p); };
   std::int64_t n_tasks = 0;
   for (const Product& p : products) {
     require(p.w->cols == x.cols(), p.w->name, ": cols: expected ", x.cols(), ", found ", p.w->cols);
-    n_tasks += (p.w->rows + step - 1) / step;
+    n_tasks += tasks(p);
   }
   pool.run(n_tasks, [&](std::int64_t task, int) {
     thread_local TileScratch scratch;
     std::int64_t i = task;
     const Product* p = products.data();
-    for (; i >= (p->w->rows + step - 1) / step; ++p) i -= (p->w->rows + step - 1) / step;
-    if (tiled) {
-      multiply_tile(*p, x, i * step, scratch);
+    for (; i >= tasks(*p); ++p) i -= tasks(*p);
+    if (tiled(*p)) {
+      multiply_tile(*p, x, i * kTileCols, scratch);
     } else {
-      multiply_dots(*p, x, i * step);
+      multiply_dots(*p, x, i * kDotTask);
     }
   });
 }
