@@ -9,7 +9,7 @@
 namespace thaw {
 namespace {
 
-constexpr int kRangeTokens = 512;     // ghosts of one task
+constexpr int kRangeTokens = 512;  // ghosts of one task
 
 // Groups of ghosts are too far apart for the CPU to see what is read next.
 void prefetch(const std::byte* from, std::size_t bytes) {
@@ -129,7 +129,7 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   std::vector<std::int32_t>& recalled =
       ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
   recalled.clear();
-  float most = 0;  // no token's mean is more: e is at most 1
+  float most = 0;  // no token's sum is more, but for rounding: e is at most 1
   for (int h = first; h < first + queries; ++h)
     most += exp_fast(ghost_state_[at(h, range)].m - total_[h].m) / total_[h].l;
   if (most < kv.recall * static_cast<float>(queries) * 0.999f) return;

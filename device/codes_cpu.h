@@ -1,6 +1,6 @@
-// Exact integer products of 16-bit activation codes with the small codes of weight blocks that a tile
-// holds unpacked, for AVX-512 VNNI, for AVX2, and portably; the sums are integers, so all give the
-// same bits. device/dots_cpu.h has those with blocks as stored.
+// Exact integer products of 16-bit activation codes with the small codes of weight blocks that a
+// tile holds unpacked, for AVX-512 VNNI, for AVX2, and portably; the sums are integers, so all give
+// the same bits. device/dots_cpu.h has those with blocks as stored.
 #pragma once
 
 #include <cstddef>
@@ -45,11 +45,7 @@ inline f32x8 load_halves(const std::byte* const* rows, std::int64_t at) {
 #ifdef __AVX2__
 inline void add_products(i32x8& sum, i16x16 a, i16x16 b) {
   const auto x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
-#if defined(__AVX512VNNI__) && defined(__AVX512VL__)
-  sum = reinterpret_cast<i32x8>(_mm256_dpwssd_epi32(reinterpret_cast<__m256i>(sum), x, y));
-#else
   sum += reinterpret_cast<i32x8>(_mm256_madd_epi16(x, y));
-#endif
 }
 
 #else
