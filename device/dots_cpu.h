@@ -99,92 +99,84 @@ template <bool kNibbles, int kRows>
 inline constexpr bool kDotPlanes = false;
 inline constexpr int kDotRows = 3;
 
+// The sums of four weight rows, 4 elements each: of rows 0 and 2, and of rows 1 and 3.
 struct DotSums {
-  f32x8 rows[kDotCols] = {};
+  f32x8 pairs[2] = {};
 
   void finish(float* out) const {
-    for (int r = 0; r < kDotCols; ++r) out[r] = sum8(rows[r]);
+    for (int r = 0; r < kDotCols; ++r) {
+      const f32x8& v = pairs[r % 2];
+      const int at = r / 2 * 4;
+      out[r] = (v[at] + v[at + 2]) + (v[at + 1] + v[at + 3]);
+    }
   }
 };
 
-// The 32 codes of a block, widened to 16 bits.
-struct BlockCodes {
-  i16x16 even, odd;
-};
-
+// 16 bytes of two places.
+inline i16x16 load_two(const void* first, const void* second) {
 #ifdef __AVX2__
-
-inline f32x8 broadcast_element(f32x8 v, int i) {
-  return reinterpret_cast<f32x8>(
-      _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), _mm256_set1_epi32(i)));
-}
-
-// w: 16 bytes, element j in the low nibble of byte j, j + 16 in the high one.
-inline BlockCodes unpack_nibbles(const std::byte* w) {
-  const __m256i mask = _mm256_set1_epi16(15);
-  const __m256i both =
-      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(w)));
-  const __m256i halves = _mm256_srlv_epi32(both, _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4));
-  return {reinterpret_cast<i16x16>(_mm256_and_si256(halves, mask)),
-          reinterpret_cast<i16x16>(_mm256_and_si256(_mm256_srli_epi16(halves, 8), mask))};
-}
-
-// w: 32 signed bytes.
-inline BlockCodes unpack_bytes(const std::byte* w) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w));
-  return {reinterpret_cast<i16x16>(_mm256_srai_epi16(_mm256_slli_epi16(bytes, 8), 8)),
-          reinterpret_cast<i16x16>(_mm256_srai_epi16(bytes, 8))};
-}
-
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  return reinterpret_cast<i16x16>(
+      _mm256_inserti128_si256(_mm256_castsi128_si256(load(first)), load(second), 1));
 #else
-
-inline f32x8 broadcast_element(f32x8 v, int i) { return f32x8{} + v[i]; }
-
-inline BlockCodes unpack_nibbles(const std::byte* w) {
-  BlockCodes codes;
-  for (int i = 0; i < 8; ++i) {
-    const int even = std::to_integer<int>(w[2 * i]), odd = std::to_integer<int>(w[2 * i + 1]);
-    codes.even[i] = static_cast<std::int16_t>(even & 15);
-    codes.even[i + 8] = static_cast<std::int16_t>(even >> 4);
-    codes.odd[i] = static_cast<std::int16_t>(odd & 15);
-    codes.odd[i + 8] = static_cast<std::int16_t>(odd >> 4);
-  }
-  return codes;
-}
-
-inline BlockCodes unpack_bytes(const std::byte* w) {
-  BlockCodes codes;
-  for (int i = 0; i < 16; ++i) {
-    codes.even[i] = static_cast<std::int8_t>(w[2 * i]);
-    codes.odd[i] = static_cast<std::int8_t>(w[2 * i + 1]);
-  }
-  return codes;
-}
-
+  i16x16 both;
+  std::memcpy(&both, first, 16);
+  std::memcpy(reinterpret_cast<char*>(&both) + 16, second, 16);
+  return both;
 #endif
+}
 
-// Eight partial sums of the products of a block with 32 activation codes.
-inline i32x8 dot_block(const std::int16_t* x, const BlockCodes& w) {
-  i16x16 even, odd;
-  std::memcpy(&even, x, sizeof even);
-  std::memcpy(&odd, x + 16, sizeof odd);
-  i32x8 sum = {};
-  add_products(sum, even, w.even), add_products(sum, odd, w.odd);
-  return sum;
+inline i16x16 load_twice(const std::int16_t* p) {
+#ifdef __AVX2__
+  return reinterpret_cast<i16x16>(
+      _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#else
+  return load_two(p, p);
+#endif
+}
+
+// Elements i and i + 4, each four times.
+template <int i>
+f32x8 spread(f32x8 v) {
+  return __builtin_shufflevector(v, v, i, i, i, i, i + 4, i + 4, i + 4, i + 4);
+}
+
+// A block of 32 codes of two weight rows, widened to 16 bits: codes in code_position() order, 8 of
+// each row at a time.
+struct BlockCodes {
+  i16x16 parts[4];
+};
+
+template <bool kNibbles>
+BlockCodes unpack(const std::byte* first, const std::byte* second) {
+  const i16x16 bytes = load_two(first, second);
+  if constexpr (kNibbles) {
+    using u16x16 = std::uint16_t __attribute__((vector_size(32)));
+    const auto word = reinterpret_cast<u16x16>(bytes);
+    return {reinterpret_cast<i16x16>(word & 15), reinterpret_cast<i16x16>(word >> 4 & 15),
+            reinterpret_cast<i16x16>(word >> 8 & 15), reinterpret_cast<i16x16>(word >> 12)};
+  } else {
+    const i16x16 more = load_two(first + 16, second + 16);
+    return {bytes << 8 >> 8, more << 8 >> 8, bytes >> 8, more >> 8};
+  }
 }
 
 template <bool kNibbles, int kRows>
 [[gnu::always_inline]] inline void add_dots(DotSums (&sums)[kRows], const f32x8 (&scaled)[kRows],
                                             const std::int16_t* codes, std::int64_t code_stride,
                                             const std::byte* w, std::int64_t stride) {
+  const BlockCodes even = unpack<kNibbles>(w, w + 2 * stride);
+  const BlockCodes odd = unpack<kNibbles>(w + stride, w + 3 * stride);
 #pragma GCC unroll 8
-  for (int r = 0; r < kDotCols; ++r) {
-    const BlockCodes unpacked =
-        kNibbles ? unpack_nibbles(w + r * stride) : unpack_bytes(w + r * stride);
-#pragma GCC unroll 8
-    for (int i = 0; i < kRows; ++i)
-      sums[i].rows[r] += broadcast_element(scaled[i], 2 * r) *
-                         to_float(dot_block(codes + i * code_stride, unpacked));
+  for (int i = 0; i < kRows; ++i, codes += code_stride) {
+    i32x8 sum[2] = {};
+#pragma GCC unroll 4
+    for (int part = 0; part < 4; ++part) {
+      const i16x16 x = load_twice(codes + 8 * part);
+      add_products(sum[0], even.parts[part], x), add_products(sum[1], odd.parts[part], x);
+    }
+    sums[i].pairs[0] += spread<0>(scaled[i]) * to_float(sum[0]);
+    sums[i].pairs[1] += spread<2>(scaled[i]) * to_float(sum[1]);
   }
 }
 
