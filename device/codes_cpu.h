@@ -21,6 +21,20 @@ using i16x16 = std::int16_t __attribute__((vector_size(32)));
 
 inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 
+// 16 bytes of two places.
+inline i16x16 load_two(const void* first, const void* second) {
+#ifdef __AVX2__
+  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
+  return reinterpret_cast<i16x16>(
+      _mm256_inserti128_si256(_mm256_castsi128_si256(load(first)), load(second), 1));
+#else
+  i16x16 both;
+  std::memcpy(&both, first, 16);
+  std::memcpy(reinterpret_cast<char*>(&both) + 16, second, 16);
+  return both;
+#endif
+}
+
 // Where element i of a block of 32 stands among its codes, activations and weights alike: a 16-bit
 // lane of stored bytes holds an even element and the odd one after it, so this order needs shifts
 // and masks alone, no shuffles.

@@ -112,20 +112,6 @@ struct DotSums {
   }
 };
 
-// 16 bytes of two places.
-inline i16x16 load_two(const void* first, const void* second) {
-#ifdef __AVX2__
-  const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };
-  return reinterpret_cast<i16x16>(
-      _mm256_inserti128_si256(_mm256_castsi128_si256(load(first)), load(second), 1));
-#else
-  i16x16 both;
-  std::memcpy(&both, first, 16);
-  std::memcpy(reinterpret_cast<char*>(&both) + 16, second, 16);
-  return both;
-#endif
-}
-
 inline i16x16 load_twice(const std::int16_t* p) {
 #ifdef __AVX2__
   return reinterpret_cast<i16x16>(

@@ -115,27 +115,33 @@ inline void tile_multiply(float* out, std::int64_t out_stride, const float* x,
                 std::make_integer_sequence<int, kTileRows>{});
 }
 
-// out[c][r] = in[r][c] for 8 x 8 elements.
-inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in,
-                          std::int64_t in_stride) {
+// Rows become columns.
+inline void transpose_8x8(f32x8 (&v)[8]) {
   f32x8 a[8], b[8];
-  for (int r = 0; r < 8; ++r) a[r] = load8(in + r * in_stride);
   for (int r = 0; r < 8; r += 2) {  // pairs of rows, interleaved within each half
-    b[r] = __builtin_shufflevector(a[r], a[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-    b[r + 1] = __builtin_shufflevector(a[r], a[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    a[r] = __builtin_shufflevector(v[r], v[r + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    a[r + 1] = __builtin_shufflevector(v[r], v[r + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
   for (int r = 0; r < 8; r += 4) {  // fours of rows
     for (int i = 0; i < 2; ++i) {
-      a[r + 2 * i] = __builtin_shufflevector(b[r + i], b[r + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-      a[r + 2 * i + 1] =
-          __builtin_shufflevector(b[r + i], b[r + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      b[r + 2 * i] = __builtin_shufflevector(a[r + i], a[r + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+      b[r + 2 * i + 1] =
+          __builtin_shufflevector(a[r + i], a[r + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
     }
   }
   for (int c = 0; c < 4; ++c) {  // halves
-    store8(out + c * out_stride, __builtin_shufflevector(a[c], a[c + 4], 0, 1, 2, 3, 8, 9, 10, 11));
-    store8(out + (c + 4) * out_stride,
-           __builtin_shufflevector(a[c], a[c + 4], 4, 5, 6, 7, 12, 13, 14, 15));
+    v[c] = __builtin_shufflevector(b[c], b[c + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    v[c + 4] = __builtin_shufflevector(b[c], b[c + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
+}
+
+// out[c][r] = in[r][c] for 8 x 8 elements.
+inline void transpose_8x8(float* out, std::int64_t out_stride, const float* in,
+                          std::int64_t in_stride) {
+  f32x8 v[8];
+  for (int r = 0; r < 8; ++r) v[r] = load8(in + r * in_stride);
+  transpose_8x8(v);
+  for (int c = 0; c < 8; ++c) store8(out + c * out_stride, v[c]);
 }
 
 }  // namespace thaw

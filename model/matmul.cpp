@@ -137,16 +137,14 @@ void dot_rows(float* out, const Activations& x, const Tensor& w, std::int64_t fi
 // Eight rows' words of codes, as they stand in a block, to pairs of codes in code_position() order:
 // of the word's every part, `stride` codes from one to the next.
 template <DType kType>
-void expand_words(std::int16_t* to, std::int64_t stride, const float* words) {
+void expand_words(std::int16_t* to, std::int64_t stride, f32x8 words) {
   if constexpr (kType == DType::kQ8_0) {
-    i16x16 bytes;
-    std::memcpy(&bytes, words, sizeof bytes);
+    const auto bytes = reinterpret_cast<i16x16>(words);
     const i16x16 even = bytes << 8 >> 8, odd = bytes >> 8;
     std::memcpy(to, &even, sizeof even);
     std::memcpy(to + stride, &odd, sizeof odd);
   } else {
-    i32x8 word;
-    std::memcpy(&word, words, sizeof word);
+    const auto word = reinterpret_cast<i32x8>(words);
     for (int part = 0; part < 4; ++part, to += stride) {  // nibbles of each half of the word
       const i32x8 pairs = word >> 4 * part & 0x000f000f;
       std::memcpy(to, &pairs, sizeof pairs);
@@ -187,24 +185,24 @@ void unpack_blocks(Tile& tile, std::int64_t b, std::int64_t n_blocks, int half,
   constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2, kWords = kType == DType::kQ8_0 ? 8 : 4;
   constexpr float kOffset = kType == DType::kQ4_0 ? -8 : 0;
   const std::int64_t next = n_blocks > 1 ? dtype_info(kType).block_bytes : 0;
-  alignas(32) float stored[8][8], words[8][8];  // 32 bits of codes as one element
-  for (int r = 0; r < 8; ++r)
-    for (int j = 0; j < 8; j += kWords)
-      std::memcpy(stored[r] + j, rows[r] + (j > 0 ? next : 0) + kHeader, kWords * sizeof(float));
-  transpose_8x8(words[0], 8, stored[0], 8);
+  f32x8 words[8];  // 32 bits of codes an element: of a weight row, then of all eight
+  for (int r = 0; r < 8; ++r) {
+    const std::byte* codes = rows[r] + kHeader;
+    words[r] = reinterpret_cast<f32x8>(load_two(codes, codes + (kWords == 8 ? 16 : next)));
+  }
+  transpose_8x8(words);
   for (int j = 0; j < 8 && j / kWords < n_blocks; ++j) {
     std::int16_t* to = tile.pairs + (b + j / kWords) * kBlock * kTileCols + half * 16;
     expand_words<kType>(to + j % kWords * 2 * kTileCols, kWords * 2 * kTileCols, words[j]);
   }
+  const std::byte* const lower[] = {rows[0], rows[1], rows[4], rows[5]};
+  const std::byte* const upper[] = {rows[2], rows[3], rows[6], rows[7]};
   for (std::int64_t i = 0; i < std::min<std::int64_t>(n_blocks, 8 / kWords); ++i) {
-    for (int r = 0; r < 8; r += 4) {
-      const f32x8 header = load_halves(rows + r, i * next);
-      for (int k = 0; k < 4; ++k) {
-        tile.d[b + i][half * 8 + r + k] = header[2 * k];
-        tile.offset[b + i][half * 8 + r + k] =
-            kType == DType::kQ4_1 ? header[2 * k + 1] : kOffset * header[2 * k];
-      }
-    }
+    const f32x8 l = load_halves(lower, i * next), u = load_halves(upper, i * next);
+    const f32x8 d = __builtin_shufflevector(l, u, 0, 2, 8, 10, 4, 6, 12, 14);
+    const f32x8 m = __builtin_shufflevector(l, u, 1, 3, 9, 11, 5, 7, 13, 15);
+    store8(tile.d[b + i] + half * 8, d);
+    store8(tile.offset[b + i] + half * 8, kType == DType::kQ4_1 ? m : kOffset * d);
   }
 }
 
