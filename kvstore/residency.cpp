@@ -145,13 +145,16 @@ std::int64_t Residency::pages_to_seed(const Moment& now) const {
   return std::max<std::int64_t>(0, pages(std::ssize(choose(now))) - pages(lane_.n_rows()));
 }
 
-void Residency::seed(const Moment& now) {
+void Residency::clear_for_seed(const Moment& now) {
   const std::vector<std::int32_t> chosen = choose(now);
   std::vector<int> leaving;
   for (int row = 0; row < lane_.n_rows(); ++row)
     if (!std::binary_search(chosen.begin(), chosen.end(), lane_.token(row))) leaving.push_back(row);
   evict(now, leaving);
-  for (const std::int32_t token : chosen) {
+}
+
+void Residency::seed(const Moment& now) {
+  for (const std::int32_t token : choose(now)) {
     const auto t = static_cast<std::size_t>(token);
     if (params_.policy == Policy::kThaw && !always(now, token)) {
       if (hits_[t] == 0) hits_[t] = 1;

@@ -45,6 +45,8 @@ void ShadowLanes::begin_decode(int first, bool seeds) {
   for (Residency& lane : lanes_) lane.grow(first + 1);
   if (hot_.attends_all()) return;
   for (int layer = 0; seeds && layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.clear_for_seed(moment(layer, first));
+  for (int layer = 0; seeds && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.seed(moment(layer, first));
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, first + 1), 1);

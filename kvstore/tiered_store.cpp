@@ -140,6 +140,8 @@ void TieredKvStore::seed(int kv_len) {
     for (const Residency& lane : lanes(layer)) pages += lane.pages_to_seed(moment(layer, kv_len));
   arena_->reserve(pages);
   for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.clear_for_seed(moment(layer, kv_len));
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.seed(moment(layer, kv_len));
   seeded_ = true;
 }

@@ -197,6 +197,22 @@ TEST_CASE("budget: a promise in bytes holds however entropies differ") {
   CHECK(b.hot(0).size() + b.hot(1).size() + b.hot(2).size() >= 64);
 }
 
+TEST_CASE("budget: a layer whose share grows takes the pages of one whose share falls") {
+  KvOptions o = options(Policy::kBudget, 4, 2);
+  o.hot_bytes = 16 * 2 * 2 * kDim * 4;  // 16 tokens of both layers
+  Told b(o, 2);
+  b.entropies({0.1f, 4});
+  b.prefill(40, nobody);
+  b.decode(nobody);
+  CHECK(b.hot(0).size() == 8);
+  CHECK(b.hot(1).size() == 24);
+  b.entropies({4, 0.1f});  // another turn
+  b.prefill(20, nobody);
+  b.decode(nobody);
+  CHECK(b.hot(0).size() == 24);
+  CHECK(b.hot(1).size() == 8);
+}
+
 TEST_CASE("asr: a low score is followed by floor(sqrt(c) / k) steps of sleep and another look") {
   KvOptions o = options(Policy::kAsr, 4, 0);
   o.policy.softness = 0.5f;  // 2 sqrt(c): 2, 2, 3, 4 ... steps

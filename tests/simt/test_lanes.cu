@@ -57,6 +57,7 @@ class BothLanes {
   }
 
   void seed(int bound) {
+    for (Residency& lane : cpu_) lane.clear_for_seed(host_moment(bound));
     for (Residency& lane : cpu_) lane.seed(host_moment(bound));
     send_moment(at(kv_len_, bound));
     const auto choose = [&] { cuda_.work(moment_.data(), bounds_.data()).choose(); };
