@@ -46,6 +46,12 @@ WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sour
 TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
+# What CPUs other than this one run: AVX2 where it has more, and no AVX at all.
+X86 := $(filter x86_64,$(shell uname -m))
+PORTABLE := $(if $(X86),x86-64-v2,$(ARCH))
+WITH_AVX2 := $(if $(shell grep -sow -m 1 avx512f /proc/cpuinfo),x86-64-v3,$(ARCH))
+ARITHMETIC := attention forward ghost ghost_rope kvstore ops tiered_attention
+
 # CUDA sources: for the GPU by nvcc, and for the emulator (tests/simt/simt.h) by $(CXX).
 NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_LIB = $(firstword $(wildcard $(patsubst %/bin/nvcc,%/lib64,$(NVCC))) /usr/lib)
@@ -101,13 +107,21 @@ test:
 	  "tests/readme.sh $(BUILD)/thaw" "tests/emulated.sh $(BUILD)/thaw-emulated" \
 	  "tools/gpu_check.sh --emulated"
 
-## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer
+## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer, with AVX2
 sanitize:
 	@tools/setup.sh build test weights
-	@$(MAKE) BUILD=$(BUILD)/sanitize SAN=address,undefined OPT=-O1 WARN= sanitize-run
+	@$(MAKE) BUILD=$(BUILD)/sanitize ARCH=$(WITH_AVX2) SAN=address,undefined OPT=-O1 WARN= sanitize-run
 
 sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests"
+
+## portable    the tests of arithmetic, of code for CPUs without AVX2
+portable:
+	@tools/setup.sh build test
+	@$(MAKE) BUILD=$(BUILD)/portable ARCH=$(PORTABLE) OPT=-O1 portable-run
+
+portable-run: $(BUILD)/thaw-arithmetic-tests
+	@tests/tally.sh "tests/cases.py $<"
 
 ## race        the kernels' tests on the emulator under ThreadSanitizer
 race:
@@ -209,6 +223,11 @@ $(BUILD)/thaw-tests: $(TEST_OBJECTS) $(OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
+$(BUILD)/thaw-arithmetic-tests: $(ARITHMETIC:%=$(BUILD)/tests/test_%.o) $(BUILD)/tests/main.o \
+  $(filter-out $(BUILD)/cli/% $(BUILD)/tokenizer/%,$(OBJECTS))
+	@echo "link $@"
+	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
+
 $(BUILD)/thaw-simt-tests: $(SIMT_LINKED) $(SIMT_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
@@ -276,6 +295,6 @@ $(BUILD)/flags: force
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TEST_OBJECTS:.o=.d)
 
-.PHONY: all cuda cuda-tests emulate demo test sanitize sanitize-run fuzz fuzz-run race race-run \
-  barriers barriers-run cuda-objects kernels profile trace mutants install setup weights clean \
-  help force
+.PHONY: all cuda cuda-tests emulate demo test sanitize sanitize-run portable portable-run fuzz \
+  fuzz-run race race-run barriers barriers-run cuda-objects kernels profile trace mutants install \
+  setup weights clean help force
