@@ -176,6 +176,7 @@ std::string describe_kv(const Options& o, const Generation& g, int n_layers) {
   const double steps = static_cast<double>(g.counters.steps) * n_layers;
   if (steps > 0)
     text += join("; ", fixed(g.counters.recalled / steps, 1), " recalls a layer and step");
+  if (g.second_looks > 0) text += join("; ", count(g.second_looks, "second look"));
   return text;
 }
 
@@ -227,6 +228,7 @@ std::string to_json(const Options& o, const Generation& g, const Recovery& recov
       {"thawed_tokens", g.counters.thawed},
       {"cold_bytes_read", g.counters.cold_bytes_read},
       {"kv_type", o.common.kv.type_name},
+      {"second_looks", g.second_looks},
       {"recovery", to_json(recovery)},
       {"logits_fingerprint", hex(g.fingerprint)},
   });
@@ -276,6 +278,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.fingerprint = o.common.verbose || o.common.json;
   options.interrupted = &interrupted;
   options.recovery = &recovery;
+  options.second_look = o.recovery.second_look;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
   options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
   options.on_prefill = [&](int done, int total) {

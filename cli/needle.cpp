@@ -256,12 +256,14 @@ class Reader {
     };
     options.interrupted = &interrupted_;
     options.recovery = &recovery;
+    options.second_look = o_.recovery.second_look;
     const Generation g = generate(transformer_, kv, sampler, prompt, options);
     if (g.finish == Finish::kInterrupted) return {};
     a.number = first_number(a.text);
     a.share = static_cast<double>(digits_right(a.number, key.digits)) / spec.digits;
     a.firings.assign(recovery.firings().begin() + before, recovery.firings().end());
     run.alarms += static_cast<int>(a.firings.size());
+    run.looks += g.second_looks;
     run.answers.push_back(std::move(a));
     return g.tokens;
   }
@@ -301,6 +303,7 @@ nlohmann::ordered_json to_json(const NeedleRun& run, const NeedleRun* full) {
                                  {"attended_pct", 100 * run.attended()},
                                  {"recalls_per_layer_step", run.recalls()},
                                  {"recovery_alarms", run.alarms},
+                                 {"second_looks", run.looks},
                                  {"seconds", run.seconds}};
   if (full) {
     const NeedleAgreement agreed = agreement(run, *full);

@@ -15,6 +15,7 @@ struct RecoveryFlags {
   RecoveryParams defaults;
   float z = defaults.z;
   int rewalk_tokens = defaults.rewalk_tokens;
+  float second_look = 0.2f;  // nats
 
   RecoveryParams params(const std::string& policy) const;  // off where full has nothing to thaw
 };

@@ -170,6 +170,10 @@ class KvStore {
   // A rung of recovery (kvstore/recovery.h): thaws what the rung names. Returns tokens thawed.
   virtual double reset(Rung rung) = 0;
 
+  // thaw: in the next decode step a ghost's probability need only reach epsilon * kLookEpsilon for
+  // its exact token to be read. It stays hot only as in any step. Other policies: no effect.
+  virtual void look_closer() = 0;
+
   // Throws Error naming the first invariant that does not hold (docs/kvstore.md lists them).
   virtual void check() const = 0;
 

@@ -32,11 +32,16 @@ class RollingStatistics {
 struct Relief {
   int exact_steps = 0;  // that still attend every token, exactly
   int alarm_steps = 0;  // with a lower epsilon
+  bool looks = false;   // the next step is a second look
 
   void begin(Rung rung, const PolicyParams& params);
   void step();  // one is over
   float epsilon(const PolicyParams& params) const {
     return params.epsilon * (alarm_steps > 0 ? kAlarmEpsilon : 1.0f);
+  }
+  // From which probability frozen tokens are read; from epsilon() on they become hot, too.
+  float recall(const PolicyParams& params) const {
+    return looks ? params.epsilon * kLookEpsilon : epsilon(params);
   }
 };
 

@@ -30,6 +30,7 @@ class TieredKvStore final : public KvStore {
   void rewind(int position) override;
   void clear() override;
   double reset(Rung rung) override;
+  void look_closer() override { relief_.looks = true; }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
@@ -198,7 +199,7 @@ KvView TieredKvStore::view(int layer) const {
   if (exact()) return view;
   for (const Residency& lane : lanes(layer)) view.lanes.push_back(lane.lane().view());
   view.ghosts = ghosts_.view(layer);
-  view.recall = moment(layer, view.kv_len).epsilon;
+  view.recall = relief_.recall(params());
   return view;
 }
 

@@ -34,6 +34,7 @@ class CudaTieredStore final : public KvStore {
   void rewind(int position) override;
   void clear() override { rewind(0), counter_.clear(); }
   double reset(Rung rung) override;
+  void look_closer() override { hot_.look_closer(); }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
 
@@ -167,7 +168,7 @@ void CudaTieredStore::make_views() {
     }
     view.hot = hot_.lanes().hot(layer);
     view.ghosts = ghosts_.view(layer);
-    view.recall = &hot_.moment()->epsilon;
+    view.recall = &hot_.moment()->recall;
     view.stats = hot_.lanes().decode_stats(layer);
   }
 }
@@ -208,7 +209,7 @@ KvView CudaTieredStore::view(int layer) const {
   view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
   view.lane_heads = hot_.lanes().all().lane_heads;
-  if (!exact()) view.recall = hot_.epsilon();
+  if (!exact()) view.recall = hot_.recall();
   return view;
 }
 

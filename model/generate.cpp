@@ -107,7 +107,25 @@ class Run {
         at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
     logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
     if (!result_.tokens.empty()) ++result_.decode_steps;
+    if (in_store() == known() && hesitates()) look_again(token);
     if (recover(options_.recovery, kv_, logits_, true) == Rung::kRewalk) rewalk();
+  }
+
+  std::span<const float> choices() const {
+    return options_.n_vocab > 0 ? logits_.first(options_.n_vocab) : logits_;
+  }
+
+  // Whether a greedy choice hangs on less than ghosts may be wrong by.
+  bool hesitates() const {
+    return options_.second_look > 0 && kv_.options().policy.policy == Policy::kThaw &&
+           sampler_.lead(choices()) < options_.second_look;
+  }
+
+  void look_again(std::int32_t token) {
+    kv_.rewind(kv_.length() - 1);
+    kv_.look_closer();
+    logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
+    ++result_.second_looks;
   }
 
   std::int32_t draw() {
@@ -116,8 +134,7 @@ class Run {
       result_.fingerprint = fingerprint_.value();
     }
     if (options_.on_logits) options_.on_logits(logits_);
-    const std::int32_t token =
-        sampler_.sample(options_.n_vocab > 0 ? logits_.first(options_.n_vocab) : logits_);
+    const std::int32_t token = sampler_.sample(choices());
     if (result_.first_token_seconds == 0) result_.first_token_seconds = clock_.seconds();
     return token;
   }

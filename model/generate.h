@@ -39,6 +39,8 @@ struct GenerateOptions {
   int prefill = -1;                            // tokens of the prompt run in batches; the rest is
                                                // run one by one like what is generated; -1: all
   int n_vocab = 0;                             // sample only from the first n ids; 0: from all
+  float second_look = 0;                       // thaw: a step after which the sampler's lead() is
+                                               // less runs again, closer (kLookEpsilon)
   bool fingerprint = false;                    // take it of all logits that are sampled from
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops
@@ -57,6 +59,7 @@ struct Generation {
   double prefill_seconds = 0;      // the prompt through the model
   double first_token_seconds = 0;  // from the call to the first token; 0 when there is none
   int decode_steps = 0;            // forward passes of one token, after the prompt
+  int second_looks = 0;            // passes more, of tokens that were looked at again
   double decode_seconds = 0;       // those passes, the sampling after them, and on_token
   int context_tokens = 0;          // in the KV store at the end
   KvUsage usage;                   // at the end

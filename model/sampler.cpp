@@ -144,6 +144,19 @@ std::span<const Sampler::Candidate> Sampler::distribution(std::span<const float>
   return candidates_;
 }
 
+float Sampler::lead(std::span<const float> logits) const {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  if (options_.temperature > 0) return kInfinity;
+  const bool penalties = has_penalties();
+  float first = -kInfinity, second = -kInfinity;
+  for (std::size_t i = 0; i < logits.size(); ++i) {
+    const float logit = penalties ? penalized(logits[i], i) : logits[i];
+    second = std::max(second, std::min(logit, first));
+    first = std::max(first, logit);
+  }
+  return second > -kInfinity ? first - second : kInfinity;
+}
+
 std::int32_t Sampler::sample(std::span<const float> logits) {
   filter(logits);
   if (candidates_.size() == 1) return candidates_.front().token;

@@ -52,6 +52,10 @@ class Sampler {
   // first, lowest id first on a tie: what sample() draws from. Valid until the next call.
   std::span<const Candidate> distribution(std::span<const float> logits);
 
+  // How far the most probable token leads the next one, in nats, penalties included: what a greedy
+  // choice hangs on. Infinity where sampling is not greedy.
+  float lead(std::span<const float> logits) const;
+
   const SamplerOptions& options() const { return options_; }
 
  private:

@@ -175,6 +175,55 @@ TEST_CASE("generate: penalties see the prompt") {
   }
 }
 
+// A store in which the ghosts of a second look answer: how often it was asked to look.
+class Looked {
+ public:
+  Looked(Policy policy, float temperature) : engine(64, temperature) {
+    KvOptions o;
+    o.policy.policy = policy;
+    o.policy.epsilon = 1e-9f;  // everything is read exactly, so a look finds what there was
+    o.centre_tokens = 4;
+    o.check = true;
+    engine.kv = make_kv_store(kv_shape(engine.tiny.model.config, 64, KvType::kF32), o);
+  }
+  Generation run(float second_look) {
+    GenerateOptions o = at_most(24);
+    o.second_look = second_look;
+    o.on_logits = [&](std::span<const float> logits) {
+      leads.push_back(engine.sampler.lead(logits));
+    };
+    return engine.run(o);
+  }
+
+  Engine engine;
+  std::vector<float> leads;  // of each token
+};
+
+TEST_CASE("generate: a greedy step that decides by less than second_look is run again") {
+  Looked plain(Policy::kThaw, 0);
+  const Generation once = plain.run(0);
+  CHECK(once.second_looks == 0);
+  REQUIRE(plain.leads.size() == 24);
+  std::vector<float> sorted(plain.leads.begin() + 1, plain.leads.end());  // decoded, not prefilled
+  std::sort(sorted.begin(), sorted.end());
+  REQUIRE(sorted[9] > sorted[8] + 1e-4f);
+  Looked looked(Policy::kThaw, 0);
+  const Generation twice = looked.run((sorted[8] + sorted[9]) / 2);
+  CHECK(twice.second_looks == 9);
+  CHECK(twice.tokens == once.tokens);
+  CHECK(twice.decode_steps == 23);
+  CHECK(twice.counters.steps == 23 + 9);
+  CHECK(twice.context_tokens == once.context_tokens);
+}
+
+TEST_CASE("generate: nobody looks twice where nothing is chosen greedily, or nothing is frozen") {
+  constexpr float kAlways = 1e9f;
+  CHECK(Looked(Policy::kThaw, 0).run(kAlways).second_looks == 23);
+  CHECK(Looked(Policy::kThaw, 0.5f).run(kAlways).second_looks == 0);
+  for (const Policy policy : {Policy::kFull, Policy::kWindow, Policy::kAsr})
+    CHECK(Looked(policy, 0).run(kAlways).second_looks == 0);
+}
+
 TEST_CASE("generate: a second prompt continues where the first ended") {
   Engine engine, whole;
   engine.run(at_most(0), {5, 17, 200});

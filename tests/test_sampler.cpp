@@ -193,6 +193,20 @@ TEST_CASE("sampler: penalties come before the greedy choice, repetition before t
   CHECK(sampler.sample(std::vector<float>{8, 2.75f}) == 0);
 }
 
+TEST_CASE("sampler: the lead is between the two largest logits, penalties included") {
+  SamplerOptions o;
+  o.temperature = 0, o.presence_penalty = 1;
+  Sampler sampler(o);
+  CHECK(sampler.lead(std::vector<float>{1, 4, -2, 3.5f}) == 0.5f);
+  CHECK(sampler.lead(std::vector<float>{4, 1, 4}) == 0);
+  CHECK(sampler.lead(std::vector<float>{-kInf, 4, -kInf}) == kInf);
+  sampler.accept(1);
+  CHECK(sampler.lead(std::vector<float>{1, 4, -2, 3.5f}) == 0.5f);  // now of token 3
+  CHECK(sampler.lead(std::vector<float>{1, 6, -2, 3.5f}) == 1.5f);
+  o.temperature = 0.1f;
+  CHECK(Sampler(o).lead(std::vector<float>{4, 1, 4}) == kInf);
+}
+
 TEST_CASE("sampler: tokens leave the penalty window") {
   SamplerOptions o = plain();
   o.frequency_penalty = 1, o.penalty_window = 2;

@@ -60,6 +60,20 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
     }
 }
 
+TEST_CASE("cuda residency: pages go from layer to layer with their budgets, as on the CPU") {
+  const KvShape shape = {2, 2, 8, 400, KvType::kF16, {}};
+  KvOptions options = options_of(Policy::kBudget);
+  options.hot_bytes = 40 * shape.bytes_per_token();
+  options.check = true;
+  BothStores both(shape, options, 11);
+  both.prefill(60, Mood::kPlain);
+  for (int turn = 0; turn < 12; ++turn) {  // each draws other entropies
+    both.decode(1, Mood::kPlain);
+    both.prefill(10, Mood::kPlain);
+  }
+  both.cuda->check();
+}
+
 // Rungs between steps, alone, one after the other and in the middle of what an earlier one began.
 void recover(BothStores& both) {
   both.reset(Rung::kWindow);
@@ -76,6 +90,7 @@ void recover(BothStores& both) {
     both.reset(Rung::kWindow);
     both.reset(Rung::kSoft);
     both.rewind(both.cpu->length() - 3);
+    both.look_closer();
     both.decode(testing::kIsSlow ? 1 : 3, Mood::kPlain);
     both.prefill(1, Mood::kTies);
     both.reset(Rung::kFull);
