@@ -25,6 +25,7 @@ kvstore/policy.h|s/p.stay \* std::sqrt(static_cast<float>(hits))/p.stay * static
 kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound || /if (/|the bound of a lane
 kvstore/lane.cpp|s/max_pages_ - pages_)/max_pages_)/|the promise in bytes
 kvstore/tiered_store.cpp|s/bounds_.share(kv_len + 1, entropy_);//|budgets
+kvstore/tiered_store.cpp|s/lane.clear_for_seed(moment(layer, kv_len));/static_cast<void>(lane);/|who is not chosen stays
 # 7: the same seed, the same history
 kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
 # ghosts
@@ -38,6 +39,7 @@ kvstore/residency.cpp|s/stats.probability\[t\], n_rows)/stats.probability[t], 1)
 # recovery
 kvstore/policy.h|s/stamp > step - kWakeSteps/stamp > step - 2 * kWakeSteps/|old freezes are recent
 kvstore/residency.cpp|s/t = now.kv_len; t-- > 0;/t = 0; t < now.kv_len; ++t/|the oldest wake first
+kvstore/recovery.h|s/return looks ? .*;/return epsilon(params);/|a second look sees no more
 # attention over tiers
 attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
 attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice
