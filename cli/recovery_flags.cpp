@@ -28,10 +28,11 @@ void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
   flags.integer(r.rewalk_tokens, "--rewalk-tokens",
                 "tokens that a rewalk writes again; text appears so much later where it may", 1,
                 1024);
-  flags.real(r.second_look, "--second-look",
-             "thaw with --temp 0: when the most probable token leads the next by less than X nats, "
-             "run the step again with a sixteenth of epsilon; 0: never",
-             "a number >= 0", [](double x) { return x >= 0; });
+  flags.real(
+      r.second_look, "--second-look",
+      "thaw, greedy: when the most probable token leads the next by less than X nats, run the "
+      "step again with a sixteenth of epsilon; 0: never",
+      "a number >= 0", [](double x) { return x >= 0; });
 }
 
 std::string describe(const Recovery& recovery) {

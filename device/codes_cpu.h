@@ -21,7 +21,7 @@ using i16x16 = std::int16_t __attribute__((vector_size(32)));
 
 inline f32x8 to_float(i32x8 v) { return __builtin_convertvector(v, f32x8); }
 
-// 16 bytes of two places.
+// The 16 bytes at `first`, then the 16 at `second`.
 inline i16x16 load_two(const void* first, const void* second) {
 #ifdef __AVX2__
   const auto load = [](const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); };

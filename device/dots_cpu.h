@@ -112,7 +112,7 @@ struct DotSums {
   }
 };
 
-inline i16x16 load_twice(const std::int16_t* p) {
+inline i16x16 load_twice(const std::int16_t* p) {  // 16 bytes
 #ifdef __AVX2__
   return reinterpret_cast<i16x16>(
       _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -127,12 +127,13 @@ f32x8 spread(f32x8 v) {
   return __builtin_shufflevector(v, v, i, i, i, i, i + 4, i + 4, i + 4, i + 4);
 }
 
-// A block of 32 codes of two weight rows, widened to 16 bits: codes in code_position() order, 8 of
-// each row at a time.
+// A block of 32 codes of two weight rows, widened to 16 bits: part p holds the eight codes from
+// position 8 p on (code_position()) of the first row, then of the second.
 struct BlockCodes {
   i16x16 parts[4];
 };
 
+// first, second: where the rows' codes begin, 16 bytes of nibbles or 32 signed bytes.
 template <bool kNibbles>
 BlockCodes unpack(const std::byte* first, const std::byte* second) {
   const i16x16 bytes = load_two(first, second);

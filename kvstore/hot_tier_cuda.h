@@ -29,7 +29,7 @@ class CudaHotTier {
   void settle();
   void end_exact() { seeded_ = false; }
   void end_decode() { relief_.step(); }
-  void look_closer() { relief_.looks = true; }
+  bool look(float ghost_mass) { return relief_.look(ghost_mass); }
 
   void close(int first);  // gives up what begin_decode() opened, if it did
   // Without the tokens from `position` on; length: tokens so far. These two wait for the stream.

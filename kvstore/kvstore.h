@@ -77,7 +77,7 @@ struct KvView {
   int kv_len = 0;
   int n_kv_heads = 0;
   int head_dim = 0;
-  KvRows cold;  // every token, oldest first
+  KvRows cold;                         // every token, oldest first
   const DeviceView* device = nullptr;  // the same of a store in device memory; kernels read it
 
   int lane_heads = 0;  // KV heads that share statistics and decisions: 1, or n_kv_heads
@@ -170,9 +170,11 @@ class KvStore {
   // A rung of recovery (kvstore/recovery.h): thaws what the rung names. Returns tokens thawed.
   virtual double reset(Rung rung) = 0;
 
-  // thaw: in the next decode step a ghost's probability need only reach epsilon * kLookEpsilon for
-  // its exact token to be read. It stays hot only as in any step. Other policies: no effect.
-  virtual void look_closer() = 0;
+  // Before the last decode step is run again, or its successor: in the next step a ghost's
+  // probability need only reach epsilon * kLookEpsilon for its exact token to be read, which
+  // becomes hot only as in any step. False, with no effect, where no ghost answered in the last
+  // step.
+  virtual bool look_closer() = 0;
 
   // Throws Error naming the first invariant that does not hold (docs/kvstore.md lists them).
   virtual void check() const = 0;

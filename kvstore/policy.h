@@ -39,8 +39,7 @@ inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "r
 inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts
 inline constexpr float kAlarmEpsilon = 0.25f;  // soft, under thaw: what epsilon is multiplied by
 inline constexpr int kWakeSteps = 64;          // window: how far back it wakes
-// thaw: by what epsilon is multiplied for recalls of a second look.
-inline constexpr float kLookEpsilon = 0.0625f;
+inline constexpr float kLookEpsilon = 0.0625f;  // the same for what a second look reads
 
 // Whether a frozen token froze in the last kWakeSteps steps. stamp: the step in which it froze
 // last, plus 1; 0: it never did.

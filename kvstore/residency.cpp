@@ -140,17 +140,14 @@ std::vector<std::int32_t> Residency::choose(const Moment& now) const {
   return chosen;
 }
 
-std::int64_t Residency::pages_to_seed(const Moment& now) const {
-  const auto pages = [](std::int64_t rows) { return (rows + kHotPageRows - 1) / kHotPageRows; };
-  return std::max<std::int64_t>(0, pages(std::ssize(choose(now))) - pages(lane_.n_rows()));
-}
-
-void Residency::clear_for_seed(const Moment& now) {
+std::int64_t Residency::clear_for_seed(const Moment& now) {
   const std::vector<std::int32_t> chosen = choose(now);
   std::vector<int> leaving;
   for (int row = 0; row < lane_.n_rows(); ++row)
     if (!std::binary_search(chosen.begin(), chosen.end(), lane_.token(row))) leaving.push_back(row);
   evict(now, leaving);
+  const auto pages = [](std::int64_t rows) { return (rows + kHotPageRows - 1) / kHotPageRows; };
+  return pages(std::ssize(chosen)) - pages(lane_.n_rows());
 }
 
 void Residency::seed(const Moment& now) {

@@ -40,10 +40,9 @@ class Residency {
   void grow(int kv_len);  // room for that many tokens' state
   // Exact attention over every token, `n_rows` queries: what the next seed() goes by.
   void learn(const AttentionStats::Lane& stats, int n_rows, int kv_len);
-  // Chooses the hot tokens anew, as decoding begins. They need pages that the lane does not hold:
-  std::int64_t pages_to_seed(const Moment& now) const;
-  // First clear_for_seed() in all lanes, which freezes who is not chosen: pages are free then.
-  void clear_for_seed(const Moment& now);
+  // Chooses the hot tokens anew, as decoding begins. First all lanes freeze who is not chosen, so
+  // that their pages are free, and return how many more they need; then all fill them.
+  std::int64_t clear_for_seed(const Moment& now);
   void seed(const Moment& now);
   // Freezes the lowest ranked until `incoming` more tokens fit the bound.
   void make_room(const Moment& now, int incoming);

@@ -30,7 +30,7 @@ class TieredKvStore final : public KvStore {
   void rewind(int position) override;
   void clear() override;
   double reset(Rung rung) override;
-  void look_closer() override { relief_.looks = true; }
+  bool look_closer() override { return relief_.look(ghost_mass()); }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
@@ -138,10 +138,8 @@ Moment TieredKvStore::moment(int layer, int kv_len) const {
 void TieredKvStore::seed(int kv_len) {
   std::int64_t pages = 0;
   for (int layer = 0; layer < shape_.n_layers; ++layer)
-    for (const Residency& lane : lanes(layer)) pages += lane.pages_to_seed(moment(layer, kv_len));
+    for (Residency& lane : lanes(layer)) pages += lane.clear_for_seed(moment(layer, kv_len));
   arena_->reserve(pages);
-  for (int layer = 0; layer < shape_.n_layers; ++layer)
-    for (Residency& lane : lanes(layer)) lane.clear_for_seed(moment(layer, kv_len));
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.seed(moment(layer, kv_len));
   seeded_ = true;

@@ -34,7 +34,7 @@ class CudaTieredStore final : public KvStore {
   void rewind(int position) override;
   void clear() override { rewind(0), counter_.clear(); }
   double reset(Rung rung) override;
-  void look_closer() override { hot_.look_closer(); }
+  bool look_closer() override { return hot_.look(ghost_mass()); }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
 

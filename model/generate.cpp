@@ -107,7 +107,7 @@ class Run {
         at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
     logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
     if (!result_.tokens.empty()) ++result_.decode_steps;
-    if (in_store() == known() && hesitates()) look_again(token);
+    if (in_store() == known() && hesitates() && kv_.look_closer()) look_again(token);
     if (recover(options_.recovery, kv_, logits_, true) == Rung::kRewalk) rewalk();
   }
 
@@ -117,13 +117,11 @@ class Run {
 
   // Whether a greedy choice hangs on less than ghosts may be wrong by.
   bool hesitates() const {
-    return options_.second_look > 0 && kv_.options().policy.policy == Policy::kThaw &&
-           sampler_.lead(choices()) < options_.second_look;
+    return options_.second_look > 0 && sampler_.lead(choices()) < options_.second_look;
   }
 
   void look_again(std::int32_t token) {
     kv_.rewind(kv_.length() - 1);
-    kv_.look_closer();
     logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
     ++result_.second_looks;
   }

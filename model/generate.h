@@ -39,8 +39,8 @@ struct GenerateOptions {
   int prefill = -1;                            // tokens of the prompt run in batches; the rest is
                                                // run one by one like what is generated; -1: all
   int n_vocab = 0;                             // sample only from the first n ids; 0: from all
-  float second_look = 0;                       // thaw: a step after which the sampler's lead() is
-                                               // less runs again, closer (kLookEpsilon)
+  float second_look = 0;                       // nats; a step after which the sampler's lead() is
+                                               // less runs again, if kv can look_closer()
   bool fingerprint = false;                    // take it of all logits that are sampled from
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops

@@ -53,7 +53,7 @@ class Sampler {
   std::span<const Candidate> distribution(std::span<const float> logits);
 
   // How far the most probable token leads the next one, in nats, penalties included: what a greedy
-  // choice hangs on. Infinity where sampling is not greedy.
+  // choice hangs on. Infinity where sampling is not greedy, or only one logit is finite.
   float lead(std::span<const float> logits) const;
 
   const SamplerOptions& options() const { return options_; }

@@ -167,6 +167,7 @@ class History {
     for (std::size_t i = 0; stats.n_rows > 0 && i < n_lanes; ++i) {
       AttentionStats::Lane& lane = stats.lanes.emplace_back();
       lane.entropy = static_cast<float>(4 * random_.uniform());
+      lane.ghost_mass = probability();
       const int rows = view.lanes.empty() ? view.kv_len : view.lanes[i].hot.n_rows;
       for (int row = 0; row < rows; ++row) {
         lane.probability.push_back(probability());

@@ -175,7 +175,7 @@ class Troubled : public KvStore {
     if (rung == Rung::kFull) turned_ = false;
     return inner_->reset(rung);
   }
-  void look_closer() override { inner_->look_closer(); }
+  bool look_closer() override { return inner_->look_closer(); }
   float ghost_mass() const override {
     const auto at = masses_.find(length());
     return at == masses_.end() ? 0.1f : at->second;

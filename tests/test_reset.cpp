@@ -84,32 +84,45 @@ TEST_CASE("reset: a milder rung does not shorten the help of a stronger one") {
 TEST_CASE("second look: one step with a sixteenth of epsilon, whatever else is low") {
   Told thaw(options(Policy::kThaw, 2, 1));
   const float epsilon = PolicyParams{}.epsilon;
-  const auto next = [&] {
-    thaw.decode(nobody);
-    return thaw.kv().view(0).recall / epsilon;  // of the next step
-  };
+  const auto recall = [&] { return thaw.kv().view(0).recall / epsilon; };  // of the next step
+  thaw.ghost_mass(0.1f);
   thaw.prefill(20, nobody);
-  CHECK(next() == 1);
-  thaw.kv().look_closer();
-  CHECK(thaw.kv().view(0).recall == epsilon / 16);
-  CHECK(next() == 1);
+  thaw.decode(nobody);
+  CHECK(recall() == 1);
+  CHECK(thaw.kv().look_closer());
+  CHECK(recall() == 1.0f / 16);
+  thaw.decode(nobody);
+  CHECK(recall() == 1);
   thaw.kv().reset(Rung::kSoft);
-  thaw.kv().look_closer();
-  CHECK(thaw.kv().view(0).recall == epsilon / 16);
-  CHECK(next() == 0.25f);
+  CHECK(thaw.kv().look_closer());
+  CHECK(recall() == 1.0f / 16);
+  thaw.decode(nobody);
+  CHECK(recall() == 0.25f);
   // Whoever is recalled by it alone stays frozen.
-  thaw.kv().look_closer();
+  CHECK(thaw.kv().look_closer());
   thaw.decode(nobody, {}, {{5, epsilon / 8}, {6, epsilon / 4}});
   CHECK_FALSE(thaw.is_hot(5));
   CHECK(thaw.is_hot(6));  // the alarm of the soft rung
-  thaw.kv().look_closer();
-  thaw.kv().rewind(0);  // forgets it
-  thaw.prefill(20, nobody);
-  CHECK(next() == 1);
+  CHECK(thaw.kv().look_closer());
+  CHECK(recall() == 1.0f / 16);
+  thaw.kv().rewind(0);
+  CHECK(recall() == 1);  // forgotten, and so is the alarm
+}
 
+TEST_CASE("second look: none where no ghost answered") {
+  const auto looks = [](Told& store) {
+    store.decode(nobody);
+    return store.kv().look_closer();
+  };
+  Told thaw(options(Policy::kThaw, 2, 1));
+  thaw.prefill(20, nobody);
+  CHECK_FALSE(looks(thaw));  // all hot, or nothing on the frozen
+  thaw.ghost_mass(0.1f);
+  CHECK(looks(thaw));
+  thaw.kv().reset(Rung::kFull);
+  for (int step = 0; step < kAlarmSteps; ++step) CHECK_FALSE(looks(thaw));
+  CHECK(looks(thaw));
   Told full(options(Policy::kFull, 2, 1));
   full.prefill(20, nobody);
-  full.kv().look_closer();
-  full.decode(nobody);
-  CHECK(full.kv().view(0).lanes.empty());
+  CHECK_FALSE(looks(full));
 }

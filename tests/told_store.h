@@ -31,6 +31,7 @@ class Told {
     step(1, Phase::kDecode, probability, relevance, recalled);
   }
   void entropies(std::vector<float> entropy) { entropy_ = std::move(entropy); }
+  void ghost_mass(float mass) { ghost_mass_ = mass; }
 
   std::vector<int> hot(int layer = 0) const {
     const KvView view = kv_->view(layer);
@@ -56,6 +57,7 @@ class Told {
       stats.n_rows = kv_->stats_rows(n);
       AttentionStats::Lane& lane = stats.lanes.emplace_back();
       lane.entropy = entropy_[static_cast<std::size_t>(layer) % entropy_.size()];
+      lane.ghost_mass = ghost_mass_;
       const int n_rows = view.lanes.empty() ? view.kv_len : view.lanes[0].hot.n_rows;
       for (int row = 0; row < n_rows; ++row) {
         const int token = view.lanes.empty() ? row : view.lanes[0].tokens[row];
@@ -70,6 +72,7 @@ class Told {
 
   std::unique_ptr<KvStore> kv_;
   std::vector<float> entropy_ = {0.0f};
+  float ghost_mass_ = 0;
 };
 
 inline KvOptions options(Policy policy, int window, int sinks) {

@@ -81,7 +81,8 @@ class BothStores {
     compare_counters();
   }
 
-  void look_closer() { cpu->look_closer(), cuda->look_closer(); }
+  void look_closer() { CHECK(cpu->look_closer() == cuda->look_closer()); }
+
   void reset(Rung rung) {
     const double woken = cuda->reset(rung);
     CHECK(cpu->reset(rung) == woken);
