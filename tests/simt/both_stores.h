@@ -13,16 +13,10 @@
 #include "kvstore/kvstore.h"
 #include "kvstore/pages_cuda.h"
 #include "kvstore/tiered_store_cuda.h"
+#include "tests/simt/simt.h"
 #include "tests/tiny_model.h"
 
 namespace thaw::testing {
-
-// Sanitizers make steps up to thirty times as long.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-inline constexpr bool kIsSlow = true;
-#else
-inline constexpr bool kIsSlow = false;
-#endif
 
 // What attention is made to say.
 enum class Mood {

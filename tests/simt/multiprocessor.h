@@ -34,9 +34,10 @@ struct Fiber {
   int argument = 0;
   float* product = nullptr;  // mma: d, a and b of this lane
   const std::uint32_t *a = nullptr, *b = nullptr;
-  char clocks[2] = {};      // released before __syncwarp, by turns
-  unsigned turn = 0;        // the one of the last
-  unsigned lane_turns = 0;  // and of each lane of its warp
+  char arrived = 0;          // a clock, released before __syncwarp
+  char joined[2] = {};       // clocks of all its lanes, where this one was the last, by turns
+  unsigned turn = 0;         // the one of the last
+  char* complete = nullptr;  // the clock that this one waits for
 
   std::vector<Landing> copies;  // asynchronous, oldest first
   int group = 0;                // number of commits

@@ -271,13 +271,13 @@ TEST_CASE("cuda lanes: hits, timers, ranks and rows are those of the CPU after e
     params.window = 5, params.sinks = 3;
     params.epsilon = 0.004f, params.softness = 0.4f;
     testing::Random random(3 + static_cast<int>(policy));
-    const int n_rounds = testing::kIsSlow ? 2 : 14;
+    const int n_rounds = simt::kIsSlow ? 2 : 14;
     BothLanes both(params, 17);
     for (int round = 0; round < n_rounds; ++round) {
       const auto bound = [&] { return random.below(3) == 0 ? kCapacity : 9 + random.below(40); };
       both.prefill(1 + random.below(round == 3 ? 200 : 30));
       both.seed(bound());
-      for (int i = random.below(testing::kIsSlow ? 3 : 9); i >= 0; --i) both.step(bound());
+      for (int i = random.below(simt::kIsSlow ? 3 : 9); i >= 0; --i) both.step(bound());
       if (random.below(2) == 0) {
         both.reset(static_cast<Rung>(1 + random.below(3)), bound());
         for (int i = random.below(3); i > 0; --i) both.step(bound());
@@ -286,7 +286,7 @@ TEST_CASE("cuda lanes: hits, timers, ranks and rows are those of the CPU after e
     }
     promoted += both.n_promoted, thawed += both.n_thawed, frozen += both.n_frozen;
   }
-  CHECK((testing::kIsSlow || promoted > 100));
-  CHECK((testing::kIsSlow || thawed > 100));
-  CHECK((testing::kIsSlow || frozen > 1000));
+  CHECK((simt::kIsSlow || promoted > 100));
+  CHECK((simt::kIsSlow || thawed > 100));
+  CHECK((simt::kIsSlow || frozen > 1000));
 }

@@ -18,7 +18,7 @@ KvOptions options_of(Policy policy) {
   return o;
 }
 
-constexpr int kLayers = testing::kIsSlow ? 1 : 2;
+constexpr int kLayers = simt::kIsSlow ? 1 : 2;
 
 constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Policy::kBudget,
                                 Policy::kAsr};
@@ -26,7 +26,7 @@ constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Po
 // A prompt, steps of every mood, cuts into the prompt and to nothing, and prompts after steps.
 void live(BothStores& both) {
   const auto decode = [&](int n_steps, Mood mood) {
-    both.decode(testing::kIsSlow ? 1 : n_steps, mood);
+    both.decode(simt::kIsSlow ? 1 : n_steps, mood);
   };
   both.prefill(45, Mood::kPlain);
   decode(12, Mood::kPlain);
@@ -56,7 +56,7 @@ TEST_CASE("cuda residency: every policy, per head and per layer, decides as on t
       options.policy.per_head = per_head;
       BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 7);
       live(both);
-      CHECK((both.n_compared > 400 || testing::kIsSlow));
+      CHECK((both.n_compared > 400 || simt::kIsSlow));
     }
 }
 
@@ -80,21 +80,21 @@ void recover(BothStores& both) {
   both.prefill(45, Mood::kPlain);
   both.reset(Rung::kWindow);
   for (const Rung rung : {Rung::kSoft, Rung::kWindow, Rung::kFull, Rung::kRewalk}) {
-    if (testing::kIsSlow && rung == Rung::kRewalk) continue;
+    if (simt::kIsSlow && rung == Rung::kRewalk) continue;
     CAPTURE(kRungNames[static_cast<int>(rung)]);
-    both.decode(testing::kIsSlow ? 1 : 5, Mood::kNoneHit);
+    both.decode(simt::kIsSlow ? 1 : 5, Mood::kNoneHit);
     both.reset(rung);
-    both.decode(testing::kIsSlow ? 2 : 18, Mood::kTies);
+    both.decode(simt::kIsSlow ? 2 : 18, Mood::kTies);
     both.reset(rung);
     both.decode(2, Mood::kPlain);
     both.reset(Rung::kWindow);
     both.reset(Rung::kSoft);
     both.rewind(both.cpu->length() - 3);
     both.look_closer();
-    both.decode(testing::kIsSlow ? 1 : 3, Mood::kPlain);
+    both.decode(simt::kIsSlow ? 1 : 3, Mood::kPlain);
     both.prefill(1, Mood::kTies);
     both.reset(Rung::kFull);
-    both.decode(testing::kIsSlow ? 1 : 18, Mood::kTies);
+    both.decode(simt::kIsSlow ? 1 : 18, Mood::kTies);
     both.cuda->check();
   }
   both.reset(Rung::kFull);
@@ -107,7 +107,7 @@ TEST_CASE("cuda residency: every rung of recovery wakes whom it wakes on the CPU
     CAPTURE(kPolicyNames[static_cast<int>(policy)]);
     double n_woken = 0;
     for (const int bound : {0, 13, 60}) {
-      if (testing::kIsSlow && bound != 0) continue;
+      if (simt::kIsSlow && bound != 0) continue;
       CAPTURE(bound);
       KvOptions options = options_of(policy);
       options.hot_tokens = bound;
@@ -125,7 +125,7 @@ TEST_CASE("cuda residency: a recorder is told of each decision, as by the CPU an
   std::size_t n_events[6] = {};
   for (const Policy policy : kPolicies)
     for (const int bound : {0, 24}) {
-      if (testing::kIsSlow && bound == 0) continue;
+      if (simt::kIsSlow && bound == 0) continue;
       CAPTURE(kPolicyNames[static_cast<int>(policy)]);
       CAPTURE(bound);
       KvOptions options = options_of(policy);
@@ -136,7 +136,7 @@ TEST_CASE("cuda residency: a recorder is told of each decision, as by the CPU an
       recover(both);
       for (std::size_t kind = 0; kind < 6; ++kind) n_events[kind] += both.n_events[kind];
     }
-  for (const std::size_t n : n_events) CHECK((n > 20 || testing::kIsSlow));
+  for (const std::size_t n : n_events) CHECK((n > 20 || simt::kIsSlow));
 }
 
 TEST_CASE("cuda residency: invariants hold after every step") {
@@ -157,7 +157,7 @@ TEST_CASE("cuda residency: invariants hold after every step") {
 TEST_CASE("cuda residency: and where room is short, down to the least") {
   for (const Policy policy : kPolicies)
     for (const int bound : {0, 1, 2, 3}) {
-      if (testing::kIsSlow && bound > 1) continue;
+      if (simt::kIsSlow && bound > 1) continue;
       if (policy == Policy::kWindow && bound < 2) continue;
       CAPTURE(kPolicyNames[static_cast<int>(policy)]);
       CAPTURE(bound);
@@ -167,7 +167,7 @@ TEST_CASE("cuda residency: and where room is short, down to the least") {
       if (bound == 2) options.hot_fraction = 0.4;
       if (bound == 3) options.hot_bytes = kLayers * 2 * 2 * 16 * 24 + 1;  // layers, heads, k and v
       BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options, 11 + bound);
-      const int most = testing::kIsSlow ? 1 : 6;
+      const int most = simt::kIsSlow ? 1 : 6;
       both.prefill(40, Mood::kPlain);
       both.decode(most, Mood::kPlain);
       both.decode(most, Mood::kTies);

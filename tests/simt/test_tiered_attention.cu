@@ -17,20 +17,13 @@
 using namespace thaw;
 using Case = testing::TieredCase;
 using Scene = testing::TieredScene;
+using simt::kIsSlow;
 using testing::DeviceTiers;
 using testing::error_of;
 
 namespace {
 
-// Sanitizers are slow, and see what is wrong in any order.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr bool kIsSlow = true;
-constexpr int kOrders = 3;
-#else
-constexpr bool kIsSlow = false;
-constexpr int kOrders = 20;
-#endif
-
+constexpr int kOrders = kIsSlow ? 3 : 20;
 constexpr float kNever = std::numeric_limits<float>::infinity();
 
 // A view of a scene on the device, and attention that looks at it.

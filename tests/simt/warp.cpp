@@ -60,11 +60,9 @@ void multiply(const std::unique_ptr<Fiber>* lanes, bool bf16) {
 // Every lane of the mask is here: gives each its result.
 void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
   std::int64_t joined = 0;
-  unsigned turns = 0;
   bool any = false;
   for (int i = 0; i < kWarp; ++i) {
     if ((last.mask >> i & 1u) == 0) continue;
-    turns |= lanes[i]->turn << i;
     const std::int64_t value =
         last.what == Exchange::kBallot ? lanes[i]->value << i : lanes[i]->value;
     joined = any ? join(last.what, joined, value) : value;
@@ -73,7 +71,6 @@ void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
   for (int i = 0; i < kWarp; ++i) {
     if ((last.mask >> i & 1u) == 0) continue;
     lanes[i]->result = joined;
-    lanes[i]->lane_turns = turns;
     if (last.what != Exchange::kShuffle) continue;
     const int source = lanes[i]->argument;
     if ((last.mask >> source & 1u) == 0)
@@ -84,6 +81,18 @@ void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
   if (last.what == Exchange::kMultiply) multiply(lanes, last.argument != 0);
 }
 
+// The last lane to arrive joins the clocks of all: 32 acquisitions and not 32 by each. By turns: it
+// may be the last of the next __syncwarp before all have left this one.
+void join_clocks(const std::unique_ptr<Fiber>* lanes, Fiber& last) {
+  char* joined = &last.joined[last.turn ^= 1u];
+  for (int i = 0; i < kWarp; ++i) {
+    if ((last.mask >> i & 1u) == 0) continue;
+    acquire(&lanes[i]->arrived);
+    lanes[i]->complete = joined;
+  }
+  release(joined);
+}
+
 }  // namespace
 
 int lane() { return active->current->thread % kWarp; }
@@ -92,7 +101,8 @@ std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argu
   Fiber& f = checked_lane(mask, where);
   if (what == Exchange::kSync && skipped(where)) return 0;
   f.what = what, f.value = value, f.argument = argument;
-  if (what == Exchange::kSync) release(&f.clocks[f.turn ^= 1u]);
+  const bool orders = what == Exchange::kSync;  // no other exchange orders memory
+  if (orders) release(&f.arrived);
   const int first = f.thread - lane();
   const std::unique_ptr<Fiber>* lanes = &active->fibers[first];
   f.state = State::kInExchange;
@@ -105,6 +115,7 @@ std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argu
   }
   if (all) {
     complete(lanes, f);
+    if (orders) join_clocks(lanes, f);
     const int start = random().below(kWarp);
     for (int i = 0; i < kWarp; ++i) {
       const int next = (start + i) % kWarp;
@@ -112,9 +123,7 @@ std::int64_t exchange(Exchange what, unsigned mask, std::int64_t value, int argu
     }
   }
   suspend();
-  if (what == Exchange::kSync)  // no other exchange orders memory
-    for (int i = 0; i < kWarp; ++i)
-      if (mask >> i & 1u) acquire(&lanes[i]->clocks[f.lane_turns >> i & 1u]);
+  if (orders) acquire(f.complete);
   return f.result;
 }
 
