@@ -53,7 +53,8 @@ WITH_AVX2 := $(if $(shell grep -sow -m 1 avx512f /proc/cpuinfo),x86-64-v3,$(ARCH
 ARITHMETIC := attention forward ghost ghost_rope kvstore ops tiered_attention
 
 # CUDA sources: for the GPU by nvcc, and for the emulator (tests/simt/simt.h) by $(CXX).
-NVCC ?= $(or $(shell command -v nvcc),$(wildcard /usr/local/cuda/bin/nvcc))
+NVCC ?= $(or $(wildcard $(CURDIR)/cuda-toolkit/bin/nvcc),$(shell command -v nvcc), \
+  $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_LIB = $(firstword $(wildcard $(patsubst %/bin/nvcc,%/lib64,$(NVCC))) /usr/lib)
 CUDA_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublasLt \
   $(if $(wildcard $(CUDA_LIB)/libcudart_static.a),-lcudart_static -ldl -lrt,-lcudart)
@@ -193,7 +194,11 @@ setup:
 weights:
 	tools/setup.sh weights
 
-## clean       remove everything that was built; weights stay
+## cuda-toolkit  nvcc and its libraries into cuda-toolkit/, without root (525 MB from PyPI)
+cuda-toolkit:
+	@tools/setup.sh cuda
+
+## clean       remove everything that was built; weights and cuda-toolkit/ stay
 clean:
 	rm -rf $(BUILD)
 
@@ -205,7 +210,7 @@ $(BUILD)/thaw: $(BUILD)/main.o $(OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 	@echo "thaw: CUDA is left out:" \
-	  "$(if $(NVCC),make cuda builds build/thaw-cuda with it,no nvcc (Debian has it in nvidia-cuda-toolkit))"
+	  "$(if $(NVCC),make cuda builds build/thaw-cuda with it,no nvcc (make cuda-toolkit brings it))"
 
 $(BUILD)/thaw-cuda: $(BUILD)/main.o $(WITH_CUDA) $(CUDA_OBJECTS)
 	@echo "link $@"
@@ -275,7 +280,7 @@ $(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
 $(CUDA_TEST_OBJECTS): CUDA_DEVICES := -gencode arch=compute_80,code=compute_80
 $(BUILD)/cuda/%.o: %.cu Makefile
 	@mkdir -p $(@D)
-	@test -n "$(NVCC)" || { echo "nvcc is missing: the CUDA toolkit has it"; exit 1; }
+	@test -n "$(NVCC)" || { echo "nvcc is missing: make cuda-toolkit brings it"; exit 1; }
 	@echo "nvcc $<"
 	$(QUIET)$(NVCC_COMPILE) -MMD -MP -MF $(@:.o=.d) -c -o $@ $< >$(@:.o=.ptxas) 2>&1 || \
 	  { cat $(@:.o=.ptxas); rm -f $@; exit 1; }
@@ -295,6 +300,6 @@ $(BUILD)/flags: force
 -include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TEST_OBJECTS:.o=.d)
 
-.PHONY: all cuda cuda-tests emulate demo test sanitize sanitize-run portable portable-run fuzz \
-  fuzz-run race race-run barriers barriers-run cuda-objects kernels profile trace mutants install \
-  setup weights clean help force
+.PHONY: all cuda cuda-toolkit cuda-tests emulate demo test sanitize sanitize-run portable \
+  portable-run fuzz fuzz-run race race-run barriers barriers-run cuda-objects kernels profile trace \
+  mutants install setup weights clean help force

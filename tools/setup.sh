@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Brings what is missing, and nothing else: Debian packages by apt, weights by pip.
+# Brings what is missing, and nothing else: Debian packages by apt, weights and CUDA by pip.
 #
 #   tools/setup.sh build      the compiler and the libraries of build/thaw
 #   tools/setup.sh test       the library of the tests
 #   tools/setup.sh fuzz       clang with libFuzzer
 #   tools/setup.sh weights    weights/*: a small model and the LLaMA-3 tokenizer
+#   tools/setup.sh cuda       cuda-toolkit/: nvcc, and what the CUDA code is linked with
 #
 # Several words may be given. What is present is left alone, so a second run does nothing and needs
 # neither root nor network.
@@ -122,18 +123,46 @@ get_weights() {
   done
 }
 
+# --- CUDA ------------------------------------------------------------------------------------------
+
+# From 13 on, PyPI has nvcc itself; programs that 13.0 builds run on drivers from 580 on.
+cuda=(nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88
+  nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85 nvidia-nvtx==13.0.85
+  nvidia-cublas==13.0.2.14)
+
+# cuda-toolkit/ appears whole or not at all.
+get_cuda() {
+  [ ! -e cuda-toolkit ] || return 0
+  want_pip
+  install_missing
+  say "downloading ${cuda[*]} (525MB, 840MB on disk) with pip for cuda-toolkit/"
+  temp=$(mktemp -d .cuda-toolkit.XXXXXX)
+  trap 'rm -rf "$temp"' EXIT
+  python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+    --no-compile --target "$temp" "${cuda[@]}" || fail "cuda-toolkit: pip could not install it"
+  local toolkit=$temp/nvidia/cu13 library
+  for library in cublasLt cudart; do  # wheels have no name for the linker
+    ln -s "$(basename "$toolkit/lib/lib$library.so".*)" "$toolkit/lib/lib$library.so"
+  done
+  ln -s lib "$toolkit/lib64"
+  mv "$toolkit" cuda-toolkit
+  rm -rf "$temp"
+}
+
 # --- The words on the command line -----------------------------------------------------------------
 
-[ $# -gt 0 ] || fail "expected one or more of: build, test, fuzz, weights"
-weights=false
+[ $# -gt 0 ] || fail "expected one or more of: build, test, fuzz, weights, cuda"
+weights=false cuda_toolkit=false
 for word in "$@"; do
   case $word in
     build) want_build ;;
     test) want_test ;;
     fuzz) want_fuzz ;;
     weights) weights=true ;;
-    *) fail "expected build, test, fuzz or weights, found '$word'" ;;
+    cuda) cuda_toolkit=true ;;
+    *) fail "expected build, test, fuzz, weights or cuda, found '$word'" ;;
   esac
 done
 install_missing
 if $weights; then get_weights; fi
+if $cuda_toolkit; then get_cuda; fi
