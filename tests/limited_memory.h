@@ -18,7 +18,7 @@ bool holds_in_64mb(Action&& action) {
   if (child == 0) {
     const rlimit seconds{5, 5};
     ::setrlimit(RLIMIT_CPU, &seconds);
-#ifndef __SANITIZE_ADDRESS__
+#ifndef SANITIZED
     const rlimit bytes{64 << 20, 64 << 20};
     ::setrlimit(RLIMIT_DATA, &bytes);
 #endif

@@ -250,7 +250,7 @@ TEST_CASE("faults: bytes that are reported are the bytes that the process grows 
   const KvUsage used = kv->usage();
   const auto reported = static_cast<double>(used.hot + used.ghosts + used.cold + used.bookkeeping);
   CHECK(used.hot >= shape.bytes_per_token() * kTokens / 2);
-#ifndef __SANITIZE_ADDRESS__  // whose shadow memory grows, too
+#ifndef SANITIZED  // whose shadow memory grows, too
   CHECK(static_cast<double>(resident_bytes() - before) == doctest::Approx(reported).epsilon(0.1));
 #endif
 }

@@ -274,6 +274,8 @@ TEST_CASE("needle: bounds of the hot tier are for the policies that have one") {
   CHECK(json::parse(r.out)["policies"][1]["attended_pct"] < 30);
 }
 
+#ifndef SANITIZED  // they take minutes there, and go the ways of the small models
+
 TEST_CASE("needle: the real model finds its keys, and a page shows them") {
   const auto model = weights_file(kSmolLM2File);
   if (!model) return;
@@ -312,6 +314,8 @@ TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost w
   CHECK(found["right"] == true);
   CHECK(found["recovery"].back()["rung"] == "rewalk");
 }
+
+#endif
 
 }  // namespace
 }  // namespace thaw
