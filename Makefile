@@ -54,13 +54,14 @@ WITH_AVX2 := $(if $(shell grep -sow -m 1 avx512f /proc/cpuinfo),x86-64-v3,$(ARCH
 ARITHMETIC := attention forward ghost ghost_rope kvstore ops tiered_attention
 
 # CUDA sources: for the GPU by nvcc, and for the emulator (tests/simt/simt.h) by $(CXX).
+CUDA_BUILD ?= $(BUILD)/cuda
 NVCC ?= $(or $(wildcard $(CURDIR)/cuda-toolkit/bin/nvcc),$(shell command -v nvcc), \
   $(wildcard /usr/local/cuda/bin/nvcc))
 CUDA_LIB = $(firstword $(wildcard $(patsubst %/bin/nvcc,%/lib64,$(NVCC))) /usr/lib)
 CUDA_LIBS = -L$(CUDA_LIB) -Wl,-rpath,$(CUDA_LIB) -lcublasLt \
   $(if $(wildcard $(CUDA_LIB)/libcudart_static.a),-lcudart_static -ldl -lrt,-lcudart)
 CUDA_SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cu)))
-CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(BUILD)/cuda/%.o)
+CUDA_OBJECTS := $(CUDA_SOURCES:%.cu=$(CUDA_BUILD)/%.o)
 SIMT := $(sort $(wildcard tests/simt/*.cpp))
 SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
@@ -72,7 +73,7 @@ SIMT_LINKED := $(SIMT_HOST) $(BUILD)/tests/main.o $(EMULATED) $(SIMT_TESTS:%.cu=
 # Those that are not of the emulator itself run on a device, too.
 CUDA_TESTS := $(filter-out %/test_block.cu %/test_cublaslt.cu %/test_streams.cu,$(SIMT_TESTS)) \
   tests/simt/on_device.cu
-CUDA_TEST_OBJECTS := $(CUDA_TESTS:%.cu=$(BUILD)/cuda/%.o)
+CUDA_TEST_OBJECTS := $(CUDA_TESTS:%.cu=$(CUDA_BUILD)/%.o)
 
 # Real code for Ampere and Hopper, and PTX for what comes after.
 NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. $(CUDA_DEVICES) -lineinfo \
@@ -282,7 +283,7 @@ $(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
 	$(QUIET)$(COMPILE) -Itests/simt/include -MMD -MP -c -o $@ $<
 
 $(CUDA_TEST_OBJECTS): CUDA_DEVICES := -gencode arch=compute_80,code=compute_80
-$(BUILD)/cuda/%.o: %.cu Makefile
+$(CUDA_BUILD)/%.o: %.cu Makefile
 	@mkdir -p $(@D)
 	@test -n "$(NVCC)" || { echo "nvcc is missing: make cuda-toolkit brings it"; exit 1; }
 	@echo "nvcc $<"
