@@ -41,14 +41,14 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   recalled_o_.resize(parts * dim_);
   ranges_.resize(kv.lanes.size() * n_ranges_);
   for (ExactScratch& s : scratch_) s.reserve(group_, kv.head_dim);
-  if (n_ranges_ == 0) return;
+}
+
+void TieredDecode::prepare_head(const KvView& kv, int head) {
   float scaled[GhostQuery::kMaxDim];
   const float scale = 1.0f / std::sqrt(static_cast<float>(kv.head_dim));
-  for (int head = 0; head < n_heads; ++head) {
-    for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q[head * kv.head_dim + i] * scale;
-    prepare_query(queries_[head], scaled, kv.ghosts.centres[head / group_].key_mean,
-                  *kv.ghosts.rope, kv.ghosts.format);
-  }
+  for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q_[head * kv.head_dim + i] * scale;
+  prepare_query(queries_[head], scaled, kv.ghosts.centres[head / group_].key_mean, *kv.ghosts.rope,
+                kv.ghosts.format);
 }
 
 void TieredDecode::attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch) {
@@ -210,32 +210,28 @@ void TieredDecode::answer_range(const KvView& kv, int lane, int range, ExactScra
 }
 
 // o = (exact sums + R^T (rotated sums) + value mean * ghosts' weight) / l.
-void TieredDecode::finish(float* o, const KvView& kv) {
+void TieredDecode::finish_head(float* o, const KvView& kv, int head) {
   const int head_dim = kv.head_dim;
-  float rotated[GhostQuery::kMaxDim];
-  for (int head = 0; head < n_heads_; ++head) {
-    SoftmaxState exact = hot_[head], ghosts;
-    float* sum = &hot_o_[static_cast<std::size_t>(head) * dim_];
-    std::fill_n(rotated, n_ranges_ > 0 ? dim_ : 0, 0.0f);
-    SoftmaxState frozen;
-    for (int range = 0; range < n_ranges_; ++range) {
-      const std::size_t part = at(head, range);
-      merge(exact, sum, recalled_state_[part], recalled_o_.data() + part * dim_, dim_);
-      merge(ghosts, rotated, ghost_state_[part], ghost_o_.data() + part * dim_, dim_);
-      add_state(frozen, recalled_state_[part]);
-    }
-    add_state(frozen, ghosts);
-    if (ghosts.l > 0) {
-      rotate_back(rotated, head_dim);
-      const float* mean = kv.ghosts.centres[head / group_].value_mean;
-      for (int i = 0; i < head_dim; ++i) rotated[i] += ghosts.l * mean[i];
-    }
-    merge(exact, sum, ghosts, rotated, head_dim);
-    total_[head] = exact;
-    ghost_mass_[head] = frozen.l * exp_fast(frozen.m - exact.m) / exact.l;
-    const float inverse = 1.0f / exact.l;
-    for (int i = 0; i < head_dim; ++i) o[head * head_dim + i] = sum[i] * inverse;
+  SoftmaxState exact = hot_[head], ghosts, frozen;
+  float rotated[GhostQuery::kMaxDim] = {};
+  float* sum = &hot_o_[static_cast<std::size_t>(head) * dim_];
+  for (int range = 0; range < n_ranges_; ++range) {
+    const std::size_t part = at(head, range);
+    merge(exact, sum, recalled_state_[part], recalled_o_.data() + part * dim_, dim_);
+    merge(ghosts, rotated, ghost_state_[part], ghost_o_.data() + part * dim_, dim_);
+    add_state(frozen, recalled_state_[part]);
   }
+  add_state(frozen, ghosts);
+  if (ghosts.l > 0) {
+    rotate_back(rotated, head_dim);
+    const float* mean = kv.ghosts.centres[head / group_].value_mean;
+    for (int i = 0; i < head_dim; ++i) rotated[i] += ghosts.l * mean[i];
+  }
+  merge(exact, sum, ghosts, rotated, head_dim);
+  total_[head] = exact;
+  ghost_mass_[head] = frozen.l * exp_fast(frozen.m - exact.m) / exact.l;
+  const float inverse = 1.0f / exact.l;
+  for (int i = 0; i < head_dim; ++i) o[i] = sum[i] * inverse;
 }
 
 void TieredDecode::fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const {
@@ -285,17 +281,24 @@ void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& k
                           AttentionStats& stats) {
   prepare(q, kv, n_heads);
   const int kv_heads = kv.n_kv_heads;
-  pool_.run(kv_heads * (1 + n_ranges_), [&](std::int64_t task, int thread) {
+  pool_.run(kv_heads + (n_ranges_ > 0 ? n_heads : 0), [&](std::int64_t task, int thread) {
     const int i = static_cast<int>(task);
     if (i < kv_heads) return attend_hot(kv, i, scratch_[thread]);
-    score_range(kv, (i - kv_heads) / n_ranges_, (i - kv_heads) % n_ranges_);
+    prepare_head(kv, i - kv_heads);
+  });
+  pool_.run(kv_heads * n_ranges_, [&](std::int64_t task, int) {
+    const int i = static_cast<int>(task);
+    score_range(kv, i / n_ranges_, i % n_ranges_);
   });
   normalise();
   pool_.run(std::ssize(kv.lanes) * n_ranges_, [&](std::int64_t task, int thread) {
     const int i = static_cast<int>(task);
     answer_range(kv, i / n_ranges_, i % n_ranges_, scratch_[thread]);
   });
-  finish(o, kv);
+  pool_.run(n_heads, [&](std::int64_t task, int) {
+    const int head = static_cast<int>(task);
+    finish_head(o + std::int64_t{head} * kv.head_dim, kv, head);
+  });
   fill_stats(stats, kv);
 }
 

@@ -12,11 +12,12 @@
 
 namespace thaw {
 
-// Two passes over the layer, each one loop of independent tasks:
-//   1. hot rows are attended; ghosts are scored. All states together are the softmax's normaliser.
-//   2. ghosts of probability >= recall are replaced by exact tokens; the values of the rest are
+// Three passes over the layer, each one loop of independent tasks:
+//   1. hot rows are attended, and queries prepared for ghosts.
+//   2. ghosts are scored. All states together are the softmax's normaliser.
+//   3. ghosts of probability >= recall are replaced by exact tokens; the values of the rest are
 //      summed in rotated space.
-// Then the partial states are merged in a fixed order.
+// Then each head's partial states are merged in a fixed order.
 class TieredDecode {
  public:
   explicit TieredDecode(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
@@ -25,13 +26,14 @@ class TieredDecode {
   void attend(float* o, const float* q, int n_heads, const KvView& kv, AttentionStats& stats);
 
  private:
-  // A range of ghosts of one lane, after pass 2.
+  // A range of ghosts of one lane, after pass 3.
   struct Range {
     std::vector<std::int32_t> recalled;  // tokens, ascending
     std::vector<float> scores;           // query head x recalled: exact
   };
 
   void prepare(const float* q, const KvView& kv, int n_heads);
+  void prepare_head(const KvView& kv, int head);
   void attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch);
   void score_range(const KvView& kv, int kv_head, int range);
   void normalise();
@@ -39,7 +41,7 @@ class TieredDecode {
   void find_recalled(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void sum_values(const KvView& kv, int lane, int range);
-  void finish(float* o, const KvView& kv);
+  void finish_head(float* o, const KvView& kv, int head);
   void fill_stats(AttentionStats& stats, const KvView& kv) const;
   void fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const;
 

@@ -38,7 +38,8 @@ void hadamard_blocks(float* x, int n) {
 
 using Place = CodePlace (*)(int, int, int, int);
 
-void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsigned code) {
+template <Place place>
+void put_code(std::byte* codes, int token, int dim, int bits, unsigned code) {
   for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
     const unsigned mask = ((1u << at.width) - 1) << at.shift;
@@ -47,7 +48,8 @@ void put_code(std::byte* codes, Place place, int token, int dim, int bits, unsig
   }
 }
 
-unsigned get_code(const std::byte* codes, Place place, int token, int dim, int bits) {
+template <Place place>
+unsigned get_code(const std::byte* codes, int token, int dim, int bits) {
   unsigned code = 0;
   for (int part = 0; part < code_parts(bits); ++part) {
     const CodePlace at = place(token, dim, bits, part);
@@ -68,9 +70,10 @@ float join(float (&sums)[kSums]) {
 
 float product(const float* a, const float* b, int n) {
   float sums[kSums] = {};
-  for (int first = 0; first < n; first += kSums)
-    for (int i = 0; i < std::min(kSums, n - first); ++i)
-      sums[i] = fmaf(a[first + i], b[first + i], sums[i]);
+  int first = 0;
+  for (; first + kSums <= n; first += kSums)
+    for (int i = 0; i < kSums; ++i) sums[i] = fmaf(a[first + i], b[first + i], sums[i]);
+  for (int i = 0; first + i < n; ++i) sums[i] = fmaf(a[first + i], b[first + i], sums[i]);
   return join(sums);
 }
 
@@ -84,8 +87,9 @@ std::pair<float, float> round_to_grid(float* c, const float* x, int n, float ste
 // Rounds x - mean, rotated, to `bits`, on the best of a few grids around the Gaussian's: the one
 // with the largest <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one
 // token and returns its scale.
-float round_to_codes(std::byte* codes, Place place, int token, int bits, const float* in,
-                     const float* mean, int head_dim) {
+template <Place place>
+float round_to_codes(std::byte* codes, int token, int bits, const float* in, const float* mean,
+                     int head_dim) {
   float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
   float best = -1, step = 0;
   for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
@@ -100,7 +104,7 @@ float round_to_codes(std::byte* codes, Place place, int token, int bits, const f
   const auto [xc, cc] = round_to_grid(c, x, head_dim, step, bits);
   const float half = static_cast<float>(1 << (bits - 1));
   for (int i = 0; i < head_dim; ++i)
-    put_code(codes, place, token, i, bits, static_cast<unsigned>(static_cast<int>(c[i] + half)));
+    put_code<place>(codes, token, i, bits, static_cast<unsigned>(static_cast<int>(c[i] + half)));
   return unbiased_scale(squares, xc);
 }
 
@@ -110,11 +114,12 @@ float read_scale(const std::byte* scales, int i, float unit) {
   return unit * wide[i];
 }
 
-void read_codes(float* out, const std::byte* codes, Place place, int token, int bits, float scale,
+template <Place place>
+void read_codes(float* out, const std::byte* codes, int token, int bits, float scale,
                 int head_dim) {
   const float centre = static_cast<float>(1 << (bits - 1)) - 0.5f;
   for (int i = 0; i < head_dim; ++i)
-    out[i] = scale * (static_cast<float>(get_code(codes, place, token, i, bits)) - centre);
+    out[i] = scale * (static_cast<float>(get_code<place>(codes, token, i, bits)) - centre);
 }
 
 }  // namespace
@@ -138,19 +143,19 @@ void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, 
                  const GhostCentre& centre) {
   std::byte* values = group + f.key_bytes();
   std::byte* scales = values + f.value_bytes();
-  const float key = round_to_codes(group, key_place, i, f.key_bits, k, centre.key_mean, f.head_dim);
+  const float key = round_to_codes<key_place>(group, i, f.key_bits, k, centre.key_mean, f.head_dim);
   scales[i] = static_cast<std::byte>(byte_of_scale(key, centre.key_unit));
   if (f.value_bits == 0) return;
-  const float value = round_to_codes(values, value_place, i, f.value_bits, v, centre.value_mean,
-                                     f.head_dim);
+  const float value =
+      round_to_codes<value_place>(values, i, f.value_bits, v, centre.value_mean, f.head_dim);
   scales[f.scale_bytes() + i] = static_cast<std::byte>(byte_of_scale(value, centre.value_unit));
 }
 
 void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i,
                     const GhostCentre& centre) {
   const std::byte* scales = group + f.key_bytes() + f.value_bytes();
-  read_codes(out, group, key_place, i, f.key_bits, read_scale(scales, i, centre.key_unit),
-             f.head_dim);
+  read_codes<key_place>(out, group, i, f.key_bits, read_scale(scales, i, centre.key_unit),
+                        f.head_dim);
 }
 
 void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, int i,
@@ -161,8 +166,8 @@ void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, 
   }
   const std::byte* values = group + f.key_bytes();
   const std::byte* scales = values + f.value_bytes() + f.scale_bytes();
-  read_codes(out, values, value_place, i, f.value_bits, read_scale(scales, i, centre.value_unit),
-             f.head_dim);
+  read_codes<value_place>(out, values, i, f.value_bits, read_scale(scales, i, centre.value_unit),
+                          f.head_dim);
 }
 
 void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const GhostRope& rope,

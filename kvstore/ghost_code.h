@@ -90,11 +90,11 @@ THAW_HOST_DEVICE inline int code_parts(int bits) { return bits == 3 ? 2 : 1; }
 // Eight vectors of 32 codes are packed together, 8 / width of them in the bits of each byte: code
 // `lane` of vector i.
 THAW_HOST_DEVICE inline CodePlace code_place(int i, int lane, int bits, int part) {
-  const int width = bits == 3 ? (part == 0 ? 2 : 1) : bits;
-  const int per_byte = 8 / width;
+  const int log_width = bits == 1 || part == 1 ? 0 : bits == 4 ? 2 : 1;
+  const int log_per_byte = 3 - log_width;
   const std::size_t start = part == 0 ? 0 : 64;
-  return {start + static_cast<std::size_t>(i / per_byte * 32 + lane), i % per_byte * width, width,
-          part == 0 ? 0 : 2};
+  return {start + static_cast<std::size_t>((i >> log_per_byte) * 32 + lane),
+          (i & ((1 << log_per_byte) - 1)) << log_width, 1 << log_width, part == 0 ? 0 : 2};
 }
 
 // Keys, from the group's start: a packet of eight vectors holds 8 dimensions of 32 tokens; a vector
