@@ -280,7 +280,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.recovery = &recovery;
   options.second_look = o.recovery.second_look;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
-  options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
+  options.check_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
   options.on_prefill = [&](int done, int total) {
     if (done < total)
       progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));

@@ -247,7 +247,7 @@ class Reader {
     options.prefill = o_.prefill_question ? -1 : 0;
     options.n_vocab = std::min(tokenizer_.vocab_size(), model_.config.vocab_size);
     options.is_end = [&](TokenId id) { return tokenizer_.is_eog(id); };
-    options.on_logits = [&](std::span<const float> logits) { require_finite(logits, model_); };
+    options.check_logits = [&](std::span<const float> logits) { require_finite(logits, model_); };
     options.on_token = [&](TokenId id) {
       a.text += tokenizer_.decode(id);
       const std::string number = first_number(a.text);

@@ -133,6 +133,12 @@ __device__ inline T from_float(float x) {  // to nearest, ties to even
   if constexpr (std::is_same_v<T, float>) return x;
 }
 
+// Floats in their order as unsigned numbers; both zeros are the same.
+__device__ inline std::uint64_t in_order(float x) {
+  const std::uint32_t bits = __float_as_uint(x + 0.0f);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
 // Two 16-bit numbers in 32 bits, the first one low.
 template <class T>
 __device__ inline float2 unpack2(std::uint32_t bits) {

@@ -6,11 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __CUDACC__
-#define THAW_HOST_DEVICE __host__ __device__
-#else
-#define THAW_HOST_DEVICE
-#endif
+#include "device/host_device.h"
 
 namespace thaw {
 
@@ -36,9 +32,9 @@ struct PolicyParams {
 enum class Rung : std::uint8_t { kNone, kSoft, kWindow, kFull, kRewalk };
 inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "rewalk"};
 
-inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts
-inline constexpr float kAlarmEpsilon = 0.25f;  // soft, under thaw: what epsilon is multiplied by
-inline constexpr int kWakeSteps = 64;          // window: how far back it wakes
+inline constexpr int kAlarmSteps = 16;          // decode steps that a rung's help lasts
+inline constexpr float kAlarmEpsilon = 0.25f;   // soft, under thaw: what epsilon is multiplied by
+inline constexpr int kWakeSteps = 64;           // window: how far back it wakes
 inline constexpr float kLookEpsilon = 0.0625f;  // the same for what a second look reads
 
 // Whether a frozen token froze in the last kWakeSteps steps. stamp: the step in which it froze

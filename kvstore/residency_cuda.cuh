@@ -21,12 +21,6 @@ struct LaneShared {
   int counts[kDigits];
 };
 
-// Floats in their order as unsigned numbers; both zeros are the same.
-__device__ inline std::uint64_t in_order(float x) {
-  const std::uint32_t bits = __float_as_uint(x + 0.0f);
-  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
-}
-
 class LaneBlock {
  public:
   // marks: shared, a bit a row of lanes.room.

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -13,6 +14,7 @@
 #include "kvstore/kvstore.h"
 #include "model/model.h"
 #include "model/ops.h"
+#include "model/sampler.h"
 
 namespace thaw {
 
@@ -52,6 +54,14 @@ class Backend {
 
   // n logits of the pass, in host memory, when they are there; valid until the next begin().
   virtual std::span<const float> fetch(const Scratch& a, std::size_t n) = 0;
+
+  // What `sampler` would choose among the first n_vocab tokens by the pass's one row of logits,
+  // found where they are; waits for it. None where fetch() and the sampler itself have to do it, as
+  // on the CPU, and where a logit is not finite.
+  virtual std::optional<Prediction> predict(const Scratch& a, Sampler& sampler, int n_vocab) {
+    static_cast<void>(a), static_cast<void>(sampler), static_cast<void>(n_vocab);
+    return std::nullopt;
+  }
 
   // Called by a pass as it comes to a layer, and with -1 as it leaves the last: for profiles.
   virtual void enter_layer(int layer) { static_cast<void>(layer); }

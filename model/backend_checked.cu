@@ -11,8 +11,8 @@
 //            (u = 2^-11 or 2^-8): 0.82 u
 // Terms that cancel give less. That a row keeps a fifth of it is assumed, not derived; SmolLM2's
 // do. So 40 deviations: 2^-9, and 32 u. In attention the rounding of queries is multiplied by the
-// size of scores, with a deviation of 4 in real models: 8 * 4 u, the same. f32 sums err by less than
-// 2^-12, angles of RoPE by position 2^-23.
+// size of scores, with a deviation of 4 in real models: 8 * 4 u, the same. f32 sums err by less
+// than 2^-12, angles of RoPE by position 2^-23.
 #include <cmath>
 #include <vector>
 
@@ -227,6 +227,16 @@ class CheckedBackend final : public Backend {
   }
   std::span<const float> fetch(const Scratch& a, std::size_t n) override {
     return cuda_.fetch(a, n);
+  }
+  std::optional<Prediction> predict(const Scratch& a, Sampler& sampler, int n_vocab) override {
+    const std::optional<Prediction> found = cuda_.predict(a, sampler, n_vocab);
+    if (!found) return found;
+    Sampler host = sampler;
+    const auto n = static_cast<std::size_t>(n_vocab);
+    const std::int32_t expected = host.sample(fetch(a, n).first(n));
+    require(found->token == expected, "checked: sample: expected token ", expected,
+            " (cpu), found ", found->token, " (cuda)");
+    return found;
   }
   double time_cold(const std::function<void()>& work) override { return cuda_.time_cold(work); }
   double measure_bandwidth() override { return cuda_.measure_bandwidth(); }

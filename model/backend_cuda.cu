@@ -29,6 +29,7 @@ CudaBackend::CudaBackend(const Model& model, int n_threads)
       weights_(model.weights, stream_),
       ops_(make_cuda_ops(model.config, weights_, stream_)),
       attention_(make_cuda_attention(stream_)),
+      sampler_(stream_),
       best_rows_(best_rows_of(model.config)) {}
 
 std::unique_ptr<KvStore> CudaBackend::make_kv_store(const KvShape& shape,

@@ -11,6 +11,7 @@
 #include "kvstore/device_view.h"
 #include "model/backend.h"
 #include "model/device_weights.h"
+#include "model/sampler_cuda.h"
 
 namespace thaw {
 
@@ -36,6 +37,9 @@ class CudaBackend final : public Backend {
   void run(const KvStore& kv, const std::function<void()>& pass) override;
   // Waits for the stream.
   std::span<const float> fetch(const Scratch& a, std::size_t n) override;
+  std::optional<Prediction> predict(const Scratch& a, Sampler& sampler, int n_vocab) override {
+    return sampler_.draw(a.logits, config_.vocab_size, n_vocab, sampler);
+  }
 
   void enter_layer(int layer) override;  // an NVTX range, "layer 3"
   double time_cold(const std::function<void()>& work) override;
@@ -63,6 +67,7 @@ class CudaBackend final : public Backend {
   DeviceWeights weights_;
   std::unique_ptr<Ops> ops_;
   std::unique_ptr<Attention> attention_;
+  CudaSampler sampler_;
   DeviceBuffer<float> x_, q_, k_, v_, attn_out_, h_, logits_;  // most rows so far x width
   PinnedBuffer<float> host_logits_;
   PinnedBuffer<std::int32_t> host_ids_;  // tokens, then positions

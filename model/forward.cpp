@@ -22,18 +22,34 @@ Transformer::Transformer(const Model& model, int n_threads, int max_rows)
 
 void Transformer::observe(Observer observer) { backend_->ops().observe(std::move(observer)); }
 
-std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens, KvStore& kv,
-                                            int n_logits, Phase phase) {
+void Transformer::run(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits,
+                      Phase phase) {
   const int n_rows = static_cast<int>(tokens.size());
   require(n_rows >= 1 && n_rows <= max_rows_, "forward: tokens: expected 1 to ", max_rows_,
           ", found ", n_rows);
   require(n_logits >= 0 && n_logits <= n_rows, "forward: n_logits: expected 0 to ", n_rows,
           ", found ", n_logits);
-  const Scratch a = backend_->begin(tokens, kv.length(), n_logits);
-  backend_->ops().embed(a.x, a.tokens, model_.weights);  // x: T x dim
+  n_logits_ = n_logits;
+  scratch_ = backend_->begin(tokens, kv.length(), n_logits);
+  backend_->ops().embed(scratch_.x, scratch_.tokens, model_.weights);  // x: T x dim
   kv.begin(n_rows, phase);
-  backend_->run(kv, [&] { run_layers(a, kv, n_logits); });
-  return backend_->fetch(a, static_cast<std::size_t>(n_logits) * model_.config.vocab_size);
+  backend_->run(kv, [&] { run_layers(scratch_, kv, n_logits); });
+}
+
+std::span<const float> Transformer::logits() {
+  return backend_->fetch(scratch_, static_cast<std::size_t>(n_logits_) * model_.config.vocab_size);
+}
+
+std::span<const float> Transformer::forward(std::span<const std::int32_t> tokens, KvStore& kv,
+                                            int n_logits, Phase phase) {
+  run(tokens, kv, n_logits, phase);
+  return logits();
+}
+
+std::optional<Prediction> Transformer::predict(std::int32_t token, KvStore& kv, Sampler& sampler,
+                                               int n_vocab) {
+  run({&token, 1}, kv, 1, Phase::kDecode);
+  return backend_->predict(scratch_, sampler, n_vocab);
 }
 
 void Transformer::run_layers(const Scratch& a, KvStore& kv, int n_logits) {

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 
 #include "kvstore/kvstore.h"
@@ -32,6 +33,12 @@ class Transformer {
   std::span<const float> forward(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits,
                                  Phase phase = Phase::kPrefill);
 
+  // forward() of one token in decode, and what `sampler` would choose next among the first n_vocab
+  // tokens, where the backend samples itself (Backend::predict); otherwise the logits have to say.
+  std::optional<Prediction> predict(std::int32_t token, KvStore& kv, Sampler& sampler, int n_vocab);
+  // Of the last forward() or predict().
+  std::span<const float> logits();
+
   // Prefill of any number of tokens, in calls of at most max_rows; logits of the last token only.
   std::span<const float> prefill(std::span<const std::int32_t> tokens, KvStore& kv);
 
@@ -44,12 +51,15 @@ class Transformer {
   int max_rows() const { return max_rows_; }
 
  private:
+  void run(std::span<const std::int32_t> tokens, KvStore& kv, int n_logits, Phase phase);
   void run_layers(const Scratch& a, KvStore& kv, int n_logits);
 
   const Model& model_;
   int max_rows_;
   std::unique_ptr<Backend> backend_;
   AttentionStats stats_;
+  Scratch scratch_ = {};  // of the last pass, which gave n_logits_ rows of logits
+  int n_logits_ = 0;
 };
 
 }  // namespace thaw

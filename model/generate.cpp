@@ -19,11 +19,11 @@ class Clock {
   std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// Asks the alarm after a decode step, and thaws what it demands.
-Rung recover(Recovery* recovery, KvStore& kv, std::span<const float> logits, bool can_rewalk) {
+// Asks the alarm after a decode step, and thaws what it demands. entropy(): of the output, nats.
+template <class Entropy>
+Rung recover(Recovery* recovery, KvStore& kv, const Entropy& entropy, bool can_rewalk) {
   if (!recovery || !recovery->on()) return Rung::kNone;
-  const Rung rung =
-      recovery->observe(kv.length(), softmax_entropy(logits), kv.ghost_mass(), can_rewalk);
+  const Rung rung = recovery->observe(kv.length(), entropy(), kv.ghost_mass(), can_rewalk);
   if (rung != Rung::kNone) kv.reset(std::min(rung, Rung::kFull));
   return rung;
 }
@@ -73,7 +73,7 @@ class Run {
     teacher_force(
         transformer_, kv_, prompt_.first(n_tokens), {options_.prefill, n_tokens - 1},
         [&](int, std::span<const float> logits) {
-          logits_ = logits;
+          logits_ = logits, prediction_.reset();
           if (options_.on_prefill) {
             options_.on_prefill(static_cast<int>(in_store()), static_cast<int>(prompt_.size()));
           }
@@ -105,10 +105,24 @@ class Run {
     const std::size_t at = in_store();
     const std::int32_t token =
         at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
-    logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
+    run(token);
     if (!result_.tokens.empty()) ++result_.decode_steps;
     if (in_store() == known() && hesitates() && kv_.look_closer()) look_again(token);
-    if (recover(options_.recovery, kv_, logits_, true) == Rung::kRewalk) rewalk();
+    const auto entropy = [this] {
+      return prediction_ ? prediction_->entropy : softmax_entropy(logits_);
+    };
+    if (recover(options_.recovery, kv_, entropy, true) == Rung::kRewalk) rewalk();
+  }
+
+  // Leaves a prediction, or logits: where somebody looks at them, or the backend does not sample.
+  void run(std::int32_t token) {
+    const int n = options_.n_vocab > 0 ? options_.n_vocab : transformer_.config().vocab_size;
+    const bool shown = options_.fingerprint || options_.on_logits;
+    prediction_.reset();
+    if (shown)
+      logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
+    else if (!(prediction_ = transformer_.predict(token, kv_, sampler_, n)))
+      logits_ = transformer_.logits();
   }
 
   std::span<const float> choices() const {
@@ -117,12 +131,13 @@ class Run {
 
   // Whether a greedy choice hangs on less than ghosts may be wrong by.
   bool hesitates() const {
-    return options_.second_look > 0 && sampler_.lead(choices()) < options_.second_look;
+    if (options_.second_look <= 0) return false;
+    return (prediction_ ? prediction_->lead : sampler_.lead(choices())) < options_.second_look;
   }
 
   void look_again(std::int32_t token) {
     kv_.rewind(kv_.length() - 1);
-    logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
+    run(token);
     ++result_.second_looks;
   }
 
@@ -132,7 +147,9 @@ class Run {
       result_.fingerprint = fingerprint_.value();
     }
     if (options_.on_logits) options_.on_logits(logits_);
-    const std::int32_t token = sampler_.sample(choices());
+    if (!prediction_ && options_.check_logits) options_.check_logits(logits_);
+    const std::int32_t token =
+        prediction_ ? sampler_.take(*prediction_) : sampler_.sample(choices());
     if (result_.first_token_seconds == 0) result_.first_token_seconds = clock_.seconds();
     return token;
   }
@@ -174,8 +191,9 @@ class Run {
   const std::size_t hold_;  // tokens that on_token is not told of yet
   const Clock clock_;
   Generation result_;
-  std::size_t passed_ = 0;  // tokens that on_token was told of
-  std::span<const float> logits_;
+  std::size_t passed_ = 0;         // tokens that on_token was told of
+  std::span<const float> logits_;  // of the last pass, unless it left a prediction
+  std::optional<Prediction> prediction_;
   Fingerprint fingerprint_;
 };
 
@@ -209,7 +227,9 @@ bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::i
     const std::span<const float> logits =
         transformer.forward(tokens.subspan(row, n), kv, watched ? 1 : n_logits,
                             decode ? Phase::kDecode : Phase::kPrefill);
-    if (watched) recover(recovery, kv, logits, false);
+    if (watched)
+      recover(
+          recovery, kv, [&] { return softmax_entropy(logits); }, false);
     if (!on_logits(row + n - n_logits, n_logits > 0 ? logits : logits.first(0))) return false;
   }
   return true;

@@ -45,8 +45,10 @@ struct GenerateOptions {
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops
   std::function<void(std::span<const float>)> on_logits;  // before each token is drawn from them
-  std::function<void(int, int)> on_prefill;               // tokens of the prompt done, of how many
-  const std::atomic<bool>* interrupted = nullptr;         // asked between forward passes
+  // The same, but not where the backend samples itself and found them all finite.
+  std::function<void(std::span<const float>)> check_logits;
+  std::function<void(int, int)> on_prefill;        // tokens of the prompt done, of how many
+  const std::atomic<bool>* interrupted = nullptr;  // asked between forward passes
   // Watches every decode step and resets kv when it raises the alarm; null: nobody does. Where it
   // may rewalk, on_token sees a token only once rewalk_tokens more are made, or at the end.
   Recovery* recovery = nullptr;

@@ -60,17 +60,35 @@ void Sampler::forget(std::size_t n) {
   }
 }
 
-// The newest accepted token that is not in the penalty window any more, if there is one.
-const std::int32_t* Sampler::just_outside_window() const {
-  const std::size_t window = options_.penalty_window < 0 ? SIZE_MAX : options_.penalty_window;
-  return accepted_.size() > window ? &accepted_[accepted_.size() - 1 - window] : nullptr;
+// The accepted tokens that the penalties look at.
+std::span<const std::int32_t> Sampler::window() const {
+  const std::size_t n = options_.penalty_window < 0 ? SIZE_MAX : options_.penalty_window;
+  return std::span(accepted_).last(std::min(n, accepted_.size()));
 }
 
-float Sampler::penalized(float logit, std::size_t token) const {
-  if (token >= count_.size() || count_[token] == 0) return logit;
-  logit = logit > 0 ? logit / options_.repeat_penalty : logit * options_.repeat_penalty;
-  return logit - options_.presence_penalty -
-         options_.frequency_penalty * static_cast<float>(count_[token]);
+// The newest accepted token that is not in the window any more, if there is one.
+const std::int32_t* Sampler::just_outside_window() const {
+  const std::size_t outside = accepted_.size() - window().size();
+  return outside > 0 ? &accepted_[outside - 1] : nullptr;
+}
+
+std::vector<Sampler::Seen> Sampler::seen() const {
+  std::vector<Seen> seen;
+  for (const std::int32_t token : window()) seen.push_back({token, count_[token]});
+  const auto by_token = [](Seen a, Seen b) { return a.token < b.token; };
+  std::sort(seen.begin(), seen.end(), by_token);
+  const auto same = [](Seen a, Seen b) { return a.token == b.token; };
+  seen.erase(std::unique(seen.begin(), seen.end(), same), seen.end());
+  return seen;
+}
+
+// With penalties.
+float Sampler::logit_of(std::span<const float> logits, std::size_t token) const {
+  const int count = token < count_.size() ? count_[token] : 0;
+  const SamplerOptions& o = options_;
+  return count == 0 ? logits[token]
+                    : penalized(logits[token], count, o.repeat_penalty, o.presence_penalty,
+                                o.frequency_penalty);
 }
 
 // candidates_ = the k most probable of the finite logits, most probable first; all of them, in
@@ -78,9 +96,8 @@ float Sampler::penalized(float logit, std::size_t token) const {
 // logits cost one comparison.
 void Sampler::keep_most_probable(std::span<const float> logits, std::size_t k) {
   candidates_.clear();
-  const bool penalties = has_penalties();
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const float logit = penalties ? penalized(logits[i], i) : logits[i];
+    const float logit = logit_of(logits, i);
     const bool full = candidates_.size() == k;
     if (full && logit <= candidates_.front().logit) continue;
     if (logit == -std::numeric_limits<float>::infinity()) continue;
@@ -147,26 +164,38 @@ std::span<const Sampler::Candidate> Sampler::distribution(std::span<const float>
 float Sampler::lead(std::span<const float> logits) const {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   if (options_.temperature > 0) return kInfinity;
-  const bool penalties = has_penalties();
   float first = -kInfinity, second = -kInfinity;
   for (std::size_t i = 0; i < logits.size(); ++i) {
-    const float logit = penalties ? penalized(logits[i], i) : logits[i];
+    const float logit = logit_of(logits, i);
     second = std::max(second, std::min(logit, first));
     first = std::max(first, logit);
   }
   return second > -kInfinity ? first - second : kInfinity;
 }
 
+double Sampler::next_draw() {
+  if (!draw_) draw_ = static_cast<double>(rng_() >> 11) * 0x1p-53;
+  return *draw_;
+}
+
+std::int32_t Sampler::take(const Prediction& prediction) {
+  if (prediction.drawn) draw_.reset();
+  return prediction.token;
+}
+
+// Only as many candidates as it takes come off the heap.
 std::int32_t Sampler::sample(std::span<const float> logits) {
   filter(logits);
   if (candidates_.size() == 1) return candidates_.front().token;
-  const double u = static_cast<double>(rng_() >> 11) * 0x1p-53;
-  double sum = 0;
-  for (const Candidate& c : candidates_) {
-    sum += c.p;
-    if (sum > u) return c.token;
+  const double u = next_draw();
+  draw_.reset();
+  std::make_heap(candidates_.begin(), candidates_.end(), less_probable);
+  auto end = candidates_.end();
+  for (double sum = 0;;) {
+    std::pop_heap(candidates_.begin(), end, less_probable);
+    sum += (--end)->p;
+    if (sum > u || end == candidates_.begin()) return end->token;  // rounding: 1 may not be reached
   }
-  return candidates_.back().token;  // the sum may fall short of 1 by rounding
 }
 
 }  // namespace thaw

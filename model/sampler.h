@@ -7,9 +7,12 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <span>
 #include <vector>
+
+#include "device/host_device.h"
 
 namespace thaw {
 
@@ -26,6 +29,21 @@ struct SamplerOptions {
   std::uint64_t seed = 0;
 };
 
+// The logit of a token that the penalties saw `count` times, at least once.
+THAW_HOST_DEVICE inline float penalized(float logit, int count, float repeat, float presence,
+                                        float frequency) {
+  logit = logit > 0 ? logit / repeat : logit * repeat;
+  return logit - presence - frequency * static_cast<float>(count);
+}
+
+// What a device made of a step's logits in a sampler's place.
+struct Prediction {
+  std::int32_t token;
+  bool drawn;     // by next_draw(); false where there was only one candidate
+  float lead;     // as Sampler::lead()
+  float entropy;  // nats, of the softmax of all logits, without penalties
+};
+
 class Sampler {
  public:
   explicit Sampler(
@@ -34,10 +52,20 @@ class Sampler {
   // Chooses a token; does not record it. A logit of -infinity is never chosen. Throws Error when a
   // logit is NaN or +infinity, or when none is finite.
   //
-  // The draw: u = (next output of std::mt19937_64 >> 11) * 2^-53, and the first candidate at which
-  // the running sum of probabilities exceeds u. The same seed gives the same tokens with every
-  // standard library. A greedy choice draws nothing.
+  // The draw: u = (next output of std::mt19937_64 >> 11) * 2^-53, and the first candidate, the most
+  // probable ones first, at which the running sum of probabilities exceeds u. The same seed gives
+  // the same tokens with every standard library. A choice of one draws nothing.
   std::int32_t sample(std::span<const float> logits);
+
+  // For who samples in its place: the u of the next draw, and what the penalties have seen; take()
+  // has it drawn, and returns the token.
+  double next_draw();
+  struct Seen {
+    std::int32_t token, count;
+  };
+  std::vector<Seen> seen() const;  // each token once; empty when there are no penalties
+  std::int32_t take(const Prediction& prediction);
+
   // Records a token (of the prompt or the output) as seen by the penalties.
   void accept(std::int32_t token);
   // Takes back the last n accepted. Draws that were made stay made: the next one is a new one.
@@ -60,14 +88,16 @@ class Sampler {
 
  private:
   bool has_penalties() const;
+  std::span<const std::int32_t> window() const;
   const std::int32_t* just_outside_window() const;
-  float penalized(float logit, std::size_t token) const;
+  float logit_of(std::span<const float> logits, std::size_t token) const;
   void keep_most_probable(std::span<const float> logits, std::size_t k);
   void keep_top_p();
   void filter(std::span<const float> logits);
 
   SamplerOptions options_;
   std::mt19937_64 rng_;
+  std::optional<double> draw_;          // the next one, once somebody has asked
   std::vector<std::int32_t> accepted_;  // every token, oldest first
   std::vector<std::int32_t> count_;     // of each token, how often it is seen
   std::vector<Candidate> candidates_;   // reused from call to call

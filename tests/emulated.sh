@@ -30,7 +30,7 @@ cpu=$("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 3 -q --backend cpu 
 first=${cpu%% place*}
 expect "thaw, with a store that checks itself" 0 "$first" "run      cuda" -n 1 -v --backend cuda \
   --check-kv
-expect "auto takes the device" 0 "$first" "backend  cuda: " -n 1
+expect "auto takes the device, which samples" 0 "$cpu" "backend  cuda: " -n 3
 expect "auto takes the cpu for what the device lacks" 0 "$cpu" \
   "backend  cpu: --cold-file runs on the CPU only" -n 3 --cold-file "$work/cold"
 expect "recovery, checked" 0 "$first" "recovery" -n 1 --backend checked --recovery rewalk
