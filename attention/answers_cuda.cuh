@@ -7,21 +7,20 @@
 
 namespace thaw {
 
-// Groups whose weights are all less than this share of the softmax add nothing to its sums.
-inline constexpr float kNegligible = 1e-8f;
+static_assert(kTiledQueries == kJudges);
 
 // Where answer_frozen() has its weights and sums in shared memory; numbers of words. What is of a
 // span is there twice: spans take turns.
 struct AnswerLayout {
   int weights;  // four tokens x query: what four queries are multiplied by is read at once
-  int units, offsets, matters, recalled, span_size, totals, sums, states, total;
+  int units, offsets, speaks, recalled, span_size, totals, sums, states, total;
 
   __host__ __device__ AnswerLayout(const GhostFormat& format, int lane_queries)
       : weights(0),
         units(weights + kTiledQueries * GhostRope::kSpan / 4),
         offsets(units + kTiledQueries * kSpanGroups),
-        matters(offsets + kTiledQueries * kSpanGroups),
-        recalled(matters + kSpanGroups),
+        speaks(offsets + kTiledQueries * kSpanGroups),
+        recalled(speaks + kSpanGroups),
         span_size(recalled + kSpanGroups),
         totals(2 * span_size),
         sums(totals + 3 * lane_queries),
@@ -75,11 +74,11 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
   return mean >= recall && mean > 0;
 }
 
-// A group's weights times its values' scales, one a lane, rounded to 8 bits of the largest. Returns
-// whether any is above `negligible`. of_span: its numbers in shared memory.
+// A group's weights times its values' scales, one a lane, rounded to 8 bits of the largest.
+// of_span: its numbers in shared memory.
 template <int kBits>
-__device__ inline bool round_weights(float* of_span, const AnswerLayout& at, int query,
-                                     float weight, float unit, float negligible) {
+__device__ inline void round_weights(float* of_span, const AnswerLayout& at, int query,
+                                     float weight, float unit) {
   const float largest = warp_max(weight);
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
   const int code = static_cast<int>(fmaf(weight, inverse, 0.5f)), group = warp_index();
@@ -93,7 +92,6 @@ __device__ inline bool round_weights(float* of_span, const AnswerLayout& at, int
     of_span[at.offsets + query * kSpanGroups + group] =
         -one * (0.5f * (1 << kBits) - 0.5f) * static_cast<float>(sum);
   }
-  return largest > negligible;
 }
 
 // The sums over a group of a thread's two dimensions, whose codes are `words`, a half of the tokens
@@ -165,7 +163,8 @@ class GhostAnswerer {
         n_columns_(p.kv.ghosts.format.padded_dim() / 2),
         n_teams_(AnswerLayout::n_teams(p.kv.ghosts.format)),
         unit_(p.kv.ghosts.units[2 * chunk.kv_head + 1]),
-        recall_(*p.kv.recall) {}
+        recall_(*p.kv.recall),
+        faintest_(faintest(recall_, kv_len)) {}
   // Of this thread's tokens, and of its two dimensions of its team's groups.
   float l[kTiledQueries] = {}, ps[kTiledQueries] = {}, sums[kTiledQueries][2] = {};
 
@@ -224,20 +223,20 @@ class GhostAnswerer {
     const unsigned word = __ballot_sync(kAllLanes, recalled);
     const float* totals =
         shared_ + at_.totals + 3 * (chunk_.head - chunk_.lane * p_.lane_queries());
-    bool matters = false;
+    bool speaks = false;
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i) {
       if (i >= chunk_.n) break;
       const float weight = recalled ? 0.0f : power(scores_[i], totals[3 * i]);
       l[i] += weight;
       ps[i] += weight > 0 ? weight * scores_[i] : 0.0f;
-      if constexpr (kBits > 0)
-        matters |= round_weights<kBits>(of_span, at_, i, weight * scale_, unit_,
-                                        kNegligible * totals[3 * i + 1]);
+      speaks |= weight > faintest_ * totals[3 * i + 1];
+      if constexpr (kBits > 0) round_weights<kBits>(of_span, at_, i, weight * scale_, unit_);
     }
+    speaks = __any_sync(kAllLanes, speaks);
     if (lane_index() != 0) return;
     of_span[at_.recalled + warp_index()] = __uint_as_float(word);
-    of_span[at_.matters + warp_index()] = matters ? 1.0f : 0.0f;
+    of_span[at_.speaks + warp_index()] = speaks ? 1.0f : 0.0f;
   }
 
   __device__ void load_group(CodeWords<kBits> (&words)[2], int index) const {
@@ -246,7 +245,7 @@ class GhostAnswerer {
     words[0].load(codes, column() % 8), words[1].load(codes + 32 * kBits, column() % 8);
   }
   __device__ bool adds(const float* of_span, int group) const {
-    return team() < n_teams_ && group < kSpanGroups && of_span[at_.matters + group] != 0;
+    return team() < n_teams_ && group < kSpanGroups && of_span[at_.speaks + group] != 0;
   }
   __device__ void load_codes(int span, const float* of_span) {
     if constexpr (kBits > 0) {
@@ -276,7 +275,7 @@ class GhostAnswerer {
   const AnswerLayout& at_;
   const QueryChunk& chunk_;
   const int kv_len_, n_columns_, n_teams_;
-  const float unit_, recall_;
+  const float unit_, recall_, faintest_;
   float scores_[kTiledQueries], scale_;
   CodeWords<kBits == 0 ? 1 : kBits> codes_[kAhead][2];
 };
@@ -328,8 +327,8 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
 //           dimensions of every n_teams-th group; then recalled rows as attend_rows() has them
 // Shared    AnswerLayout, then RowTileLayout
 // Bytes     reads the scores of the lane's queries, and value codes and their scales once a chunk,
-//           but not those of groups that add next to nothing, and recalled rows once a chunk, over
-//           the bus; writes two parts a query and split
+//           but not those of groups that are faint (kvstore/policy.h), and recalled rows once a
+//           chunk, over the bus; writes two parts a query and split
 template <KvType kType, int kBits>
 __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) answer_frozen(TieredProblem p) {
   const AnswerLayout at(p.kv.ghosts.format, p.lane_queries());

@@ -16,6 +16,14 @@ void prefetch(const std::byte* from, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
+// Of a group's weights.
+float largest(const float* weights) {
+  float most = 0;
+#pragma omp simd reduction(max : most)
+  for (int j = 0; j < kGhostGroup; ++j) most = weights[j] > most ? weights[j] : most;
+  return most;
+}
+
 void add_state(SoftmaxState& a, const SoftmaxState& b) { merge(a, nullptr, b, nullptr, 0); }
 
 }  // namespace
@@ -189,17 +197,34 @@ void TieredDecode::recall(const KvView& kv, int lane, int range, ExactScratch& s
 }
 
 void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
+  const int end = (lane + 1) * queries_per_lane(kv);
+  for (int head = lane * queries_per_lane(kv); head < end;) {
+    const int n = std::min(kJudges, group_ - head % group_);
+    sum_values(kv, head, n, range);
+    head += n;
+  }
+}
+
+// Of n query heads of one k/v head.
+void TieredDecode::sum_values(const KvView& kv, int head, int n, int range) {
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
-  for (int kv_head = lane * kv.lane_heads; kv_head < (lane + 1) * kv.lane_heads; ++kv_head) {
-    const int head = kv_head * group_;
-    for (int h = head; h < head + group_; ++h)
-      std::fill_n(ghost_o_.data() + at(h, range) * dim_, dim_, 0.0f);
-    for (int t = begin; t < end; t += kGhostGroup) {
-      sum_ghosts(ghost_o_.data() + at(head, range) * dim_,
-                 static_cast<std::size_t>(n_ranges_) * dim_, ghost_row(head) + t, ghost_stride_,
-                 group_, kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
+  const int kv_head = head / group_;
+  float* sums = ghost_o_.data() + at(head, range) * dim_;
+  const std::size_t stride = static_cast<std::size_t>(n_ranges_) * dim_;
+  float faint[kJudges];  // as a weight, which is relative to the range's largest
+  for (int i = 0; i < n; ++i) {
+    const float above = total_[head + i].m - ghost_state_[at(head + i, range)].m;
+    faint[i] =
+        faintest(kv.recall, kv.kv_len) * total_[head + i].l * exp_fast(std::min(above, 80.0f));
+    std::fill_n(sums + i * stride, dim_, 0.0f);
+  }
+  for (int t = begin; t < end; t += kGhostGroup) {
+    bool speaks = false;
+    for (int i = 0; i < n; ++i) speaks |= largest(ghost_row(head + i) + t) > faint[i];
+    if (speaks)
+      sum_ghosts(sums, stride, ghost_row(head) + t, ghost_stride_, n,
+                 kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
                  kv.ghosts.centres[kv_head].value_unit);
-    }
   }
 }
 

@@ -16,7 +16,7 @@ namespace thaw {
 //   1. hot rows are attended, and queries prepared for ghosts.
 //   2. ghosts are scored. All states together are the softmax's normaliser.
 //   3. ghosts of probability >= recall are replaced by exact tokens; the values of the rest are
-//      summed in rotated space.
+//      summed in rotated space, but for groups that are faint (kvstore/policy.h).
 // Then each head's partial states are merged in a fixed order.
 class TieredDecode {
  public:
@@ -41,6 +41,7 @@ class TieredDecode {
   void find_recalled(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void sum_values(const KvView& kv, int lane, int range);
+  void sum_values(const KvView& kv, int head, int n, int range);
   void finish_head(float* o, const KvView& kv, int head);
   void fill_stats(AttentionStats& stats, const KvView& kv) const;
   void fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const;

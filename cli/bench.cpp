@@ -31,8 +31,9 @@ bool parse(const Args& args, Options& o) {
       "bench", "-m MODEL [flags]",
       "Times a prompt and a decode, after one run that is not counted, and prints tokens a second: "
       "mean, standard deviation and median of the repetitions. GB/s counts what a decoded token "
-      "reads: the weights, and hot tokens, ghosts and recalls of the cache; peak is the read "
-      "bandwidth measured just before with the same threads. Policies take turns, repetition by "
+      "reads: the weights, and hot tokens, ghosts and recalls of the cache (of ghosts also the values "
+      "of faint ones, which are not read); peak is the read bandwidth measured just before with the "
+      "same threads. Policies take turns, repetition by "
       "repetition; what a policy reads depends on the text, so give it one with -f. With --op, ops of "
       "decode steps are timed instead, each call alone and from cold caches.");
   flags.section("What is timed");

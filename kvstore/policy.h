@@ -66,6 +66,16 @@ THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
   return steps < 65535.0f ? static_cast<int>(steps) : 65535;
 }
 
+// thaw: frozen tokens of at most this probability are faint: well below a recall, and below an even
+// share. A group of ghosts that are all faint to the queries of a k/v head, kJudges of them at a
+// time, speaks through the mean value alone.
+inline constexpr int kJudges = 8;
+THAW_HOST_DEVICE inline float faintest(float recall, int kv_len) {
+  const float even = 0.3f / static_cast<float>(kv_len);
+  const float low = recall < 3.5e-3f ? 0.1f * recall : 3.5e-4f;
+  return low < even ? low : even;
+}
+
 // Whether a token that is not always hot can be chosen when decoding begins.
 THAW_HOST_DEVICE inline bool seeds_by_rank(const PolicyParams& p) {
   return p.policy == Policy::kThaw ? stay_steps(p, 1) > 0 : p.policy != Policy::kWindow;

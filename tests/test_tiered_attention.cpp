@@ -58,6 +58,28 @@ TEST_CASE("tiered attention: ghosts of all bits") {
       check_case({130, 2, 3, 64, true, key_bits, value_bits}, 1e-2f);
 }
 
+TEST_CASE("tiered attention: groups of faint ghosts speak through the mean of values") {
+  Case c{600, 2, 3, 64};
+  c.loud_every = 3;
+  check_case(c, 2e-3f);
+  const Scene s(c);
+  KvView view = s.kv->view(0);
+  view.recall = 2e-3f;
+  std::vector<float> before, after;
+  s.attend(before, view);
+  for (int group = 0; group * kGhostGroup < c.kv_len; ++group) {
+    if (group % c.loud_every == 0) continue;
+    auto* codes = const_cast<std::byte*>(view.ghosts.group(0, group));
+    std::fill_n(codes + view.ghosts.format.key_bytes(), view.ghosts.format.value_bytes(),
+                std::byte{});
+  }
+  s.attend(after, view);
+  CHECK(after == before);
+
+  c.group = kJudges + 3, c.per_head = false;  // of which some judge, and then the others
+  check_case(c, 2e-3f);
+}
+
 TEST_CASE("tiered attention: with every frozen token recalled it is exact attention") {
   for (const int kv_len : kLengths) {
     const Case c{kv_len, 2, 4, 64};

@@ -1,6 +1,6 @@
 // Decode over two tiers: a store in the middle of a step, and the definition of the answer in plain
 // loops: hot tokens exactly, recalled ones exactly from the cold tier, ghosts of the rest, one
-// softmax over all.
+// softmax over all. Where a group's ghosts are all faint, their values are the mean.
 //
 // How close an answer must come. A score is a sum of head_dim products that are added in f32: of
 // magnitude |q| |k| / sqrt(head_dim), here at most 40, with a rounding of 2^-24 of it an addition,
@@ -31,6 +31,7 @@ struct TieredCase {
   KvType type = KvType::kF32;
   Policy policy = Policy::kThaw;
   int one_hot_in = 6;  // of the prompt; 0: none but those that always are
+  int loud_every = 0;  // groups of tokens whose scores are 10 larger; 0: none
 
   int n_heads() const { return n_kv_heads * group; }
 };
@@ -60,6 +61,8 @@ struct TieredScene {
     k = random.normals(c.kv_len * kv_dim), v = random.normals(c.kv_len * kv_dim);
     for (int i = 0; i < c.kv_len * kv_dim; ++i) k[i] += mean[i % kv_dim], v[i] += mean[i % kv_dim];
     q = random.normals(c.n_heads() * c.head_dim, 1.5f);
+    for (int t = 0; t < c.kv_len && c.loud_every > 0; ++t)
+      if (t / kGhostGroup % c.loud_every == 0) raise_scores(&k[t * kv_dim]);
     if (prompt > 0) {
       kv->begin(prompt, Phase::kPrefill);
       kv->append(0, k.data(), v.data(), prompt);
@@ -75,6 +78,17 @@ struct TieredScene {
     }
     kv->begin(1, Phase::kDecode);
     kv->append(0, &k[prompt * kv_dim], &v[prompt * kv_dim], 1);
+  }
+
+  // Queries of as many dimensions are all but orthogonal.
+  void raise_scores(float* key) const {
+    for (int head = 0; head < c.n_heads(); ++head) {
+      const float* of = &q[head * c.head_dim];
+      float power = 0;
+      for (int i = 0; i < c.head_dim; ++i) power += of[i] * of[i];
+      const float by = 10 * std::sqrt(static_cast<float>(c.head_dim)) / power;
+      for (int i = 0; i < c.head_dim; ++i) key[head / c.group * c.head_dim + i] += by * of[i];
+    }
   }
 
   AttentionStats attend(std::vector<float>& o, const KvView& view, int n_threads = 2) const {
@@ -156,9 +170,24 @@ inline Head score(const TieredScene& s, const KvView& view, int head) {
   return h;
 }
 
-// The answer, given who was recalled.
+// By group of ghosts, the largest probability of one that is not recalled, for any of n queries.
+inline std::vector<double> loudest(const std::vector<Head>& heads, int first, int n,
+                                   const LaneView& lane, const std::vector<int>& recalled) {
+  std::vector<double> most(heads[first].estimate.size() / kGhostGroup + 1);
+  for (int i = first; i < first + n; ++i)
+    for (std::size_t t = 0; t < heads[i].estimate.size(); ++t) {
+      const int token = static_cast<int>(t);
+      if (is_hot(lane, token) || std::binary_search(recalled.begin(), recalled.end(), token))
+        continue;
+      double& of_group = most[t / kGhostGroup];
+      of_group = std::fmax(of_group, std::exp(heads[i].estimate[t] - heads[i].max) / heads[i].l);
+    }
+  return most;
+}
+
+// The answer, given who was recalled and how loud groups are.
 inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
-                   const std::vector<int>& recalled) {
+                   const std::vector<int>& recalled, const std::vector<double>& loudest) {
   const int kv_head = head / s.c.group, dim = view.head_dim;
   const LaneView& lane = view.lanes[static_cast<std::size_t>(kv_head / view.lane_heads)];
   const auto is_exact = [&](int t) {
@@ -187,6 +216,11 @@ inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
       for (const float x : ghost) largest = std::fmax(largest, std::fabs(x));
       unit[t / kGhostGroup] = std::fmax(unit[t / kGhostGroup], h.p[t] * largest);
       rotate_back(ghost.data(), dim);
+      const double loud = loudest[t / kGhostGroup] / faintest(view.recall, view.kv_len);
+      double power = 0;
+      for (const float x : ghost) power += double{x} * x;
+      if (std::fabs(loud - 1) < 1e-4) h.rounding += h.p[t] * std::sqrt(power);  // it may speak
+      if (loud <= 1) std::fill(ghost.begin(), ghost.end(), 0.0f);
       for (int i = 0; i < dim; ++i) value[i] = double{ghost[i]} + centre.value_mean[i];
     }
     for (int i = 0; i < dim; ++i) h.o[i] += h.p[t] * value[i];
@@ -205,9 +239,13 @@ inline void check_lane(const TieredScene& s, const KvView& view, const Attention
   CHECK(std::is_sorted(recalled.begin(), recalled.end()));
   std::vector<double> estimate(static_cast<std::size_t>(view.kv_len)), p = estimate, relevance = p;
   double entropy = 0, ghost_mass = 0;
+  std::vector<Head> heads;
+  for (int head = first; head < first + queries; ++head) heads.push_back(score(s, view, head));
   for (int head = first; head < first + queries; ++head) {
-    Head h = score(s, view, head);
-    answer(h, s, view, head, recalled);
+    Head& h = heads[head - first];
+    const int of_group = (head - first) % s.c.group, judge = head - first - of_group % kJudges;
+    const int n = std::min(kJudges, s.c.group - of_group / kJudges * kJudges);
+    answer(h, s, view, head, recalled, loudest(heads, judge, n, lane, recalled));
     double error = 0, power = 0;
     for (int i = 0; i < view.head_dim; ++i) {
       error += std::pow(o[static_cast<std::size_t>(head * view.head_dim + i)] - h.o[i], 2);

@@ -28,6 +28,7 @@ constexpr LeftOut kLeftOut[] = {
     {"cuda ops: one row is one kernel an op*", "launches and bytes that are counted"},
     {"cuda tiered attention: ghosts and rows are read once*", "bytes that are counted"},
     {"cuda tiered attention: groups that are hot*", "bytes that are counted"},
+    {"cuda tiered attention: of groups of faint*", "bytes that are counted"},
     {"kernel.cuh: asynchronous copies land when*", "copies that land no sooner than they must"},
 };
 

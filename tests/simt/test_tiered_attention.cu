@@ -348,6 +348,20 @@ TEST_CASE("cuda tiered attention: groups that are hot, or add nothing, are not r
   CHECK(simt::counts()["answer_frozen"].bytes == 0);
 }
 
+TEST_CASE("cuda tiered attention: of groups of faint ghosts values are not read") {
+  const int kv_len = 320;
+  Case c{kv_len, 1, 3, 64};
+  c.loud_every = 5, c.type = KvType::kF16;
+  const Scene s(c);
+  const KvView view = view_of(s, 2e-3f);
+  Device device(s, view, kv_len);
+  simt::counts().clear();
+  device.run(s);
+  check_answer(s, view, device);
+  const auto n = static_cast<std::int64_t>(n_recalled(device.tiers.stats()));
+  CHECK(simt::counts()["answer_frozen"].bytes == n * 2 * 64 * 2 + kv_len / 5 * 64 * 2 / 8);
+}
+
 TEST_CASE("cuda tiered attention: what does not fit is refused") {
   const Scene s({40, 2, 3, 64});
   const KvView view = view_of(s, 2e-3f);
