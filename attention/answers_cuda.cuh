@@ -7,7 +7,7 @@
 
 namespace thaw {
 
-static_assert(kTiledQueries == kJudges);
+static_assert(kTiledQueries == kJudges);  // so a chunk of queries decides who is faint
 
 // Where answer_frozen() has its weights and sums in shared memory; numbers of words. What is of a
 // span is there twice: spans take turns.

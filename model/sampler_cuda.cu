@@ -18,6 +18,7 @@ constexpr int kBorders = 4;
 constexpr float kOne = 0x1p40f;
 static_assert(kBins % kSampleThreads == 0);
 
+// How to draw: SamplerOptions, and u of the draw.
 struct Rules {
   float temperature;
   int top_k;
@@ -230,6 +231,8 @@ struct Listed {
   }
 };
 
+// Where filters and draw fall among the n listed tokens, to which they run; leaves the token in
+// room.choice. All threads call.
 __device__ void choose(Room& room, Listed& listed, int n, const Rules& rules) {
   constexpr int kMine = kMaxListed / kSampleThreads;
   Weight until[kMine], most = 0;
@@ -267,9 +270,9 @@ __device__ void choose(Room& room, Listed& listed, int n, const Rules& rules) {
 
 // Computes  the token that is drawn
 // Grid      n_vocab / kSlice, rounded up; all list tokens, the last block to arrive chooses one
-// Block     kSampleThreads; a thread has kPerThread choices, then kMaxListed / kSampleThreads
-// listed tokens Shared    20 bytes a listed token Bytes     reads choices; of each token listed, 4
-// bytes in and out, and the sums of its bin
+// Block     kSampleThreads; a thread has kPerThread choices, then a share of the listed tokens
+// Shared    20 bytes a listed token
+// Bytes     reads choices; of each token listed 4 bytes in and out, and the sums of its bin
 __global__ void choose_token(Room* room, const float* choices, int n_vocab, Rules rules) {
   __shared__ Listed listed;
   wait_for_previous_kernel();
