@@ -76,6 +76,9 @@ TEST_CASE("tiered attention: groups of faint ghosts speak through the mean of va
   s.attend(after, view);
   CHECK(after == before);
 
+  // Almost all are recalled or faint, and nearly loud enough to be missed.
+  c.loud_every = 100, c.louder = 6, c.one_hot_in = 0;
+  check_case(c, 2e-3f);
   c.group = kJudges + 3, c.per_head = false;  // of which some judge, and then the others
   check_case(c, 2e-3f);
 }

@@ -31,7 +31,8 @@ struct TieredCase {
   KvType type = KvType::kF32;
   Policy policy = Policy::kThaw;
   int one_hot_in = 6;  // of the prompt; 0: none but those that always are
-  int loud_every = 0;  // groups of tokens whose scores are 10 larger; 0: none
+  int loud_every = 0;  // groups of tokens whose scores are `louder`; 0: none
+  float louder = 10;
 
   int n_heads() const { return n_kv_heads * group; }
 };
@@ -86,7 +87,7 @@ struct TieredScene {
       const float* of = &q[head * c.head_dim];
       float power = 0;
       for (int i = 0; i < c.head_dim; ++i) power += of[i] * of[i];
-      const float by = 10 * std::sqrt(static_cast<float>(c.head_dim)) / power;
+      const float by = c.louder * std::sqrt(static_cast<float>(c.head_dim)) / power;
       for (int i = 0; i < c.head_dim; ++i) key[head / c.group * c.head_dim + i] += by * of[i];
     }
   }
@@ -214,13 +215,15 @@ inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
                        view.ghosts.format, t % kGhostGroup, centre);
       double largest = 0;
       for (const float x : ghost) largest = std::fmax(largest, std::fabs(x));
-      unit[t / kGhostGroup] = std::fmax(unit[t / kGhostGroup], h.p[t] * largest);
       rotate_back(ghost.data(), dim);
       const double loud = loudest[t / kGhostGroup] / faintest(view.recall, view.kv_len);
       double power = 0;
       for (const float x : ghost) power += double{x} * x;
       if (std::fabs(loud - 1) < 1e-4) h.rounding += h.p[t] * std::sqrt(power);  // it may speak
-      if (loud <= 1) std::fill(ghost.begin(), ghost.end(), 0.0f);
+      if (loud <= 1)
+        std::fill(ghost.begin(), ghost.end(), 0.0f);
+      else
+        unit[t / kGhostGroup] = std::fmax(unit[t / kGhostGroup], h.p[t] * largest);
       for (int i = 0; i < dim; ++i) value[i] = double{ghost[i]} + centre.value_mean[i];
     }
     for (int i = 0; i < dim; ++i) h.o[i] += h.p[t] * value[i];
