@@ -79,8 +79,10 @@ TEST_CASE("tiered attention: groups of faint ghosts speak through the mean of va
   // Almost all are recalled or faint, and nearly loud enough to be missed.
   c.loud_every = 100, c.louder = 6, c.one_hot_in = 0;
   check_case(c, 2e-3f);
-  c.group = kJudges + 3, c.per_head = false;  // of which some judge, and then the others
-  check_case(c, 2e-3f);
+
+  Case parted{600, 2, kJudges + 3, 64, false};
+  parted.one_hot_in = 0, parted.part_judges = true;
+  check_case(parted, 2e-3f);
 }
 
 TEST_CASE("tiered attention: with every frozen token recalled it is exact attention") {

@@ -33,7 +33,8 @@ struct TieredCase {
   int one_hot_in = 6;  // of the prompt; 0: none but those that always are
   int loud_every = 0;  // groups of tokens whose scores are `louder`; 0: none
   float louder = 10;
-
+  bool part_judges = false;  // ghosts of group 0 are loud for the first kJudges queries alone, of
+                             // group 1 for the others; all else is faint, or the newest
   int n_heads() const { return n_kv_heads * group; }
 };
 
@@ -63,7 +64,8 @@ struct TieredScene {
     for (int i = 0; i < c.kv_len * kv_dim; ++i) k[i] += mean[i % kv_dim], v[i] += mean[i % kv_dim];
     q = random.normals(c.n_heads() * c.head_dim, 1.5f);
     for (int t = 0; t < c.kv_len && c.loud_every > 0; ++t)
-      if (t / kGhostGroup % c.loud_every == 0) raise_scores(&k[t * kv_dim]);
+      if (t / kGhostGroup % c.loud_every == 0) raise_scores(&k[t * kv_dim], c.louder, 0, c.group);
+    if (c.part_judges) part_judges();
     if (prompt > 0) {
       kv->begin(prompt, Phase::kPrefill);
       kv->append(0, k.data(), v.data(), prompt);
@@ -81,15 +83,27 @@ struct TieredScene {
     kv->append(0, &k[prompt * kv_dim], &v[prompt * kv_dim], 1);
   }
 
-  // Queries of as many dimensions are all but orthogonal.
-  void raise_scores(float* key) const {
+  // For queries [first, last) of each k/v head. Of many dimensions, they are all but orthogonal.
+  void raise_scores(float* key, float louder, int first, int last) const {
     for (int head = 0; head < c.n_heads(); ++head) {
+      if (head % c.group < first || head % c.group >= last) continue;
       const float* of = &q[head * c.head_dim];
       float power = 0;
       for (int i = 0; i < c.head_dim; ++i) power += of[i] * of[i];
-      const float by = c.louder * std::sqrt(static_cast<float>(c.head_dim)) / power;
+      const float by = louder * std::sqrt(static_cast<float>(c.head_dim)) / power;
       for (int i = 0; i < c.head_dim; ++i) key[head / c.group * c.head_dim + i] += by * of[i];
     }
+  }
+
+  void part_judges() {
+    for (int i = 0; i < c.n_heads() * c.head_dim; ++i)  // to each dimensions of its own
+      if (i % c.head_dim % c.group != i / c.head_dim % c.group) q[i] = 0;
+    const int kv_dim = c.n_kv_heads * c.head_dim;
+    for (int t = 0; t < kGhostGroup; ++t) {
+      raise_scores(&k[t * kv_dim], 2, 0, kJudges);
+      raise_scores(&k[(kGhostGroup + t) * kv_dim], 2, kJudges, c.group);
+    }
+    raise_scores(&k[(c.kv_len - 1) * kv_dim], 10, 0, c.group);
   }
 
   AttentionStats attend(std::vector<float>& o, const KvView& view, int n_threads = 2) const {

@@ -360,6 +360,10 @@ TEST_CASE("cuda tiered attention: of groups of faint ghosts values are not read"
   check_answer(s, view, device);
   const auto n = static_cast<std::int64_t>(n_recalled(device.tiers.stats()));
   CHECK(simt::counts()["answer_frozen"].bytes == n * 2 * 64 * 2 + kv_len / 5 * 64 * 2 / 8);
+
+  Case parted{160, 1, kJudges + 3, 64, false};
+  parted.one_hot_in = 0, parted.part_judges = true;
+  check_case(parted, 2e-3f);
 }
 
 TEST_CASE("cuda tiered attention: what does not fit is refused") {
