@@ -111,13 +111,12 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
     float l = 0, ps = 0;
 #pragma omp simd reduction(+ : l, ps)
     for (int j = 0; j < n; ++j) {
-      const float s = scores[j] > m - 100 ? scores[j] : m - 100;  // e = 0, and e s = 0
-      const float e = exp_fast(s - m);
+      const float below = scores[j] - m, e = exp_fast(below);
       l += e;
-      ps += e * s;
+      ps += e * (below > -86 ? below : -86);  // not 0 times infinity
       scores[j] = e;
     }
-    ghost_state_[at(h, range)] = {m, l, ps};
+    ghost_state_[at(h, range)] = {m, l, ps + m * l};
   }
 }
 
