@@ -24,8 +24,8 @@ LIBS := -lpcre2-8
 
 # Library headers, parsed once for all files: saves 1 to 2 seconds a file. clang goes without.
 PARSED := $(if $(findstring clang,$(CXX)),,$(BUILD)/parsed)
-PARSED_ROOMS := algorithm chrono cmath filesystem functional iostream map memory nlohmann/json.hpp \
-  set span sstream string vector
+PARSED_ROOMS := algorithm atomic chrono cmath filesystem functional iostream map memory \
+  nlohmann/json.hpp optional set span sstream string thread variant vector
 PARSED_TESTS := doctest/doctest.h $(PARSED_ROOMS)
 WITH = $(PARSED:%=-include %/rooms.h)
 
@@ -44,7 +44,9 @@ FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
-TEST_OBJECTS := $(TESTS:%.cpp=$(BUILD)/%.o)
+TESTED ?= $(BUILD)
+TEST_OBJECTS := $(patsubst %.cpp,$(TESTED)/%.o,$(filter-out tests/main.cpp,$(TESTS)))
+TEST_MAIN := $(BUILD)/tests/main.o  # knows of sanitizers, of which other tests are free
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
 # What CPUs other than this one run: AVX2 where it has more, and no AVX at all.
@@ -69,7 +71,7 @@ SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
 SIMT_NEEDS := device/% kvstore/% attention/% model/%
 SIMT_HOST := $(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA))
 EMULATED := $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o)
-SIMT_LINKED := $(SIMT_HOST) $(BUILD)/tests/main.o $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+SIMT_LINKED := $(SIMT_HOST) $(TEST_MAIN) $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
 # Those that are not of the emulator itself run on a device, too.
 CUDA_TESTS := $(filter-out %/test_block.cu %/test_cublaslt.cu %/test_streams.cu,$(SIMT_TESTS)) \
   tests/simt/on_device.cu
@@ -106,14 +108,18 @@ demo:
 test:
 	@tools/setup.sh build test weights
 	@$(MAKE) $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests $(BUILD)/thaw-emulated
-	@tests/tally.sh "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests" \
+	@tests/tally.sh --together \
+	  "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests" \
 	  "tests/readme.sh $(BUILD)/thaw" "tests/emulated.sh $(BUILD)/thaw-emulated" \
 	  "tools/gpu_check.sh --emulated"
 
 ## sanitize    the same tests under AddressSanitizer and UndefinedBehaviorSanitizer, with AVX2
+sanitize: TESTED := $(if $(filter $(ARCH),$(WITH_AVX2)),$(BUILD),$(BUILD)/sanitize)
 sanitize:
 	@tools/setup.sh build test weights
-	@$(MAKE) BUILD=$(BUILD)/sanitize ARCH=$(WITH_AVX2) SAN=address,undefined OPT=-O1 WARN= sanitize-run
+	@$(if $(filter $(BUILD),$(TESTED)),$(MAKE) $(TEST_OBJECTS))
+	@$(MAKE) BUILD=$(BUILD)/sanitize TESTED=$(TESTED) ARCH=$(WITH_AVX2) SAN=address,undefined OPT=-O1 \
+	  WARN= sanitize-run
 
 sanitize-run: $(BUILD)/thaw $(BUILD)/thaw-tests $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/cases.py $(BUILD)/thaw-tests" "tests/cases.py $(BUILD)/thaw-simt-tests"
@@ -226,11 +232,11 @@ $(BUILD)/thaw-emulated: $(BUILD)/main.o $(WITH_CUDA) $(EMULATED) $(SIMT_OBJECTS)
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
-$(BUILD)/thaw-tests: $(OBJECTS) $(TEST_OBJECTS)  # in this order: of functions in both, the former's
+$(BUILD)/thaw-tests: $(OBJECTS) $(TEST_MAIN) $(TEST_OBJECTS)  # in this order: of functions in both, the former's
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
 
-$(BUILD)/thaw-arithmetic-tests: $(ARITHMETIC:%=$(BUILD)/tests/test_%.o) $(BUILD)/tests/main.o \
+$(BUILD)/thaw-arithmetic-tests: $(ARITHMETIC:%=$(BUILD)/tests/test_%.o) $(TEST_MAIN) \
   $(filter-out $(BUILD)/cli/% $(BUILD)/tokenizer/%,$(OBJECTS))
 	@echo "link $@"
 	$(QUIET)$(LINK) -o $@ $^ $(LIBS)
@@ -249,12 +255,14 @@ $(BUILD)/main.o: main.cu $(BUILD)/flags
 	$(QUIET)$(COMPILE) -MMD -MP -c -x c++ -o $@ $<
 
 $(OBJECTS): $(PARSED:%=%/rooms.h.gch)
-$(TEST_OBJECTS): $(PARSED:%=%/tests.h.gch)
+$(filter $(BUILD)/%,$(TEST_OBJECTS)): $(PARSED:%=%/tests.h.gch)
 $(TEST_OBJECTS): WITH = $(PARSED:%=-include %/tests.h)
-$(BUILD)/tests/main.o: WITH =  # it asks doctest.h for more
+$(TEST_MAIN): WITH =  # it asks doctest.h for more
+# Half of their time goes into these checks, and AddressSanitizer sees what comes of a null pointer.
+$(filter $(BUILD)/cli/%,$(OBJECTS)): private SAN_FLAGS += $(SAN:%=-fno-sanitize=null,alignment)
 # What tests test is not in them. -O1 saves a third of the time, and sanitizers would double it.
 $(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private OPT := $(OPT:-O3=-O1)
-$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private SAN_FLAGS := $(filter -DSANITIZED,$(SAN_FLAGS))
+$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private SAN_FLAGS :=
 $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "compile $<"
@@ -302,7 +310,7 @@ $(BUILD)/flags: force
 	@mkdir -p $(@D)
 	@echo '$(COMPILE)' | cmp -s - $@ || echo '$(COMPILE)' >$@
 
--include $(OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
+-include $(OBJECTS:.o=.d) $(TEST_MAIN:.o=.d) $(TEST_OBJECTS:.o=.d) $(FUZZERS:%.cpp=$(BUILD)/%.d) $(BUILD)/main.d \
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TEST_OBJECTS:.o=.d)
 
 .PHONY: all cuda cuda-toolkit cuda-tests emulate demo test sanitize sanitize-run portable \

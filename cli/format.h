@@ -23,9 +23,7 @@ inline std::string count(std::int64_t n, const std::string& noun) {
 }
 
 // One line; bytes that are not UTF-8 become U+FFFD.
-inline std::string json_line(const nlohmann::ordered_json& document) {
-  return document.dump(-1, ' ', false, nlohmann::json::error_handler_t::replace) + "\n";
-}
+std::string json_line(const nlohmann::ordered_json& document);
 
 // "1.5 GiB"
 inline std::string format_bytes(std::int64_t bytes) {

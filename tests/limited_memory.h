@@ -7,6 +7,8 @@
 
 #include <cstdlib>
 
+#include "tests/sanitized.h"
+
 namespace thaw::testing {
 
 // Whether action() returns true in a child process that may allocate 64 MB and run 5 seconds.
@@ -18,10 +20,8 @@ bool holds_in_64mb(Action&& action) {
   if (child == 0) {
     const rlimit seconds{5, 5};
     ::setrlimit(RLIMIT_CPU, &seconds);
-#ifndef SANITIZED
     const rlimit bytes{64 << 20, 64 << 20};
-    ::setrlimit(RLIMIT_DATA, &bytes);
-#endif
+    if (!sanitized()) ::setrlimit(RLIMIT_DATA, &bytes);
     bool holds = false;
     try {
       holds = action();

@@ -15,6 +15,7 @@
 #include "kvstore/kvstore.h"
 #include "model/forward.h"
 #include "model/model.h"
+#include "tests/sanitized.h"
 #include "tests/weights.h"
 
 namespace thaw {
@@ -131,9 +132,9 @@ Fidelity measure(const nlohmann::json& golden, const Tokens& tokens,
   return result;
 }
 
-#ifndef SANITIZED  // it takes minutes there, and goes the ways of the small models
-
-TEST_CASE("SmolLM2 Q4_1 is faithful to transformers in f32 on the same weights") {
+// Under sanitizers it takes minutes, and goes the ways of the small models.
+TEST_CASE("SmolLM2 Q4_1 is faithful to transformers in f32 on the same weights" *
+          doctest::skip(testing::sanitized())) {
   const auto path = weights_file(kSmolLM2File);
   if (!path) return;
   const Model model = load_model(*path);
@@ -146,8 +147,6 @@ TEST_CASE("SmolLM2 Q4_1 is faithful to transformers in f32 on the same weights")
   CHECK(fidelity.clear_choices >= 360);
   CHECK(fidelity.agreements == fidelity.clear_choices);
 }
-
-#endif
 
 }  // namespace
 }  // namespace thaw

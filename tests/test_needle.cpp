@@ -12,6 +12,7 @@
 #include "cli/tokenizer_source.h"
 #include "device/error.h"
 #include "tests/run_thaw.h"
+#include "tests/sanitized.h"
 #include "tests/tiny_cli.h"
 #include "tests/weights.h"
 #include "tokenizer/chat_template.h"
@@ -274,9 +275,9 @@ TEST_CASE("needle: bounds of the hot tier are for the policies that have one") {
   CHECK(json::parse(r.out)["policies"][1]["attended_pct"] < 30);
 }
 
-#ifndef SANITIZED  // they take minutes there, and go the ways of the small models
-
-TEST_CASE("needle: the real model finds its keys, and a page shows them") {
+// Under sanitizers they take minutes, and go the ways of the small models.
+TEST_CASE("needle: the real model finds its keys, and a page shows them" *
+          doctest::skip(testing::sanitized())) {
   const auto model = weights_file(kSmolLM2File);
   if (!model) return;
   const std::string page = TinyCli::get().path("needle.html");
@@ -297,7 +298,8 @@ TEST_CASE("needle: the real model finds its keys, and a page shows them") {
   CHECK(html.str().find("<td class=\"right\">") != std::string::npos);
 }
 
-TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost without it") {
+TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost without it" *
+          doctest::skip(testing::sanitized())) {
   const auto model = weights_file(kSmolLM2File);
   if (!model) return;
   const auto answer = [&](const std::string& recovery) {
@@ -314,8 +316,6 @@ TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost w
   CHECK(found["right"] == true);
   CHECK(found["recovery"].back()["rung"] == "rewalk");
 }
-
-#endif
 
 }  // namespace
 }  // namespace thaw

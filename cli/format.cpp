@@ -1,0 +1,9 @@
+#include "cli/format.h"
+
+namespace thaw {
+
+std::string json_line(const nlohmann::ordered_json& document) {
+  return document.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+}
+
+}  // namespace thaw
