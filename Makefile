@@ -44,9 +44,10 @@ FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
+# Where the objects of tests/*.cpp are: they have no sanitizers, so `make sanitize` takes those of `make test`.
 TESTED ?= $(BUILD)
 TEST_OBJECTS := $(patsubst %.cpp,$(TESTED)/%.o,$(filter-out tests/main.cpp,$(TESTS)))
-TEST_MAIN := $(BUILD)/tests/main.o  # knows of sanitizers, of which other tests are free
+TEST_MAIN := $(BUILD)/tests/main.o  # tells tests whether the code has sanitizers
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
 
 # What CPUs other than this one run: AVX2 where it has more, and no AVX at all.
@@ -258,7 +259,7 @@ $(OBJECTS): $(PARSED:%=%/rooms.h.gch)
 $(filter $(BUILD)/%,$(TEST_OBJECTS)): $(PARSED:%=%/tests.h.gch)
 $(TEST_OBJECTS): WITH = $(PARSED:%=-include %/tests.h)
 $(TEST_MAIN): WITH =  # it asks doctest.h for more
-# Half of their time goes into these checks, and AddressSanitizer sees what comes of a null pointer.
+# These checks are a fifth of compiling them; AddressSanitizer sees what comes of a null pointer.
 $(filter $(BUILD)/cli/%,$(OBJECTS)): private SAN_FLAGS += $(SAN:%=-fno-sanitize=null,alignment)
 # What tests test is not in them. -O1 saves a third of the time, and sanitizers would double it.
 $(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private OPT := $(OPT:-O3=-O1)

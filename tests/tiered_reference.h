@@ -35,6 +35,7 @@ struct TieredCase {
   float louder = 10;
   bool part_judges = false;  // ghosts of group 0 are loud for the first kJudges queries alone, of
                              // group 1 for the others; all else is faint, or the newest
+
   int n_heads() const { return n_kv_heads * group; }
 };
 
