@@ -22,16 +22,6 @@ constexpr std::size_t kDecodeTileShared =
     std::max(std::size_t{kDecodeWarps} * kDecodeTileStages * 2 * kDecodeTileNumbers<kDim> * 2,
              kJoinShared<kDecodeWarps, kDecodeTileQueries, kDim>);
 
-// Two numbers as f16, and what is left of them.
-struct SplitPair {
-  std::uint32_t high, low;
-
-  __device__ SplitPair(float x, float y) : high(pack2<__half>(x, y)) {
-    const float2 rounded = unpack2<__half>(high);
-    low = pack2<__half>(x - rounded.x, y - rounded.y);
-  }
-};
-
 // A lane's part of a warp's 8 queries: of query g = lane / 4, as mma_16x8x16 has rows g and g + 8.
 template <int kDim>
 struct DecodeTile {
@@ -144,7 +134,7 @@ __device__ inline void fetch_decode_tile(__half* tile, const DecodeProblem& p, i
       const std::byte* from =
           key + row * p.kv.rows.row_bytes + (is_value ? p.kv.rows.value_offset : 0) + unit * 16;
       __half* to = tile + (is_value ? kDecodeTileNumbers<kDim> : 0) + row * kTileStride<kDim>;
-      cp_async_16(static_cast<void*>(to + unit * kRowUnit), valid ? from : key, valid);
+      cp_async_16_once(static_cast<void*>(to + unit * kRowUnit), valid ? from : key, valid);
     }
   }
   cp_async_commit();

@@ -39,29 +39,62 @@ struct CodeWords {
 };
 
 // Where score_ghosts() has its queries and the rope's tables in shared memory; numbers of words.
+// What a turned query and a row of the rope's table are multiplied as stands there as f16 numbers
+// and what is left of them, also as f16. Row 2 i is the cosine of a fast pair, 2 i + 1 its sine.
 struct GhostQueryLayout {
-  int codes;  // four dimensions x query: what four queries are multiplied by is read at once
+  static constexpr int kStride =
+      GhostRope::kSpan + 8;  // f16 numbers of a row: 8 rows meet no bank twice
+
+  int n_rows;               // of the table, as whole steps of a product
+  int codes;                // four dimensions x query
   int along, across;        // query x pair
-  int turned, turned_size;  // row of the rope's table x query, twice: spans take turns
+  int turned, turned_size;  // two rows x query, then what is left; twice: spans take turns
   int pairs, cubic, rows;   // the tables
-  int scale, offset, states, total;
+  int scale, offset, states;
+  int handed, total;  // warp x lane x query
 
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
-      : codes(0),
+      : n_rows((2 * n_fast + 4 + 15) / 16 * 16),
+        codes(0),
         along(codes + kTiledQueries * format.padded_dim() / 4),
         across(along + kTiledQueries * format.head_dim / 2),
         turned(across + kTiledQueries * format.head_dim / 2),
-        turned_size(kTiledQueries * (2 * n_fast + 4)),
+        turned_size(kTiledQueries * n_rows),
         pairs(turned + 2 * turned_size),
         cubic(pairs + format.head_dim),
         rows(cubic + 2 * format.head_dim),
-        scale(rows + GhostRope::kSpan * (2 * n_fast + 4)),
+        scale(rows + n_rows * kStride),
         offset(scale + kTiledQueries),
         states(offset + kTiledQueries),
-        total(states + 2 * kTiledWarps * kTiledQueries) {}
+        handed(states + 2 * kTiledWarps * kTiledQueries),
+        total(handed + kTiledThreads * kTiledQueries) {}
 };
 
 inline constexpr int kPairUnits = kGhostUnits / 2;  // pairs of a lane
+
+// Powers of the place in a span become numbers of at most 1, and what they are multiplied by grows.
+__device__ inline float cubic_scale(int power) { return static_cast<float>(1 << 6 * power); }
+
+// Rows of the rope's table, split; a half of a group's tokens has those at even places first.
+__device__ inline void split_rope_rows(float* shared, const GhostQueryLayout& at,
+                                       const DeviceRope& rope) {
+  constexpr int kQuads = GhostRope::kSpan / 4;
+  auto* high = reinterpret_cast<std::uint32_t*>(shared + at.rows);
+  std::uint32_t* low = high + at.n_rows * GhostQueryLayout::kStride / 2;
+  const int n_fast = rope.n_fast;
+#pragma unroll 4
+  for (int i = static_cast<int>(threadIdx.x); i < at.n_rows * kQuads; i += kTiledThreads) {
+    const int row = i / kQuads, place = i % kQuads * 4, power = row - 2 * n_fast;
+    const int from = power >= 0 ? row : row / 2 + row % 2 * n_fast;
+    float4 x = make_float4(0, 0, 0, 0);
+    if (power < 4) x = reinterpret_cast<const float4*>(rope.rows)[from * kQuads + i % kQuads];
+    const float factor = power > 0 && power < 4 ? 1.0f / cubic_scale(power) : 1.0f;
+    const SplitPair even(x.x * factor, x.z * factor), odd(x.y * factor, x.w * factor);
+    const int to = (row * GhostQueryLayout::kStride + place / 16 * 16 + place % 16 / 2) / 2;
+    high[to] = even.high, low[to] = even.low;
+    high[to + 4] = odd.high, low[to + 4] = odd.low;
+  }
+}
 
 // The rope's tables that are the same for all spans and never change, which is why they may be read
 // before the previous kernel is done.
@@ -69,15 +102,15 @@ __device__ inline void load_rope_tables(float* shared, const GhostQueryLayout& a
                                         const TieredProblem& p) {
   const DeviceRope& rope = p.kv.ghosts.rope;
   if (rope.rows == nullptr) return;  // there is no ghost yet
-  const int n_pairs = p.head_dim / 4, n_cubic = n_pairs + p.head_dim / 2;
-  const int n = n_cubic + (2 * rope.n_fast + 4) * GhostRope::kSpan / 4;
+  const int n_pairs = p.head_dim / 4, n = n_pairs + p.head_dim / 2;
   const auto* pairs = reinterpret_cast<const float4*>(rope.pairs);
   const auto* cubic = reinterpret_cast<const float4*>(rope.cubic) - n_pairs;
-  const auto* rows = reinterpret_cast<const float4*>(rope.rows) - n_cubic;
-  auto* to = reinterpret_cast<float4*>(shared + at.pairs);  // the others follow
-#pragma unroll 8
+  auto* to = reinterpret_cast<float4*>(shared + at.pairs);  // the other follows
   for (int i = static_cast<int>(threadIdx.x); i < n; i += kTiledThreads)
-    to[i] = (i < n_pairs ? pairs : i < n_cubic ? cubic : rows)[i];
+    to[i] = (i < n_pairs ? pairs : cubic)[i];
+  split_rope_rows(shared, at, rope);
+  for (int i = static_cast<int>(threadIdx.x); i < 2 * at.turned_size; i += kTiledThreads)
+    shared[at.turned + i] = 0;  // of rows that there are not, as of queries
 }
 
 // What a warp reads of a query and of its head's centre, on its way before it is asked for.
@@ -169,7 +202,13 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
   const float *square = linear + half, *cube = square + half;
   const float* along = shared + at.along + query * half;
   const float* across = shared + at.across + query * half;
-  float* turned = shared + at.turned + buffer * at.turned_size + query;
+  auto* high =
+      reinterpret_cast<std::uint32_t*>(shared + at.turned + buffer * at.turned_size) + query;
+  std::uint32_t* low = high + at.turned_size / 2;
+  const auto put = [&](int pair, float even, float odd) {
+    const SplitPair x(even, odd);
+    high[pair * kTiledQueries] = x.high, low[pair * kTiledQueries] = x.low;
+  };
   float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
 #pragma unroll
   for (int j = 0; j < kPairUnits; ++j) {
@@ -177,21 +216,17 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
     if (i >= half) break;
     const float a = fmaf(along[i], angle.cosine[j], across[i] * angle.sine[j]);
     const float b = fmaf(across[i], angle.cosine[j], -(along[i] * angle.sine[j]));
-    if (i < n_fast) {
-      turned[i * kTiledQueries] = a;
-      turned[(n_fast + i) * kTiledQueries] = b;
-    }
+    if (i < n_fast) put(i, a, b);
     c0 = fmaf(a, unit[i], c0), c1 = fmaf(b, linear[i], c1);
     c2 = fmaf(-a, square[i], c2), c3 = fmaf(-b, cube[i], c3);
   }
   c0 = warp_sum(c0), c1 = warp_sum(c1), c2 = warp_sum(c2), c3 = warp_sum(c3);
   if (lane_index() != 0) return;
-  turned += 2 * n_fast * kTiledQueries;
-  turned[0] = c0, turned[kTiledQueries] = c1;
-  turned[2 * kTiledQueries] = c2, turned[3 * kTiledQueries] = c3;
+  put(n_fast, c0, c1 * cubic_scale(1));
+  put(n_fast + 1, c2 * cubic_scale(2), c3 * cubic_scale(3));
 }
 
-// Of lane 8 s + c: the token of its group whose dot products it ends up with.
+// The token of its group whose dot products a lane ends up with.
 __device__ inline int token_of_lane() {
   const int slice = lane_index() / 8, column = lane_index() % 8;
   return 2 * column + slice % 2 + slice / 2 * 16;
@@ -202,31 +237,8 @@ __device__ inline float scale_at(const std::byte* scales, int i) {
   return scale_of_byte(static_cast<std::uint32_t>(scales[i]));
 }
 
-// A packet's share of the sums over dimensions of the codes of a query and of four tokens. queries:
-// those of the packet's first dimensions. Queries are taken by four, also those that are not there.
-template <int kBits>
-__device__ inline void dot_packet(int (&four)[kTiledQueries][4], const CodeWords<kBits>& codes,
-                                  const int4* queries, int n_queries) {
-#pragma unroll
-  for (int part = 0; part < 4; ++part) {  // four dimensions of half of the tokens
-    const int half = part % 2, dims = part / 2;
-    const int2 u = codes.four_codes(4 * dims + half, 2);
-#pragma unroll
-    for (int i = 0; i < kTiledQueries; i += 4) {
-      if (i >= n_queries) break;
-      const int4 q = queries[(kTiledQueries * dims + i) / 4];
-      const int of[4] = {q.x, q.y, q.z, q.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        four[i + j][2 * half] = __dp4a(u.x, of[j], four[i + j][2 * half]);
-        four[i + j][2 * half + 1] = __dp4a(u.y, of[j], four[i + j][2 * half + 1]);
-      }
-    }
-  }
-}
-
-// What a warp reads of a group of ghosts, on its way before it is asked for. Lane 8 s + c reads
-// word c of packets s, s + 4, ..: four tokens of a quarter of the dimensions.
+// What a warp reads of a group of ghosts, on its way before it is asked for. Lane 4 g + t reads
+// word g of packets t, t + 4, ..: four tokens of a quarter of the dimensions.
 template <int kBits>
 struct GroupAhead {
   static constexpr int kPackets = 4;  // of heads of up to 128; those behind are read when needed
@@ -238,58 +250,95 @@ struct GroupAhead {
   __device__ void load(const GhostFormat& f) {
     if (silent == ~0u) return;  // the same for all lanes
 #pragma unroll
-    for (int j = 0; j < kPackets; ++j) {
-      const int packet = lane_index() / 8 + 4 * j;
-      if (packet < f.padded_dim() / 8) packets[j].load(at + packet * 32 * kBits, lane_index() % 8);
-    }
+    for (int j = 0; j < kPackets; ++j)
+      if (packet_of_lane(j) < f.padded_dim() / 8) load_packet(packets[j], j);
     scale = scale_at(at + f.key_bytes() + f.value_bytes(), token_of_lane());
   }
 
-  // dots[query] = the sum over dimensions for token_of_lane(). Lanes trade with those that have the
-  // other quarters.
-  __device__ void dot(int (&dots)[kTiledQueries], const float* query_codes, int n_queries,
-                      int padded_dim) const {
-    const auto* queries = reinterpret_cast<const int4*>(query_codes);
-    const int slice = lane_index() / 8;
-    int four[kTiledQueries][4] = {};
+  // Adds to sums: of the codes of queries and tokens, row g token 2 g of a half of the group, row
+  // g + 8 the one after it. queries: codes, four dimensions x query.
+  __device__ void multiply(int (&sums)[2][4], const float* queries, int padded_dim) const {
+    const int n_packets = padded_dim / 8;
 #pragma unroll
     for (int j = 0; j < kPackets; ++j)
-      if (slice + 4 * j < padded_dim / 8)
-        dot_packet<kBits>(four, packets[j], queries + (slice + 4 * j) * kTiledQueries / 2,
-                          n_queries);
-    for (int packet = slice + 4 * kPackets; packet < padded_dim / 8; packet += 4) {
+      if (4 * j < n_packets) multiply(sums, packets[j], queries, packet_of_lane(j), n_packets);
+    for (int j = kPackets; 4 * j < n_packets; ++j) {
       CodeWords<kBits> codes;
-      codes.load(at + packet * 32 * kBits, lane_index() % 8);
-      dot_packet<kBits>(four, codes, queries + packet * kTiledQueries / 2, n_queries);
+      if (packet_of_lane(j) < n_packets) load_packet(codes, j);
+      multiply(sums, codes, queries, packet_of_lane(j), n_packets);
     }
+  }
+
+ private:
+  __device__ static int packet_of_lane(int j) { return lane_index() % 4 + 4 * j; }
+  __device__ void load_packet(CodeWords<kBits>& codes, int j) const {
+    codes.load(at + packet_of_lane(j) * 32 * kBits, lane_index() / 4);
+  }
+
+  // Adds the products of 32 dimensions, a packet a lane; a packet that there is not is 0.
+  __device__ static void multiply(int (&sums)[2][4], const CodeWords<kBits>& codes,
+                                  const float* queries, int packet, int n_packets) {
+    const bool exists = packet < n_packets;
+    const float* from = queries + 2 * min(packet, n_packets - 1) * kTiledQueries + lane_index() / 4;
+    const std::uint32_t b[2] = {__float_as_uint(from[0]), __float_as_uint(from[kTiledQueries])};
 #pragma unroll
-    for (int i = 0; i < kTiledQueries; ++i) {
-      if (i >= n_queries) break;
-      const bool high = slice >= 2, odd = slice % 2 != 0;
-      int a = high ? four[i][2] : four[i][0], b = high ? four[i][3] : four[i][1];
-      a += __shfl_xor_sync(kAllLanes, high ? four[i][0] : four[i][2], 16);
-      b += __shfl_xor_sync(kAllLanes, high ? four[i][1] : four[i][3], 16);
-      dots[i] = (odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8);
+    for (int half = 0; half < 2; ++half) {
+      const int2 low = codes.four_codes(half, 2), high = codes.four_codes(4 + half, 2);
+      const int all[4] = {low.x, low.y, high.x, high.y};
+      std::uint32_t a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = exists ? static_cast<std::uint32_t>(all[i]) : 0;
+      mma_16x8x32(sums[half], a, b);
     }
   }
 };
 
-// centre[query] = the score of the turned centre at `place` of the span.
-__device__ inline void score_centres(float (&centre)[kTiledQueries], const float* turned,
-                                     int n_queries, const float* rows, int n_rows, int place) {
+// Adds to sums, with the same rows: the scores of the turned centre at the places of group `group`
+// of a span. Three products of the four: the fourth is 2^-22 of the first.
+__device__ inline void multiply_centres(float (&sums)[2][4], const float* shared,
+                                        const GhostQueryLayout& at, int buffer, int group) {
+  constexpr int kStride = GhostQueryLayout::kStride;
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  const auto* high = reinterpret_cast<const __half*>(shared + at.rows) +
+                     (lane_index() / 16 * 8 + lane_index() % 8) * kStride + group * kGhostGroup +
+                     lane_index() / 8 % 2 * 8;
+  const __half* low = high + at.n_rows * kStride;
+  const auto* turned =
+      reinterpret_cast<const std::uint32_t*>(shared + at.turned + buffer * at.turned_size) +
+      t * kTiledQueries + g;
+  for (int row = 0; row < at.n_rows; row += 16) {
+    const std::uint32_t* from = turned + row / 2 * kTiledQueries;
+    const std::uint32_t* rest = from + at.turned_size / 2;
+    const std::uint32_t b[2] = {from[0], from[4 * kTiledQueries]};
+    const std::uint32_t b_rest[2] = {rest[0], rest[4 * kTiledQueries]};
 #pragma unroll
-  for (float& x : centre) x = 0;
-#pragma unroll 4
-  for (int row = 0; row < n_rows; ++row) {
-    const float x = rows[row * GhostRope::kSpan + place];
-#pragma unroll
-    for (int i = 0; i < kTiledQueries; i += 4) {
-      if (i >= n_queries) break;
-      const auto t = *reinterpret_cast<const float4*>(turned + row * kTiledQueries + i);
-      centre[i] = fmaf(t.x, x, centre[i]), centre[i + 1] = fmaf(t.y, x, centre[i + 1]);
-      centre[i + 2] = fmaf(t.z, x, centre[i + 2]), centre[i + 3] = fmaf(t.w, x, centre[i + 3]);
+    for (int half = 0; half < 2; ++half) {
+      std::uint32_t a[4];
+      load_matrices<true>(a, low + row * kStride + 16 * half);
+      mma_16x8x16<__half>(sums[half], a, b);
+      load_matrices<true>(a, high + row * kStride + 16 * half);
+      mma_16x8x16<__half>(sums[half], a, b_rest);
+      mma_16x8x16<__half>(sums[half], a, b);
     }
   }
+}
+
+// of_lane[query] = what the sums have of token_of_lane(). of_warp: shared memory, lane x query.
+template <class T>
+__device__ inline void hand_out(T (&of_lane)[kTiledQueries], const T (&sums)[2][4], T* of_warp,
+                                int n_queries) {
+  const int g = lane_index() / 4, query = lane_index() % 4 * 2;
+  __syncwarp();  // what was handed out before is read
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (query >= n_queries) break;
+    T* to = of_warp + (8 * i + g) * kTiledQueries + query;
+    to[0] = sums[i / 2][i % 2 * 2], to[1] = sums[i / 2][i % 2 * 2 + 1];
+  }
+  __syncwarp();  // all sums are there
+#pragma unroll
+  for (int i = 0; i < kTiledQueries; ++i)
+    if (i < n_queries) of_lane[i] = of_warp[lane_index() * kTiledQueries + i];
 }
 
 // A group's tokens that say nothing: hot ones, and those that are not there yet.

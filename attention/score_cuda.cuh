@@ -86,16 +86,22 @@ class GhostScorer {
   __device__ void score_span(int span, int end, int kv_len, int buffer) {
     const std::uint32_t silent = ahead_.silent;
     const float scale = ahead_.scale;
+    float* handed = shared_ + at_.handed + warp_index() * kWarp * kTiledQueries;
     int dots[kTiledQueries] = {};
-    if (silent != ~0u)
-      ahead_.dot(dots, shared_ + at_.codes, chunk_.n, p_.kv.ghosts.format.padded_dim());
+    if (silent != ~0u) {
+      int sums[2][4] = {};
+      ahead_.multiply(sums, shared_ + at_.codes, p_.kv.ghosts.format.padded_dim());
+      hand_out(dots, sums, reinterpret_cast<int*>(handed), chunk_.n);
+    }
     load(span + 1, end);
     find(span + 2, end, kv_len);
     const int place = warp_index() * kGhostGroup + token_of_lane();
     float centre[kTiledQueries] = {};
-    if (silent != ~0u)
-      score_centres(centre, shared_ + at_.turned + buffer * at_.turned_size, chunk_.n,
-                    shared_ + at_.rows, 2 * rope().n_fast + 4, place);
+    if (silent != ~0u) {
+      float sums[2][4] = {};
+      multiply_centres(sums, shared_, at_, buffer, warp_index());
+      hand_out(centre, sums, handed, chunk_.n);
+    }
     float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
                     span * GhostRope::kSpan + place;
 #pragma unroll

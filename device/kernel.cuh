@@ -97,7 +97,7 @@ __device__ inline bool last_to_arrive(unsigned* n_arrived, unsigned n_blocks) {
 
 __device__ inline uint4 load_16(const void* from) { return *static_cast<const uint4*>(from); }
 // What is read once, such as weights: it should push nothing out of the caches.
-// The emulator counts these, load_4_once and cp_async_16 as the kernel's bytes.
+// The emulator counts these, load_4_once and asynchronous copies as the kernel's bytes.
 __device__ inline uint4 load_16_once(const void* from) {
 #ifdef THAW_EMULATED
   simt::count_bytes(16);
@@ -156,6 +156,16 @@ __device__ inline std::uint32_t pack2(float low, float high) {
   return bits;
 }
 
+// Two numbers as f16, and what is left of them.
+struct SplitPair {
+  std::uint32_t high, low;
+
+  __device__ SplitPair(float x, float y) : high(pack2<__half>(x, y)) {
+    const float2 rounded = unpack2<__half>(high);
+    low = pack2<__half>(x - rounded.x, y - rounded.y);
+  }
+};
+
 // ---- Tensor cores. All 32 lanes call.
 
 // d += A B^T: A is 16 x 16, B is 8 x 16 (both row-major: k is the inner dimension), d is 16 x 8
@@ -185,6 +195,23 @@ __device__ inline void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4],
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
+#endif
+}
+
+// The same of signed 8-bit integers: A is 16 x 32, B is 8 x 32, d is of 32-bit integers. A register
+// holds four numbers:
+//   A  a[0]: (g, 4t..)  a[1]: (g + 8, 4t..)  a[2]: (g, 4t + 16..)  a[3]: (g + 8, 4t + 16..)
+//   B  b[0]: (g, 4t..)  b[1]: (g, 4t + 16..)
+__device__ inline void mma_16x8x32(int (&d)[4], const std::uint32_t (&a)[4],
+                                   const std::uint32_t (&b)[2]) {
+#ifdef THAW_EMULATED
+  simt::mma(d, a, b);
+#else
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+      "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 #endif
 }
 
@@ -221,6 +248,19 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid 
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
                "r"(valid ? 16 : 0)
+               : "memory");
+#endif
+}
+// The same of what is read once: see load_16_once().
+__device__ inline void cp_async_16_once(void* shared, const void* global, bool valid) {
+#ifdef THAW_EMULATED
+  simt::cp_async_16(shared, global, valid);
+#else
+  const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  std::uint64_t once;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(address),
+               "l"(global), "r"(valid ? 16 : 0), "l"(once)
                : "memory");
 #endif
 }

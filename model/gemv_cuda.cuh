@@ -49,14 +49,15 @@ class WeightRing {
     if (pair_ < op_.n_pairs()) {
       uint4* to = ring_ + slot_ * 2 * Step::kSize;
       const int unit = step_ * kWarp + lane_index();
-      cp_async_16(to + lane_index(), rows_[0].codes + unit, unit < units_);
-      cp_async_16(to + Step::kSize + lane_index(), rows_[1].codes + unit, unit < units_);
+      cp_async_16_once(to + lane_index(), rows_[0].codes + unit, unit < units_);
+      cp_async_16_once(to + Step::kSize + lane_index(), rows_[1].codes + unit, unit < units_);
       if constexpr (Step::kScales > 0) {
         if (lane_index() < 2 * Step::kScales) {
           const bool second = lane_index() >= Step::kScales;
           const int i = lane_index() % Step::kScales, scale = step_ * Step::kScales + i;
-          cp_async_16(to + (second ? Step::kSize : 0) + kWarp + i,
-                      (second ? rows_[1].scales : rows_[0].scales) + scale, scale < scale_units_);
+          cp_async_16_once(to + (second ? Step::kSize : 0) + kWarp + i,
+                           (second ? rows_[1].scales : rows_[0].scales) + scale,
+                           scale < scale_units_);
         }
       }
     }

@@ -33,6 +33,7 @@ struct Fiber {
   std::int64_t value = 0, result = 0;
   int argument = 0;
   float* product = nullptr;  // mma: d, a and b of this lane
+  int* dots = nullptr;       // d, where a and b are of 8-bit integers
   const std::uint32_t *a = nullptr, *b = nullptr;
   char arrived = 0;          // a clock, released before __syncwarp
   char joined[2] = {};       // clocks of all its lanes, where this one was the last, by turns

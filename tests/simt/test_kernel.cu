@@ -67,6 +67,17 @@ void check_product(void (*kernel)(float*, const T*, const T*)) {
   }
 }
 
+// d (16 x 8) = a (16 x 32) b^T (b: 8 x 32).
+__global__ void multiply_integers(int* d, const std::int8_t* a, const std::int8_t* b) {
+  const int g = lane_index() / 4, t = lane_index() % 4;
+  std::uint32_t fa[4], fb[2];
+  for (int i = 0; i < 4; ++i) memcpy(&fa[i], a + (g + i % 2 * 8) * 32 + 4 * t + i / 2 * 16, 4);
+  for (int i = 0; i < 2; ++i) memcpy(&fb[i], b + g * 32 + 4 * t + i * 16, 4);
+  int sum[4] = {1, 1, 1, 1};
+  mma_16x8x32(sum, fa, fb);
+  for (int i = 0; i < 4; ++i) d[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = sum[i];
+}
+
 // out[i] = x[i] by way of shared memory, four floats a thread; the second half is not read.
 __global__ void copy_async(float* out, const float* x, bool wait) {
   float* tile = dynamic_shared<float>();
@@ -83,7 +94,7 @@ __global__ void copy_async(float* out, const float* x, bool wait) {
 // Two groups on their way: waiting for all but one lands the older.
 __global__ void copy_two_groups(float* out, const float* x) {
   float* tile = dynamic_shared<float>();
-  cp_async_16(tile, x), cp_async_commit();
+  cp_async_16_once(tile, x, true), cp_async_commit();
   cp_async_16(tile + 4, x + 4), cp_async_commit();
   cp_async_wait<1>();
   out[0] = tile[0], out[1] = tile[4];
@@ -118,6 +129,27 @@ TEST_CASE("kernel.cuh: mma_16x8x16 and load_matrices are a plain product") {
   check_product<__nv_bfloat16>(multiply<__nv_bfloat16>);
   check_product<__half>(multiply_by_rows<__half>);
   check_product<__nv_bfloat16>(multiply_by_rows<__nv_bfloat16>);
+}
+
+TEST_CASE("kernel.cuh: mma_16x8x32 is a plain product") {
+  std::vector<std::int8_t> a(16 * 32), b(8 * 32);
+  for (std::size_t i = 0; i < a.size(); ++i) a[i] = static_cast<std::int8_t>(i * 37 % 255);
+  for (std::size_t i = 0; i < b.size(); ++i) b[i] = static_cast<std::int8_t>(i * 53 % 251);
+  const Stream stream;
+  DeviceBuffer<std::int8_t> da(a.size(), "a"), db(b.size(), "b");
+  DeviceBuffer<int> dd(16 * 8, "d");
+  std::vector<int> d(16 * 8);
+  copy_to_device(da.data(), a.data(), a.size(), stream);
+  copy_to_device(db.data(), b.data(), b.size(), stream);
+  launch("multiply", multiply_integers, 1, 32, 0, stream, dd.data(), da.data(), db.data());
+  copy_to_host(d.data(), dd.data(), d.size(), stream);
+  for (int r = 0; r < 16; ++r) {
+    for (int c = 0; c < 8; ++c) {
+      int expected = 1;
+      for (int k = 0; k < 32; ++k) expected += a[r * 32 + k] * b[c * 32 + k];
+      CHECK(d[r * 8 + c] == expected);
+    }
+  }
 }
 
 TEST_CASE("crash copies never waited for" * doctest::skip()) { run_copy_async(false); }

@@ -34,6 +34,24 @@ std::int64_t join(Exchange what, std::int64_t x, std::int64_t y) {
   }
 }
 
+constexpr int kOfIntegers = 2;  // what is multiplied: 0 f16, 1 bf16
+
+void multiply_integers(const std::unique_ptr<Fiber>* lanes) {
+  const auto number = [](std::uint32_t four, int which) {
+    return static_cast<std::int8_t>(four >> 8 * which);
+  };
+  for (int lane = 0; lane < kWarp; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane / 4 + i / 2 * 8, col = lane % 4 * 2 + i % 2;
+      for (int k = 0; k < 32; ++k) {
+        const int t = k % 16 / 4, high = k / 16;
+        lanes[lane]->dots[i] += number(lanes[row % 8 * 4 + t]->a[row / 8 + 2 * high], k % 4) *
+                                number(lanes[col * 4 + t]->b[high], k % 4);
+      }
+    }
+  }
+}
+
 // d += A B^T of the warp's fragments, in the order of k; see device/kernel.cuh for who holds what.
 void multiply(const std::unique_ptr<Fiber>* lanes, bool bf16) {
   const auto number = [&](std::uint32_t pair, int which) {
@@ -78,7 +96,9 @@ void complete(const std::unique_ptr<Fiber>* lanes, const Fiber& last) {
             last.where.file_name(), last.where.line(), i, source, last.mask);
     lanes[i]->result = lanes[source]->value;
   }
-  if (last.what == Exchange::kMultiply) multiply(lanes, last.argument != 0);
+  if (last.what != Exchange::kMultiply) return;
+  if (last.argument == kOfIntegers) return multiply_integers(lanes);
+  multiply(lanes, last.argument != 0);
 }
 
 // The last lane to arrive joins the clocks of all: 32 acquisitions and not 32 by each. By turns: it
@@ -131,6 +151,11 @@ void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, bool bf16, Wh
   Fiber& f = *active->current;
   f.product = d, f.a = a, f.b = b;
   exchange(Exchange::kMultiply, 0xffffffffu, 0, bf16, where);
+}
+void mma(int* d, const std::uint32_t* a, const std::uint32_t* b, Where where) {
+  Fiber& f = *active->current;
+  f.dots = d, f.a = a, f.b = b;
+  exchange(Exchange::kMultiply, 0xffffffffu, 0, kOfIntegers, where);
 }
 
 }  // namespace simt

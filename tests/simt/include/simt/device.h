@@ -49,6 +49,8 @@ void wait_for_previous_kernel(Where where = Where::current());
 // mma_16x8x16 of device/kernel.cuh, of f16 or bf16.
 void mma(float* d, const std::uint32_t* a, const std::uint32_t* b, bool bf16,
          Where where = Where::current());
+// mma_16x8x32.
+void mma(int* d, const std::uint32_t* a, const std::uint32_t* b, Where where = Where::current());
 
 template <class T>
 T shuffle(unsigned mask, T value, int source, Where where) {
