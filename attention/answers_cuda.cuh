@@ -172,13 +172,16 @@ class GhostAnswerer {
   __device__ int answer(const Share& share, std::int32_t* list) {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
     int span = share.begin / GhostRope::kSpan, n_recalled = 0;
+    find(span);
     load_scores(span);
+    find(span + 1);
     estimate_totals(shared_ + at_.totals, p_, chunk_.lane);
     __syncthreads();  // the totals are there
     weigh(span, shared_);
     __syncthreads();  // so are all weights of the first span
     load_codes(span, shared_);
     if (span + 1 < end) load_scores(span + 1);
+    find(span + 2);
     for (int buffer = 0; span < end; ++span, buffer ^= 1) {
       float *now = shared_ + buffer * at_.span_size, *next = shared_ + (buffer ^ 1) * at_.span_size;
       if (span + 1 < end) weigh(span + 1, next);
@@ -187,6 +190,7 @@ class GhostAnswerer {
       __syncthreads();  // weights of the next span are there, and this one's read; so is the list
       if (span + 1 < end) load_codes(span + 1, next);
       if (span + 2 < end) load_scores(span + 2);
+      find(span + 3);
     }
     return n_recalled;
   }
@@ -200,6 +204,14 @@ class GhostAnswerer {
     return p_.kv.ghosts.group(chunk_.kv_head, index);
   }
 
+  // The warp's group of a span; where there is none, the last one of all, whose ghosts weigh 0.
+  __device__ int group_of_warp(int span) const {
+    return min(span * kSpanGroups + warp_index(), (kv_len_ - 1) / kGhostGroup);
+  }
+  __device__ void find(int span) {
+    if constexpr (kBits > 0)
+      page_ = p_.kv.ghosts.pages[group_of_warp(span) / p_.kv.ghosts.page_groups];
+  }
   // Of this thread's token.
   __device__ void load_scores(int span) {
     const GhostFormat& f = p_.kv.ghosts.format;
@@ -209,10 +221,10 @@ class GhostAnswerer {
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i)
       if (i < chunk_.n) scores_[i] = scores[static_cast<std::int64_t>(i) * p_.ghost_stride];
-    const int index = span * kSpanGroups + warp_index();
-    scale_ = 0;
-    if (kBits > 0 && index * kGhostGroup < kv_len_)
-      scale_ = scale_at(group(index) + f.group_bytes() - f.scale_bytes(), lane_index());
+    if constexpr (kBits > 0)
+      scale_ = p_.kv.ghosts.group_in(
+          page_, chunk_.kv_head,
+          group_of_warp(span))[f.group_bytes() - f.scale_bytes() + lane_index()];
   }
 
   // Decides who is recalled, a bit a token of of_span[at.recalled]; the weights of the other
@@ -223,6 +235,7 @@ class GhostAnswerer {
     const unsigned word = __ballot_sync(kAllLanes, recalled);
     const float* totals =
         shared_ + at_.totals + 3 * (chunk_.head - chunk_.lane * p_.lane_queries());
+    const float scale = scale_of_byte(static_cast<std::uint32_t>(scale_));
     bool speaks = false;
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i) {
@@ -231,7 +244,7 @@ class GhostAnswerer {
       l[i] += weight;
       ps[i] += weight > 0 ? weight * scores_[i] : 0.0f;
       speaks |= weight > faintest_ * totals[3 * i + 1];
-      if constexpr (kBits > 0) round_weights<kBits>(of_span, at_, i, weight * scale_, unit_);
+      if constexpr (kBits > 0) round_weights<kBits>(of_span, at_, i, weight * scale, unit_);
     }
     speaks = __any_sync(kAllLanes, speaks);
     if (lane_index() != 0) return;
@@ -276,7 +289,9 @@ class GhostAnswerer {
   const QueryChunk& chunk_;
   const int kv_len_, n_columns_, n_teams_;
   const float unit_, recall_, faintest_;
-  float scores_[kTiledQueries], scale_;
+  float scores_[kTiledQueries];
+  const std::byte* page_;
+  std::byte scale_{};  // as it is stored: who computes with it waits for it
   CodeWords<kBits == 0 ? 1 : kBits> codes_[kAhead][2];
 };
 

@@ -232,11 +232,6 @@ __device__ inline int token_of_lane() {
   return 2 * column + slice % 2 + slice / 2 * 16;
 }
 
-// What token i of a group has in a row of scales, over their unit.
-__device__ inline float scale_at(const std::byte* scales, int i) {
-  return scale_of_byte(static_cast<std::uint32_t>(scales[i]));
-}
-
 // What a warp reads of a group of ghosts, on its way before it is asked for. Lane 4 g + t reads
 // word g of packets t, t + 4, ..: four tokens of a quarter of the dimensions.
 template <int kBits>
@@ -245,14 +240,14 @@ struct GroupAhead {
   std::uint32_t silent = ~0u;         // where all are, there is no more here
   const std::byte* at;
   CodeWords<kBits> packets[kPackets];
-  float scale;
+  std::byte scale;  // as it is stored: who computes with it waits for it
 
   __device__ void load(const GhostFormat& f) {
     if (silent == ~0u) return;  // the same for all lanes
 #pragma unroll
     for (int j = 0; j < kPackets; ++j)
       if (packet_of_lane(j) < f.padded_dim() / 8) load_packet(packets[j], j);
-    scale = scale_at(at + f.key_bytes() + f.value_bytes(), token_of_lane());
+    scale = at[f.key_bytes() + f.value_bytes() + token_of_lane()];
   }
 
   // Adds to sums: of the codes of queries and tokens, row g token 2 g of a half of the group, row
@@ -332,23 +327,25 @@ __device__ inline void hand_out(T (&of_lane)[kTiledQueries], const T (&sums)[2][
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     if (query >= n_queries) break;
-    T* to = of_warp + (8 * i + g) * kTiledQueries + query;
-    to[0] = sums[i / 2][i % 2 * 2], to[1] = sums[i / 2][i % 2 * 2 + 1];
+    const T both[2] = {sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]};
+    uint2 bits;
+    memcpy(&bits, both, sizeof bits);
+    *reinterpret_cast<uint2*>(of_warp + (8 * i + g) * kTiledQueries + query) = bits;
   }
   __syncwarp();  // all sums are there
 #pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i)
-    if (i < n_queries) of_lane[i] = of_warp[lane_index() * kTiledQueries + i];
+  for (int i = 0; i < kTiledQueries; i += 4) {
+    if (i >= n_queries) break;
+    const auto x = load_16(of_warp + lane_index() * kTiledQueries + i);
+    memcpy(of_lane + i, &x, 16);
+  }
 }
 
-// A group's tokens that say nothing: hot ones, and those that are not there yet.
-__device__ inline std::uint32_t silent_tokens(const TieredProblem& p, int lane, int group,
-                                              int kv_len) {
+// A group's tokens that say nothing: hot ones, and those that are not there yet. hot: its word of
+// the mask.
+__device__ inline std::uint32_t silent_tokens(std::uint32_t hot, int group, int kv_len) {
   const int n = kv_len - group * kGhostGroup;
-  if (n <= 0) return ~0u;
-  const std::uint32_t hot =
-      p.kv.hot.mask[static_cast<std::int64_t>(lane) * p.kv.hot.mask_words + group];
-  return n < kGhostGroup ? hot | ~0u << n : hot;
+  return n <= 0 ? ~0u : n < kGhostGroup ? hot | ~0u << n : hot;
 }
 
 }  // namespace thaw

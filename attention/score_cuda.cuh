@@ -34,7 +34,8 @@ __device__ inline void join_scores(const TieredProblem& p, float* states, const 
 }
 
 // Scores of the ghosts of a k/v head's spans, one after another: while one is scored, the next is
-// on its way, and where the one behind that stands.
+// on its way, and where the one behind that stands. What is on its way is kept as it is stored: to
+// compute with it is to wait for it.
 template <int kBits>
 class GhostScorer {
  public:
@@ -49,13 +50,13 @@ class GhostScorer {
   __device__ void score(const Share& share, int kv_len) {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
     int span = share.begin / GhostRope::kSpan;
-    find(span, end, kv_len);
+    find(span, kv_len);
     for (int query = warp_index(); query < chunk_.n; query += kTiledWarps) {
       if (query != warp_index()) load_query(query);
       prepare_ghost_query(shared_, at_, p_, query_, query);
     }
-    load(span, end);
-    find(span + 1, end, kv_len);
+    load(span, end, kv_len);
+    find(span + 1, kv_len);
     for (int buffer = 0; span < end; ++span, buffer ^= 1) {
       for (int query = warp_index(); query < chunk_.n; query += kTiledWarps)
         turn_ghost_query(shared_, at_, angle_, rope().n_fast, p_.head_dim / 2, query, buffer);
@@ -70,22 +71,22 @@ class GhostScorer {
  private:
   __device__ const DeviceRope& rope() const { return p_.kv.ghosts.rope; }
 
-  __device__ void find(int span, int end, int kv_len) {
-    const int group = span * kSpanGroups + warp_index();
-    silent_ = ~0u;
-    if (span >= end || group * kGhostGroup >= kv_len) return;
-    silent_ = silent_tokens(p_, chunk_.lane, group, kv_len);
-    group_ = p_.kv.ghosts.group(chunk_.kv_head, group);
+  __device__ void find(int span, int kv_len) {
+    const int group = min(span * kSpanGroups + warp_index(), (kv_len - 1) / kGhostGroup);
+    hot_ = p_.kv.hot.mask[static_cast<std::int64_t>(chunk_.lane) * p_.kv.hot.mask_words + group];
+    page_ = p_.kv.ghosts.pages[group / p_.kv.ghosts.page_groups];
   }
-  __device__ void load(int span, int end) {
-    ahead_.silent = silent_, ahead_.at = group_;
+  __device__ void load(int span, int end, int kv_len) {
+    const int group = span * kSpanGroups + warp_index();
+    ahead_.silent = span < end ? silent_tokens(hot_, group, kv_len) : ~0u;
+    ahead_.at = p_.kv.ghosts.group_in(page_, chunk_.kv_head, group);
     ahead_.load(p_.kv.ghosts.format);
     if (span < end) angle_.load(rope(), p_.head_dim / 2, span);
   }
 
   __device__ void score_span(int span, int end, int kv_len, int buffer) {
     const std::uint32_t silent = ahead_.silent;
-    const float scale = ahead_.scale;
+    const float scale = scale_of_byte(static_cast<std::uint32_t>(ahead_.scale));
     float* handed = shared_ + at_.handed + warp_index() * kWarp * kTiledQueries;
     int dots[kTiledQueries] = {};
     if (silent != ~0u) {
@@ -93,8 +94,8 @@ class GhostScorer {
       ahead_.multiply(sums, shared_ + at_.codes, p_.kv.ghosts.format.padded_dim());
       hand_out(dots, sums, reinterpret_cast<int*>(handed), chunk_.n);
     }
-    load(span + 1, end);
-    find(span + 2, end, kv_len);
+    load(span + 1, end, kv_len);
+    find(span + 2, kv_len);
     const int place = warp_index() * kGhostGroup + token_of_lane();
     float centre[kTiledQueries] = {};
     if (silent != ~0u) {
@@ -122,8 +123,8 @@ class GhostScorer {
   float* shared_;
   const GhostQueryLayout& at_;
   const QueryChunk chunk_;
-  std::uint32_t silent_;
-  const std::byte* group_ = nullptr;
+  std::uint32_t hot_;
+  const std::byte* page_;
   GroupAhead<kBits> ahead_;
   SpanAngle angle_;
   QueryAhead query_;

@@ -65,7 +65,10 @@ struct DeviceGhosts {
   DeviceRope rope;
 
   __device__ const std::byte* group(int head, int index) const {
-    return pages[index / page_groups] + offset +
+    return group_in(pages[index / page_groups], head, index);
+  }
+  __device__ const std::byte* group_in(const std::byte* page, int head, int index) const {
+    return page + offset +
            (static_cast<std::size_t>(head) * page_groups + index % page_groups) *
                format.group_bytes();
   }
