@@ -42,8 +42,8 @@ struct CodeWords {
 // What a turned query and a row of the rope's table are multiplied as stands there as f16 numbers
 // and what is left of them, also as f16. Row 2 i is the cosine of a fast pair, 2 i + 1 its sine.
 struct GhostQueryLayout {
-  static constexpr int kStride =
-      GhostRope::kSpan + 8;  // f16 numbers of a row: 8 rows meet no bank twice
+  // f16 numbers from a row to the next: eight rows meet no bank twice.
+  static constexpr int kStride = GhostRope::kSpan + 8;
 
   int n_rows;               // of the table, as whole steps of a product
   int codes;                // four dimensions x query

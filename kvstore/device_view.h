@@ -67,6 +67,7 @@ struct DeviceGhosts {
   __device__ const std::byte* group(int head, int index) const {
     return group_in(pages[index / page_groups], head, index);
   }
+  // The same, of a page that is there already: entry index / page_groups of `pages`.
   __device__ const std::byte* group_in(const std::byte* page, int head, int index) const {
     return page + offset +
            (static_cast<std::size_t>(head) * page_groups + index % page_groups) *
