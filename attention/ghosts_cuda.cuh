@@ -50,8 +50,7 @@ struct GhostQueryLayout {
   int along, across;        // query x pair
   int turned, turned_size;  // two rows x query, then what is left; twice: spans take turns
   int pairs, cubic, rows;   // the tables
-  int scale, offset, states;
-  int handed, total;  // warp x lane x query
+  int scale, offset, states, total;
 
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
       : n_rows((2 * n_fast + 4 + 15) / 16 * 16),
@@ -66,8 +65,7 @@ struct GhostQueryLayout {
         scale(rows + n_rows * kStride),
         offset(scale + kTiledQueries),
         states(offset + kTiledQueries),
-        handed(states + 2 * kTiledWarps * kTiledQueries),
-        total(handed + kTiledThreads * kTiledQueries) {}
+        total(states + 2 * kTiledWarps * kTiledQueries) {}
 };
 
 inline constexpr int kPairUnits = kGhostUnits / 2;  // pairs of a lane
@@ -226,11 +224,12 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
   put(n_fast + 1, c2 * cubic_scale(2), c3 * cubic_scale(3));
 }
 
-// The token of its group whose dot products a lane ends up with.
-__device__ inline int token_of_lane() {
-  const int slice = lane_index() / 8, column = lane_index() % 8;
-  return 2 * column + slice % 2 + slice / 2 * 16;
-}
+// What a lane has of a group's products with queries: those of four tokens, as it has sums of
+// mma_16x8x32() and of mma_16x8x16(), with each of two queries. Lanes that are kQueryLanes apart
+// have the same queries.
+inline constexpr int kQueryLanes = kTiledQueries / 2;
+__device__ inline int token_of_lane(int i) { return i / 2 * 16 + lane_index() / 4 * 2 + i % 2; }
+__device__ inline int query_of_lane() { return lane_index() % kQueryLanes * 2; }
 
 // What a warp reads of a group of ghosts, on its way before it is asked for. Lane 4 g + t reads
 // word g of packets t, t + 4, ..: four tokens of a quarter of the dimensions.
@@ -240,18 +239,21 @@ struct GroupAhead {
   std::uint32_t silent = ~0u;         // where all are, there is no more here
   const std::byte* at;
   CodeWords<kBits> packets[kPackets];
-  std::byte scale;  // as it is stored: who computes with it waits for it
+  std::uint16_t scales[2];  // two bytes each, as stored: who computes with them waits for them
 
   __device__ void load(const GhostFormat& f) {
     if (silent == ~0u) return;  // the same for all lanes
 #pragma unroll
     for (int j = 0; j < kPackets; ++j)
       if (packet_of_lane(j) < f.padded_dim() / 8) load_packet(packets[j], j);
-    scale = at[f.key_bytes() + f.value_bytes() + token_of_lane()];
+    const std::byte* from = at + f.key_bytes() + f.value_bytes();
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      scales[i] = *reinterpret_cast<const std::uint16_t*>(from + token_of_lane(2 * i));
   }
 
-  // Adds to sums: of the codes of queries and tokens, row g token 2 g of a half of the group, row
-  // g + 8 the one after it. queries: codes, four dimensions x query.
+  // Adds to sums, a half of the group each: of the codes of queries and tokens, row g token 2 g of
+  // the half, row g + 8 the one after it. queries: codes, four dimensions x query.
   __device__ void multiply(int (&sums)[2][4], const float* queries, int padded_dim) const {
     const int n_packets = padded_dim / 8;
 #pragma unroll
@@ -315,29 +317,6 @@ __device__ inline void multiply_centres(float (&sums)[2][4], const float* shared
       mma_16x8x16<__half>(sums[half], a, b_rest);
       mma_16x8x16<__half>(sums[half], a, b);
     }
-  }
-}
-
-// of_lane[query] = what the sums have of token_of_lane(). of_warp: shared memory, lane x query.
-template <class T>
-__device__ inline void hand_out(T (&of_lane)[kTiledQueries], const T (&sums)[2][4], T* of_warp,
-                                int n_queries) {
-  const int g = lane_index() / 4, query = lane_index() % 4 * 2;
-  __syncwarp();  // what was handed out before is read
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (query >= n_queries) break;
-    const T both[2] = {sums[i / 2][i % 2 * 2], sums[i / 2][i % 2 * 2 + 1]};
-    uint2 bits;
-    memcpy(&bits, both, sizeof bits);
-    *reinterpret_cast<uint2*>(of_warp + (8 * i + g) * kTiledQueries + query) = bits;
-  }
-  __syncwarp();  // all sums are there
-#pragma unroll
-  for (int i = 0; i < kTiledQueries; i += 4) {
-    if (i >= n_queries) break;
-    const auto x = load_16(of_warp + lane_index() * kTiledQueries + i);
-    memcpy(of_lane + i, &x, 16);
   }
 }
 

@@ -1,6 +1,8 @@
 // The first kernel of a decode step over two tiers: scores of hot rows and of ghosts.
 #pragma once
 
+#include <cfloat>
+
 #include "attention/ghosts_cuda.cuh"
 
 namespace thaw {
@@ -9,16 +11,15 @@ __device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
   return kv_len >= p.kv.ghosts.centre_tokens ? kv_len : 0;
 }
 
-// m and l of the lanes' tokens into p.scored.
+// m and l of the lanes' tokens, two queries a lane, into p.scored.
 __device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
-                                   int split, const float (&m)[kTiledQueries],
-                                   const float (&l)[kTiledQueries]) {
+                                   int split, const float (&m)[2], const float (&l)[2]) {
 #pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= chunk.n) break;
-    const float peak = warp_max(m[i]), sum = warp_sum(l[i] * power(m[i], peak));
-    float* state = states + 2 * (warp_index() * kTiledQueries + i);
-    if (lane_index() == 0) state[0] = peak, state[1] = sum;
+  for (int i = 0; i < 2; ++i) {
+    const float peak = warp_max<kWarp, kQueryLanes>(m[i]);
+    const float sum = warp_sum<kWarp, kQueryLanes>(l[i] * power(m[i], peak));
+    float* state = states + 2 * (warp_index() * kTiledQueries + query_of_lane() + i);
+    if (lane_index() < kQueryLanes) state[0] = peak, state[1] = sum;
   }
   __syncthreads();  // all warps' states are there
   const int query = static_cast<int>(threadIdx.x);
@@ -41,11 +42,9 @@ class GhostScorer {
  public:
   __device__ GhostScorer(const TieredProblem& p, float* shared, const GhostQueryLayout& at,
                          const QueryChunk& chunk)
-      : p_(p), shared_(shared), at_(at), chunk_(chunk) {
-#pragma unroll
-    for (float& x : m) x = kLowest;
-  }
-  float m[kTiledQueries], l[kTiledQueries] = {};  // of this lane's tokens
+      : p_(p), shared_(shared), at_(at), chunk_(chunk) {}
+  // Of this lane's tokens and two queries; m is finite, so that it can be subtracted from kLowest.
+  float m[2] = {-FLT_MAX, -FLT_MAX}, l[2] = {};
 
   __device__ void score(const Share& share, int kv_len) {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
@@ -86,36 +85,43 @@ class GhostScorer {
 
   __device__ void score_span(int span, int end, int kv_len, int buffer) {
     const std::uint32_t silent = ahead_.silent;
-    const float scale = scale_of_byte(static_cast<std::uint32_t>(ahead_.scale));
-    float* handed = shared_ + at_.handed + warp_index() * kWarp * kTiledQueries;
-    int dots[kTiledQueries] = {};
-    if (silent != ~0u) {
-      int sums[2][4] = {};
-      ahead_.multiply(sums, shared_ + at_.codes, p_.kv.ghosts.format.padded_dim());
-      hand_out(dots, sums, reinterpret_cast<int*>(handed), chunk_.n);
-    }
+    float s[2][4] = {};
+    if (silent != ~0u) score_codes(s);
     load(span + 1, end, kv_len);
     find(span + 2, kv_len);
-    const int place = warp_index() * kGhostGroup + token_of_lane();
-    float centre[kTiledQueries] = {};
-    if (silent != ~0u) {
-      float sums[2][4] = {};
-      multiply_centres(sums, shared_, at_, buffer, warp_index());
-      hand_out(centre, sums, handed, chunk_.n);
-    }
-    float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
-                    span * GhostRope::kSpan + place;
+    if (silent != ~0u) multiply_centres(s, shared_, at_, buffer, warp_index());
 #pragma unroll
-    for (int i = 0; i < kTiledQueries; ++i) {
-      if (i >= chunk_.n) break;
-      const float product = static_cast<float>(dots[i]) + shared_[at_.offset + i];
-      const float s = (silent >> token_of_lane() & 1u) != 0
-                          ? kLowest
-                          : fmaf(shared_[at_.scale + i] * scale, product, centre[i]);
-      scores[static_cast<std::int64_t>(i) * p_.ghost_stride] = s;
-      const float peak = fmaxf(m[i], s);
-      l[i] = l[i] * power(m[i], peak) + power(s, peak);
+    for (int j = 0; j < 4; ++j)
+      if ((silent >> token_of_lane(j) & 1u) != 0)
+        s[j / 2][j % 2 * 2] = s[j / 2][j % 2 * 2 + 1] = kLowest;
+    float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
+                    span * GhostRope::kSpan + warp_index() * kGhostGroup;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = query_of_lane() + i;
+      if (query >= chunk_.n) break;
+      float* to = scores + static_cast<std::int64_t>(query) * p_.ghost_stride;
+      const float a = s[0][i], b = s[0][i + 2], c = s[1][i], d = s[1][i + 2];
+      *reinterpret_cast<float2*>(to + token_of_lane(0)) = make_float2(a, b);
+      *reinterpret_cast<float2*>(to + token_of_lane(2)) = make_float2(c, d);
+      const float peak = fmaxf(m[i], fmaxf(fmaxf(a, b), fmaxf(c, d)));
+      l[i] = l[i] * exp2f(m[i] - peak) + exp2f(a - peak) + exp2f(b - peak) + exp2f(c - peak) +
+             exp2f(d - peak);
       m[i] = peak;
+    }
+  }
+  // What ghosts differ from their centre by.
+  __device__ void score_codes(float (&s)[2][4]) const {
+    int dots[2][4] = {};
+    ahead_.multiply(dots, shared_ + at_.codes, p_.kv.ghosts.format.padded_dim());
+    const float2 scale = *reinterpret_cast<const float2*>(shared_ + at_.scale + query_of_lane());
+    const float2 offset = *reinterpret_cast<const float2*>(shared_ + at_.offset + query_of_lane());
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const float own = scale_of_byte(ahead_.scales[j / 2] >> j % 2 * 8 & 0xff);
+      const int* from = dots[j / 2] + j % 2 * 2;
+      s[j / 2][j % 2 * 2] = scale.x * own * (static_cast<float>(from[0]) + offset.x);
+      s[j / 2][j % 2 * 2 + 1] = scale.y * own * (static_cast<float>(from[1]) + offset.y);
     }
   }
 

@@ -43,11 +43,12 @@ struct Max {
   __device__ static float join(float a, float b) { return fmaxf(a, b); }
 };
 
-// Of the lanes of a group of kLanes, a power of two; all 32 lanes of the warp call.
-template <class Op, int kLanes = kWarp>
+// Of the lanes of a group of kLanes that are kApart apart, powers of two; all 32 lanes of the warp
+// call.
+template <class Op, int kLanes = kWarp, int kApart = 1>
 __device__ inline float warp_reduce(float x) {
 #pragma unroll
-  for (int step = kLanes / 2; step > 0; step /= 2)
+  for (int step = kLanes / 2; step >= kApart; step /= 2)
     x = Op::join(x, __shfl_xor_sync(kAllLanes, x, step));
   return x;
 }
@@ -65,13 +66,13 @@ __device__ inline float block_reduce(float x) {
   return warp_reduce<Op>(lane_index() < n_warps ? of_warp[lane_index()] : Op::kNeutral);
 }
 
-template <int kLanes = kWarp>
+template <int kLanes = kWarp, int kApart = 1>
 __device__ inline float warp_sum(float x) {
-  return warp_reduce<Sum, kLanes>(x);
+  return warp_reduce<Sum, kLanes, kApart>(x);
 }
-template <int kLanes = kWarp>
+template <int kLanes = kWarp, int kApart = 1>
 __device__ inline float warp_max(float x) {
-  return warp_reduce<Max, kLanes>(x);
+  return warp_reduce<Max, kLanes, kApart>(x);
 }
 __device__ inline float block_sum(float x) { return block_reduce<Sum>(x); }
 __device__ inline float block_max(float x) { return block_reduce<Max>(x); }
