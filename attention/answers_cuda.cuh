@@ -210,7 +210,7 @@ class GhostAnswerer {
   }
   __device__ void find(int span) {
     if constexpr (kBits > 0)
-      page_ = p_.kv.ghosts.pages[group_of_warp(span) / p_.kv.ghosts.page_groups];
+      page_ = p_.kv.ghosts.pages[group_of_warp(span) / DeviceGhosts::kPageGroups];
   }
   // Of this thread's token.
   __device__ void load_scores(int span) {

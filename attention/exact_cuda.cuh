@@ -34,6 +34,8 @@ inline float score_scale(int head_dim) {
 inline constexpr float kLowest = -std::numeric_limits<float>::infinity();  // m of no tokens
 
 // e^(x - m) in powers of two, where nothing was seen yet: 0.
-__device__ inline float power(float x, float m) { return x == kLowest ? 0.0f : exp2f(x - m); }
+__device__ inline float power(float x, float m) {
+  return x == kLowest ? 0.0f : power_of_two(x - m);
+}
 
 }  // namespace thaw

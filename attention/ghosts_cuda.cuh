@@ -52,10 +52,13 @@ struct GhostQueryLayout {
   int pairs, cubic, rows;   // the tables
   int scale, offset, states, total;
 
+  __host__ __device__ static int code_dim(const GhostFormat& format) {  // as whole steps, too
+    return (format.head_dim + 31) / 32 * 32;
+  }
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
       : n_rows((2 * n_fast + 4 + 15) / 16 * 16),
         codes(0),
-        along(codes + kTiledQueries * format.padded_dim() / 4),
+        along(codes + kTiledQueries * code_dim(format) / 4),
         across(along + kTiledQueries * format.head_dim / 2),
         turned(across + kTiledQueries * format.head_dim / 2),
         turned_size(kTiledQueries * n_rows),
@@ -164,7 +167,7 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) {
     const int code = __float2int_rn(x[j] * inverse), i = lane + j * kWarp;
-    if (i < f.padded_dim())
+    if (i < GhostQueryLayout::code_dim(f))
       codes[i / 4 * 4 * kTiledQueries + i % 4] = static_cast<std::int8_t>(code);
     sum += code;
   }
@@ -207,7 +210,7 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
     const SplitPair x(even, odd);
     high[pair * kTiledQueries] = x.high, low[pair * kTiledQueries] = x.low;
   };
-  float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
+  float c[4] = {};
 #pragma unroll
   for (int j = 0; j < kPairUnits; ++j) {
     const int i = lane_index() + j * kWarp;
@@ -215,21 +218,26 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
     const float a = fmaf(along[i], angle.cosine[j], across[i] * angle.sine[j]);
     const float b = fmaf(across[i], angle.cosine[j], -(along[i] * angle.sine[j]));
     if (i < n_fast) put(i, a, b);
-    c0 = fmaf(a, unit[i], c0), c1 = fmaf(b, linear[i], c1);
-    c2 = fmaf(-a, square[i], c2), c3 = fmaf(-b, cube[i], c3);
+    c[0] = fmaf(a, unit[i], c[0]), c[1] = fmaf(b, linear[i], c[1]);
+    c[2] = fmaf(-a, square[i], c[2]), c[3] = fmaf(-b, cube[i], c[3]);
   }
-  c0 = warp_sum(c0), c1 = warp_sum(c1), c2 = warp_sum(c2), c3 = warp_sum(c3);
-  if (lane_index() != 0) return;
-  put(n_fast, c0, c1 * cubic_scale(1));
-  put(n_fast + 1, c2 * cubic_scale(2), c3 * cubic_scale(3));
+  const float even = warp_sums(c) * cubic_scale(lane_index() / 8);
+  const float odd = __shfl_xor_sync(kAllLanes, even, 8);
+  if (lane_index() % 16 == 0) put(n_fast + lane_index() / 16, even, odd);
 }
 
-// What a lane has of a group's products with queries: those of four tokens, as it has sums of
-// mma_16x8x32() and of mma_16x8x16(), with each of two queries. Lanes that are kQueryLanes apart
-// have the same queries.
-inline constexpr int kQueryLanes = kTiledQueries / 2;
-__device__ inline int token_of_lane(int i) { return i / 2 * 16 + lane_index() / 4 * 2 + i % 2; }
-__device__ inline int query_of_lane() { return lane_index() % kQueryLanes * 2; }
+// What a lane has of a group's products with queries. A row of a product is two neighbouring
+// tokens; a column is a query and one of the two, since the query's numbers stand where that
+// token's do, and zeros where the other's. So four queries fill the eight columns.
+inline constexpr int kQuad = 4, kQuads = kTiledQueries / kQuad;
+inline constexpr int kQueryLanes = kQuad / 2;  // lanes so far apart have the same queries
+__device__ inline int token_of_lane(int i) {   // i: 0 or 1
+  return i * 16 + lane_index() / 4 * 2 + lane_index() % 4 / kQueryLanes;
+}
+__device__ inline int query_of_lane() { return lane_index() % kQueryLanes * 2; }  // and the next
+// The column that a lane brings along: which of the two tokens, and which query of the four.
+__device__ inline int token_of_column() { return lane_index() / 16; }
+__device__ inline int query_of_column() { return lane_index() / 4 % kQuad; }
 
 // What a warp reads of a group of ghosts, on its way before it is asked for. Lane 4 g + t reads
 // word g of packets t, t + 4, ..: four tokens of a quarter of the dimensions.
@@ -239,7 +247,7 @@ struct GroupAhead {
   std::uint32_t silent = ~0u;         // where all are, there is no more here
   const std::byte* at;
   CodeWords<kBits> packets[kPackets];
-  std::uint16_t scales[2];  // two bytes each, as stored: who computes with them waits for them
+  std::byte scales[2];  // as they are stored: who computes with them waits for them
 
   __device__ void load(const GhostFormat& f) {
     if (silent == ~0u) return;  // the same for all lanes
@@ -248,22 +256,24 @@ struct GroupAhead {
       if (packet_of_lane(j) < f.padded_dim() / 8) load_packet(packets[j], j);
     const std::byte* from = at + f.key_bytes() + f.value_bytes();
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
-      scales[i] = *reinterpret_cast<const std::uint16_t*>(from + token_of_lane(2 * i));
+    for (int i = 0; i < 2; ++i) scales[i] = from[token_of_lane(i)];
   }
 
-  // Adds to sums, a half of the group each: of the codes of queries and tokens, row g token 2 g of
-  // the half, row g + 8 the one after it. queries: codes, four dimensions x query.
-  __device__ void multiply(int (&sums)[2][4], const float* queries, int padded_dim) const {
+  // Adds to sums. queries: codes of four, four dimensions x query, 0 behind the last.
+  __device__ void multiply(int (&sums)[4], const float* queries, int padded_dim) const {
     const int n_packets = padded_dim / 8;
+    int of_four[2][4] = {};  // so that one product need not wait for the other
 #pragma unroll
     for (int j = 0; j < kPackets; ++j)
-      if (4 * j < n_packets) multiply(sums, packets[j], queries, packet_of_lane(j), n_packets);
+      if (4 * j < n_packets) multiply(of_four, packets[j], queries, packet_of_lane(j));
+#pragma unroll 1
     for (int j = kPackets; 4 * j < n_packets; ++j) {
-      CodeWords<kBits> codes;
+      CodeWords<kBits> codes = {};
       if (packet_of_lane(j) < n_packets) load_packet(codes, j);
-      multiply(sums, codes, queries, packet_of_lane(j), n_packets);
+      multiply(of_four, codes, queries, packet_of_lane(j));
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] += of_four[0][i] + of_four[1][i];
   }
 
  private:
@@ -272,52 +282,57 @@ struct GroupAhead {
     codes.load(at + packet_of_lane(j) * 32 * kBits, lane_index() / 4);
   }
 
-  // Adds the products of 32 dimensions, a packet a lane; a packet that there is not is 0.
+  // Adds the products of 32 dimensions, a packet of eight a lane. A vector holds two dimensions of
+  // a half of the group.
   __device__ static void multiply(int (&sums)[2][4], const CodeWords<kBits>& codes,
-                                  const float* queries, int packet, int n_packets) {
-    const bool exists = packet < n_packets;
-    const float* from = queries + 2 * min(packet, n_packets - 1) * kTiledQueries + lane_index() / 4;
-    const std::uint32_t b[2] = {__float_as_uint(from[0]), __float_as_uint(from[kTiledQueries])};
+                                  const float* queries, int packet) {
+    const std::uint32_t low = token_of_column() == 0 ? 0x4410 : 0x1044;
+    const std::uint32_t high = token_of_column() == 0 ? 0x4432 : 0x3244;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int2 low = codes.four_codes(half, 2), high = codes.four_codes(4 + half, 2);
-      const int all[4] = {low.x, low.y, high.x, high.y};
+    for (int four = 0; four < 2; ++four) {  // dimensions
       std::uint32_t a[4];
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = exists ? static_cast<std::uint32_t>(all[i]) : 0;
-      mma_16x8x32(sums[half], a, b);
+      for (int i = 0; i < 4; ++i) a[i] = codes.vector(4 * four + i);
+      const std::uint32_t query =
+          __float_as_uint(queries[(2 * packet + four) * kTiledQueries + query_of_column()]);
+      const std::uint32_t b[2] = {__byte_perm(query, 0, low), __byte_perm(query, 0, high)};
+      mma_16x8x32(sums[four], a, b);
     }
   }
 };
 
-// Adds to sums, with the same rows: the scores of the turned centre at the places of group `group`
+// Adds to sums: the scores that the turned centre gives four queries at the places of group `group`
 // of a span. Three products of the four: the fourth is 2^-22 of the first.
-__device__ inline void multiply_centres(float (&sums)[2][4], const float* shared,
-                                        const GhostQueryLayout& at, int buffer, int group) {
+__device__ inline void multiply_centres(float (&sums)[4], const float* shared,
+                                        const GhostQueryLayout& at, int buffer, int group,
+                                        int quad) {
   constexpr int kStride = GhostQueryLayout::kStride;
-  const int g = lane_index() / 4, t = lane_index() % 4;
   const auto* high = reinterpret_cast<const __half*>(shared + at.rows) +
                      (lane_index() / 16 * 8 + lane_index() % 8) * kStride + group * kGhostGroup +
-                     lane_index() / 8 % 2 * 8;
+                     lane_index() / 8 % 2 * 16;
   const __half* low = high + at.n_rows * kStride;
   const auto* turned =
       reinterpret_cast<const std::uint32_t*>(shared + at.turned + buffer * at.turned_size) +
-      t * kTiledQueries + g;
+      lane_index() % 4 * kTiledQueries + quad * kQuad + query_of_column();
+  float of_token[2][4] = {};  // so that one product need not wait for the other
   for (int row = 0; row < at.n_rows; row += 16) {
     const std::uint32_t* from = turned + row / 2 * kTiledQueries;
     const std::uint32_t* rest = from + at.turned_size / 2;
-    const std::uint32_t b[2] = {from[0], from[4 * kTiledQueries]};
-    const std::uint32_t b_rest[2] = {rest[0], rest[4 * kTiledQueries]};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int token = 0; token < 2; ++token) {
+      const std::uint32_t mine = token == token_of_column() ? ~0u : 0;
+      const std::uint32_t b[2] = {from[0] & mine, from[4 * kTiledQueries] & mine};
+      const std::uint32_t b_rest[2] = {rest[0] & mine, rest[4 * kTiledQueries] & mine};
       std::uint32_t a[4];
-      load_matrices<true>(a, low + row * kStride + 16 * half);
-      mma_16x8x16<__half>(sums[half], a, b);
-      load_matrices<true>(a, high + row * kStride + 16 * half);
-      mma_16x8x16<__half>(sums[half], a, b_rest);
-      mma_16x8x16<__half>(sums[half], a, b);
+      load_matrices<true>(a, low + row * kStride + 8 * token);
+      mma_16x8x16<__half>(of_token[token], a, b);
+      load_matrices<true>(a, high + row * kStride + 8 * token);
+      mma_16x8x16<__half>(of_token[token], a, b_rest);
+      mma_16x8x16<__half>(of_token[token], a, b);
     }
   }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) sums[i] += of_token[0][i] + of_token[1][i];
 }
 
 // A group's tokens that say nothing: hot ones, and those that are not there yet. hot: its word of

@@ -11,14 +11,16 @@ __device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
   return kv_len >= p.kv.ghosts.centre_tokens ? kv_len : 0;
 }
 
-// m and l of the lanes' tokens, two queries a lane, into p.scored.
+// m and l of the lanes' tokens into p.scored.
 __device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
-                                   int split, const float (&m)[2], const float (&l)[2]) {
+                                   int split, const float (&m)[kQuads][2],
+                                   const float (&l)[kQuads][2]) {
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const float peak = warp_max<kWarp, kQueryLanes>(m[i]);
-    const float sum = warp_sum<kWarp, kQueryLanes>(l[i] * power(m[i], peak));
-    float* state = states + 2 * (warp_index() * kTiledQueries + query_of_lane() + i);
+  for (int i = 0; i < 2 * kQuads; ++i) {
+    const float peak = warp_max<kWarp, kQueryLanes>(m[i / 2][i % 2]);
+    const float sum = warp_sum<kWarp, kQueryLanes>(l[i / 2][i % 2] * power(m[i / 2][i % 2], peak));
+    const int query = i / 2 * kQuad + query_of_lane() + i % 2;
+    float* state = states + 2 * (warp_index() * kTiledQueries + query);
     if (lane_index() < kQueryLanes) state[0] = peak, state[1] = sum;
   }
   __syncthreads();  // all warps' states are there
@@ -43,8 +45,8 @@ class GhostScorer {
   __device__ GhostScorer(const TieredProblem& p, float* shared, const GhostQueryLayout& at,
                          const QueryChunk& chunk)
       : p_(p), shared_(shared), at_(at), chunk_(chunk) {}
-  // Of this lane's tokens and two queries; m is finite, so that it can be subtracted from kLowest.
-  float m[2] = {-FLT_MAX, -FLT_MAX}, l[2] = {};
+  // Of this lane's tokens and queries; m is finite, so that it can be subtracted from kLowest.
+  float m[kQuads][2] = {{-FLT_MAX, -FLT_MAX}, {-FLT_MAX, -FLT_MAX}}, l[kQuads][2] = {};
 
   __device__ void score(const Share& share, int kv_len) {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
@@ -73,7 +75,7 @@ class GhostScorer {
   __device__ void find(int span, int kv_len) {
     const int group = min(span * kSpanGroups + warp_index(), (kv_len - 1) / kGhostGroup);
     hot_ = p_.kv.hot.mask[static_cast<std::int64_t>(chunk_.lane) * p_.kv.hot.mask_words + group];
-    page_ = p_.kv.ghosts.pages[group / p_.kv.ghosts.page_groups];
+    page_ = p_.kv.ghosts.pages[group / DeviceGhosts::kPageGroups];
   }
   __device__ void load(int span, int end, int kv_len) {
     const int group = span * kSpanGroups + warp_index();
@@ -85,43 +87,47 @@ class GhostScorer {
 
   __device__ void score_span(int span, int end, int kv_len, int buffer) {
     const std::uint32_t silent = ahead_.silent;
-    float s[2][4] = {};
-    if (silent != ~0u) score_codes(s);
+    float s[kQuads][4] = {};
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad)
+      if (silent != ~0u && quad * kQuad < chunk_.n) score_codes(s[quad], quad * kQuad);
     load(span + 1, end, kv_len);
     find(span + 2, kv_len);
-    if (silent != ~0u) multiply_centres(s, shared_, at_, buffer, warp_index());
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      if ((silent >> token_of_lane(j) & 1u) != 0)
-        s[j / 2][j % 2 * 2] = s[j / 2][j % 2 * 2 + 1] = kLowest;
     float* scores = p_.ghost_scores + static_cast<std::int64_t>(chunk_.head) * p_.ghost_stride +
                     span * GhostRope::kSpan + warp_index() * kGhostGroup;
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int query = query_of_lane() + i;
-      if (query >= chunk_.n) break;
-      float* to = scores + static_cast<std::int64_t>(query) * p_.ghost_stride;
-      const float a = s[0][i], b = s[0][i + 2], c = s[1][i], d = s[1][i + 2];
-      *reinterpret_cast<float2*>(to + token_of_lane(0)) = make_float2(a, b);
-      *reinterpret_cast<float2*>(to + token_of_lane(2)) = make_float2(c, d);
-      const float peak = fmaxf(m[i], fmaxf(fmaxf(a, b), fmaxf(c, d)));
-      l[i] = l[i] * exp2f(m[i] - peak) + exp2f(a - peak) + exp2f(b - peak) + exp2f(c - peak) +
-             exp2f(d - peak);
-      m[i] = peak;
+    for (int quad = 0; quad < kQuads; ++quad) {
+      if (quad * kQuad >= chunk_.n) break;
+      if (silent != ~0u) multiply_centres(s[quad], shared_, at_, buffer, warp_index(), quad);
+      keep_scores(s[quad], silent, scores, quad);
     }
   }
-  // What ghosts differ from their centre by.
-  __device__ void score_codes(float (&s)[2][4]) const {
-    int dots[2][4] = {};
-    ahead_.multiply(dots, shared_ + at_.codes, p_.kv.ghosts.format.padded_dim());
-    const float2 scale = *reinterpret_cast<const float2*>(shared_ + at_.scale + query_of_lane());
-    const float2 offset = *reinterpret_cast<const float2*>(shared_ + at_.offset + query_of_lane());
+  // What ghosts differ from their centre by, of four queries.
+  __device__ void score_codes(float (&s)[4], int first) const {
+    int dots[4] = {};
+    ahead_.multiply(dots, shared_ + at_.codes + first, p_.kv.ghosts.format.padded_dim());
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float own = scale_of_byte(ahead_.scales[j / 2] >> j % 2 * 8 & 0xff);
-      const int* from = dots[j / 2] + j % 2 * 2;
-      s[j / 2][j % 2 * 2] = scale.x * own * (static_cast<float>(from[0]) + offset.x);
-      s[j / 2][j % 2 * 2 + 1] = scale.y * own * (static_cast<float>(from[1]) + offset.y);
+    for (int i = 0; i < 4; ++i) {
+      const int query = first + query_of_lane() + i % 2;
+      const float own = scale_of_byte(static_cast<std::uint32_t>(ahead_.scales[i / 2]));
+      const float product = static_cast<float>(dots[i]) + shared_[at_.offset + query];
+      s[i] = shared_[at_.scale + query] * own * product;
+    }
+  }
+  // Of two tokens with two queries. scores: of the group and the chunk's first query.
+  __device__ void keep_scores(const float (&s)[4], std::uint32_t silent, float* scores, int quad) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int query = quad * kQuad + query_of_lane() + i;
+      if (query >= chunk_.n) break;
+      const float a = (silent >> token_of_lane(0) & 1u) != 0 ? kLowest : s[i];
+      const float b = (silent >> token_of_lane(1) & 1u) != 0 ? kLowest : s[i + 2];
+      float* to = scores + static_cast<std::int64_t>(query) * p_.ghost_stride;
+      to[token_of_lane(0)] = a, to[token_of_lane(1)] = b;
+      const float last = m[quad][i], peak = fmaxf(last, fmaxf(a, b));
+      l[quad][i] =
+          l[quad][i] * power_of_two(last - peak) + power_of_two(a - peak) + power_of_two(b - peak);
+      m[quad][i] = peak;
     }
   }
 

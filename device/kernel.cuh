@@ -74,8 +74,26 @@ template <int kLanes = kWarp, int kApart = 1>
 __device__ inline float warp_max(float x) {
   return warp_reduce<Max, kLanes, kApart>(x);
 }
+// Lanes 8 i to 8 i + 7 get the sum of x[i] over the warp.
+__device__ inline float warp_sums(const float (&x)[4]) {
+  const bool upper = lane_index() / 16 != 0, odd = lane_index() / 8 % 2 != 0;
+  const float a = (upper ? x[2] : x[0]) + __shfl_xor_sync(kAllLanes, upper ? x[0] : x[2], 16);
+  const float b = (upper ? x[3] : x[1]) + __shfl_xor_sync(kAllLanes, upper ? x[1] : x[3], 16);
+  return warp_sum<8>((odd ? b : a) + __shfl_xor_sync(kAllLanes, odd ? a : b, 8));
+}
 __device__ inline float block_sum(float x) { return block_reduce<Sum>(x); }
 __device__ inline float block_max(float x) { return block_reduce<Max>(x); }
+
+// 2^x within 2^-22 of itself; 0 below 2^-126, as of -infinity. (PTX ISA, ex2.approx.ftz.)
+__device__ inline float power_of_two(float x) {
+#ifdef THAW_EMULATED
+  return x < -126.0f ? 0.0f : exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
 
 // ---- Blocks of a launch that have to wait for nobody: the last one to come goes on.
 
@@ -184,14 +202,12 @@ __device__ inline void mma_16x8x16(float (&d)[4], const std::uint32_t (&a)[4],
   simt::mma(d, a, b, std::is_same_v<T, __nv_bfloat16>);
 #else
   if constexpr (std::is_same_v<T, __half>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
         "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -208,8 +224,7 @@ __device__ inline void mma_16x8x32(int (&d)[4], const std::uint32_t (&a)[4],
 #ifdef THAW_EMULATED
   simt::mma(d, a, b);
 #else
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
       "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

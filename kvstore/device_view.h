@@ -57,20 +57,21 @@ struct DeviceGhosts {
   // The centre is the mean of the first centre_tokens keys, so ghosts exist while
   // kv_len >= centre_tokens. Before that every token is hot.
   int centre_tokens = 0;
-  int page_groups = 0;                      // groups of a head in a page
   const std::byte* const* pages = nullptr;  // table in device memory, of pages in device memory
   std::size_t offset = 0;                   // bytes from a page's start to the layer's head 0
   const float* means = nullptr;             // k/v head x {key (as of position 0), value} x head_dim
   const float* units = nullptr;             // k/v head x {of key scales, of value scales}
   DeviceRope rope;
 
+  static constexpr int kPageGroups = kTierTokens / kGhostGroup;  // groups of a head in a page
+
   __device__ const std::byte* group(int head, int index) const {
-    return group_in(pages[index / page_groups], head, index);
+    return group_in(pages[index / kPageGroups], head, index);
   }
-  // The same, of a page that is there already: entry index / page_groups of `pages`.
+  // The same, of a page that is there already: entry index / kPageGroups of `pages`.
   __device__ const std::byte* group_in(const std::byte* page, int head, int index) const {
     return page + offset +
-           (static_cast<std::size_t>(head) * page_groups + index % page_groups) *
+           static_cast<std::size_t>(head * kPageGroups + index % kPageGroups) *
                format.group_bytes();
   }
   bool operator==(const DeviceGhosts&) const = default;

@@ -23,6 +23,7 @@
 namespace thaw {
 
 inline constexpr int kGhostGroup = 32;     // tokens whose codes are interleaved
+inline constexpr int kTierTokens = 128;    // of a page of a tier
 inline constexpr int kCentreTokens = 128;  // tokens whose mean is mu; all are hot until then
 
 // x = R x for one head, in place: signs that are fixed for all heads, then Hadamard transforms of

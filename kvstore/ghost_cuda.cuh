@@ -26,7 +26,7 @@ struct GhostJob {
     GhostJob job = *this;
     const std::size_t heads = static_cast<std::size_t>(layer) * n_heads;
     const GhostFormat& f = ghosts.format;
-    job.ghosts.offset += heads * ghosts.page_groups * f.group_bytes();
+    job.ghosts.offset += heads * ghosts.kPageGroups * f.group_bytes();
     job.means += heads * 2 * f.head_dim, job.units += heads * 2;
     job.cold.offset += layer * cold_layer;
     const std::ptrdiff_t lanes = static_cast<std::ptrdiff_t>(layer) * hot.n_lanes;

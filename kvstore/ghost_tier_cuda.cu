@@ -131,9 +131,8 @@ DeviceGhosts CudaGhostTier::view(int layer) const {
   if (!present()) return view;
   const std::size_t first_head = static_cast<std::size_t>(layer) * shape_.n_kv_heads;
   view.centre_tokens = centre_tokens_;
-  view.page_groups = kTierTokens / kGhostGroup;
   view.pages = pages_.on_device();
-  view.offset = first_head * view.page_groups * format_.group_bytes();
+  view.offset = first_head * view.kPageGroups * format_.group_bytes();
   view.means = means_.data() + first_head * 2 * shape_.head_dim;
   view.units = units_.data() + first_head * 2;
   view.rope = rope_;

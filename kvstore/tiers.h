@@ -12,7 +12,6 @@
 
 namespace thaw {
 
-inline constexpr int kTierTokens = 128;  // a page; four groups of ghosts
 
 class ColdTier {
  public:

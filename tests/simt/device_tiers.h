@@ -38,7 +38,7 @@ class CopiedPages {
   DeviceBuffer<const std::byte*> table_;
 };
 
-// Hot rows stand in small pages of a layout of their own, ghosts in pages of 3 groups.
+// Hot rows stand in small pages of a layout of their own.
 class DeviceTiers {
  public:
   // For views of the shape of this one, of up to `capacity` tokens.
@@ -117,7 +117,7 @@ class DeviceTiers {
   }
 
  private:
-  static constexpr int kPageRows = 24, kPageGroups = 3;
+  static constexpr int kPageRows = 24, kPageGroups = DeviceGhosts::kPageGroups;
   static constexpr std::size_t kHotOffset = 48, kGhostOffset = 64;
 
   std::size_t room() const { return static_cast<std::size_t>(room_); }
@@ -181,7 +181,6 @@ class DeviceTiers {
     device_.ghosts.format = format_;
     if (!format_.present()) return;
     device_.ghosts.centre_tokens = kCentre;
-    device_.ghosts.page_groups = kPageGroups;
     device_.ghosts.pages = ghosts_.table();
     device_.ghosts.offset = kGhostOffset;
     device_.ghosts.means = centres_.data();

@@ -84,8 +84,8 @@ class BothTiers {
           std::vector<std::byte> group(bytes);
           copy_to_host(
               group.data(),
-              pages[g / cuda.page_groups] + cuda.offset +
-                  static_cast<std::size_t>(head * cuda.page_groups + g % cuda.page_groups) * bytes,
+              pages[g / cuda.kPageGroups] + cuda.offset +
+                  static_cast<std::size_t>(head * cuda.kPageGroups + g % cuda.kPageGroups) * bytes,
               bytes, stream);
           n += std::memcmp(group.data(), cpu.group(head, g), bytes) != 0;
         }
