@@ -52,7 +52,7 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
 }
 
 // Whether the ghost of a token is probable enough, in the mean over the lane, to be recalled.
-// own: the scores of the chunk's queries.
+// own: the weights that it has with the chunk's queries.
 __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
                                    const QueryChunk& chunk, int token, float recall,
                                    const float (&own)[kTiledQueries]) {
@@ -60,7 +60,7 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
   if (chunk.n == p.lane_queries()) {
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i)
-      if (i < chunk.n) mean = fmaf(power(own[i], totals[3 * i]), totals[3 * i + 2], mean);
+      if (i < chunk.n) mean = fmaf(own[i], totals[3 * i + 2], mean);
   } else {
     const float* scores =
         p.ghost_scores + static_cast<std::int64_t>(chunk.lane) * p.lane_queries() * p.ghost_stride +
@@ -79,7 +79,8 @@ __device__ inline bool is_recalled(const TieredProblem& p, const float* totals,
 template <int kBits>
 __device__ inline void round_weights(float* of_span, const AnswerLayout& at, int query,
                                      float weight, float unit) {
-  const float largest = warp_max(weight);
+  // Not negative, and of such the bits have the order of the numbers.
+  const float largest = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(weight)));
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
   const int code = static_cast<int>(fmaf(weight, inverse, 0.5f)), group = warp_index();
   auto* codes = reinterpret_cast<std::uint8_t*>(of_span + at.weights);
@@ -94,37 +95,32 @@ __device__ inline void round_weights(float* of_span, const AnswerLayout& at, int
   }
 }
 
-// The sums over a group of a thread's two dimensions, whose codes are `words`, a half of the tokens
-// each. Queries are taken by four, also those that are not there.
+// The sums over a group of a thread's two dimensions with four queries, also those that are not
+// there. words: their codes, a half of the tokens each.
 template <int kBits>
 __device__ inline void sum_group(float (&sums)[kTiledQueries][2], const float* of_span,
-                                 const AnswerLayout& at, int n_queries,
+                                 const AnswerLayout& at, int first,
                                  const CodeWords<kBits> (&words)[2], int group) {
   const auto* weights = reinterpret_cast<const uint4*>(of_span + at.weights) +
-                        group * kGhostGroup / 4 * kTiledQueries / 4;
-  unsigned dots[kTiledQueries][2] = {};
+                        (group * kGhostGroup / 4 * kTiledQueries + first) / 4;
+  unsigned dots[kQuad][2] = {};
 #pragma unroll
   for (int four = 0; four < kGhostGroup / 4; ++four) {
     const int2 u = words[four / 4].four_codes(four % 4 * 2, 1);
+    const uint4 w = weights[four * kTiledQueries / 4];
+    const unsigned of[kQuad] = {w.x, w.y, w.z, w.w};
 #pragma unroll
-    for (int i = 0; i < kTiledQueries; i += 4) {
-      if (i >= n_queries) break;
-      const uint4 w = weights[(four * kTiledQueries + i) / 4];
-      const unsigned of[4] = {w.x, w.y, w.z, w.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        dots[i + j][0] = __dp4a(static_cast<unsigned>(u.x), of[j], dots[i + j][0]);
-        dots[i + j][1] = __dp4a(static_cast<unsigned>(u.y), of[j], dots[i + j][1]);
-      }
+    for (int j = 0; j < kQuad; ++j) {
+      dots[j][0] = __dp4a(static_cast<unsigned>(u.x), of[j], dots[j][0]);
+      dots[j][1] = __dp4a(static_cast<unsigned>(u.y), of[j], dots[j][1]);
     }
   }
 #pragma unroll
-  for (int i = 0; i < kTiledQueries; ++i) {
-    if (i >= n_queries) break;
-    const float unit = of_span[at.units + i * kSpanGroups + group];
-    const float offset = of_span[at.offsets + i * kSpanGroups + group];
-    sums[i][0] += fmaf(unit, static_cast<float>(dots[i][0]), offset);
-    sums[i][1] += fmaf(unit, static_cast<float>(dots[i][1]), offset);
+  for (int j = 0; j < kQuad; ++j) {
+    const float unit = of_span[at.units + (first + j) * kSpanGroups + group];
+    const float offset = of_span[at.offsets + (first + j) * kSpanGroups + group];
+    sums[first + j][0] += fmaf(unit, static_cast<float>(dots[j][0]), offset);
+    sums[first + j][1] += fmaf(unit, static_cast<float>(dots[j][1]), offset);
   }
 }
 
@@ -141,6 +137,7 @@ __device__ inline int list_recalled(std::int32_t* list, int n, int room, const f
     if (w == warp_index()) mine = word;
     all += __popc(word);
   }
+  if (all == 0) return n;
   const unsigned bit = 1u << lane_index();
   const int at = n + before + __popc(mine & (bit - 1));
   if ((mine & bit) != 0 && at < room)
@@ -160,8 +157,7 @@ class GhostAnswerer {
         at_(at),
         chunk_(chunk),
         kv_len_(kv_len),
-        n_columns_(p.kv.ghosts.format.padded_dim() / 2),
-        n_teams_(AnswerLayout::n_teams(p.kv.ghosts.format)),
+        team_(static_cast<int>(threadIdx.x) / (p.kv.ghosts.format.padded_dim() / 2)),
         unit_(p.kv.ghosts.units[2 * chunk.kv_head + 1]),
         recall_(*p.kv.recall),
         faintest_(faintest(recall_, kv_len)) {}
@@ -198,8 +194,9 @@ class GhostAnswerer {
  private:
   static constexpr int kAhead = 2;  // groups of a team of heads of 128; others are read when needed
 
-  __device__ int team() const { return static_cast<int>(threadIdx.x) / n_columns_; }
-  __device__ int column() const { return static_cast<int>(threadIdx.x) % n_columns_; }
+  __device__ int column() const {
+    return static_cast<int>(threadIdx.x) - team_ * (p_.kv.ghosts.format.padded_dim() / 2);
+  }
   __device__ const std::byte* group(int index) const {
     return p_.kv.ghosts.group(chunk_.kv_head, index);
   }
@@ -231,16 +228,20 @@ class GhostAnswerer {
   // ghosts of a span, and what they add to l and ps.
   __device__ void weigh(int span, float* of_span) {
     const int token = span * GhostRope::kSpan + static_cast<int>(threadIdx.x);
-    const bool recalled = is_recalled(p_, shared_ + at_.totals, chunk_, token, recall_, scores_);
-    const unsigned word = __ballot_sync(kAllLanes, recalled);
     const float* totals =
         shared_ + at_.totals + 3 * (chunk_.head - chunk_.lane * p_.lane_queries());
+    float weights[kTiledQueries];
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; ++i)
+      if (i < chunk_.n) weights[i] = power(scores_[i], totals[3 * i]);
+    const bool recalled = is_recalled(p_, shared_ + at_.totals, chunk_, token, recall_, weights);
+    const unsigned word = __ballot_sync(kAllLanes, recalled);
     const float scale = scale_of_byte(static_cast<std::uint32_t>(scale_));
     bool speaks = false;
 #pragma unroll
     for (int i = 0; i < kTiledQueries; ++i) {
       if (i >= chunk_.n) break;
-      const float weight = recalled ? 0.0f : power(scores_[i], totals[3 * i]);
+      const float weight = recalled ? 0.0f : weights[i];
       l[i] += weight;
       ps[i] += weight > 0 ? weight * scores_[i] : 0.0f;
       speaks |= weight > faintest_ * totals[3 * i + 1];
@@ -258,28 +259,34 @@ class GhostAnswerer {
     words[0].load(codes, column() % 8), words[1].load(codes + 32 * kBits, column() % 8);
   }
   __device__ bool adds(const float* of_span, int group) const {
-    return team() < n_teams_ && group < kSpanGroups && of_span[at_.speaks + group] != 0;
+    return team_ < p_.n_teams && group < kSpanGroups && of_span[at_.speaks + group] != 0;
   }
   __device__ void load_codes(int span, const float* of_span) {
     if constexpr (kBits > 0) {
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) {
-        const int of = team() + k * n_teams_;
+        const int of = team_ + k * p_.n_teams;
         if (adds(of_span, of)) load_group(codes_[k], span * kSpanGroups + of);
       }
     }
   }
+  __device__ void sum_group(const float* of_span, const CodeWords<kBits> (&words)[2], int of) {
+#pragma unroll
+    for (int i = 0; i < kTiledQueries; i += kQuad)
+      if (i < chunk_.n) thaw::sum_group<kBits>(sums, of_span, at_, i, words, of);
+  }
   __device__ void sum(int span, const float* of_span) {
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      const int of = team() + k * n_teams_;
-      if (adds(of_span, of)) sum_group<kBits>(sums, of_span, at_, chunk_.n, codes_[k], of);
+      const int of = team_ + k * p_.n_teams;
+      if (adds(of_span, of)) sum_group(of_span, codes_[k], of);
     }
-    for (int of = team() + kAhead * n_teams_; of < kSpanGroups; of += n_teams_) {
+#pragma unroll 1
+    for (int of = team_ + kAhead * p_.n_teams; of < kSpanGroups; of += p_.n_teams) {
       if (!adds(of_span, of)) continue;
       CodeWords<kBits> words[2];
       load_group(words, span * kSpanGroups + of);
-      sum_group<kBits>(sums, of_span, at_, chunk_.n, words, of);
+      sum_group(of_span, words, of);
     }
   }
 
@@ -287,7 +294,7 @@ class GhostAnswerer {
   float* shared_;
   const AnswerLayout& at_;
   const QueryChunk& chunk_;
-  const int kv_len_, n_columns_, n_teams_;
+  const int kv_len_, team_;
   const float unit_, recall_, faintest_;
   float scores_[kTiledQueries];
   const std::byte* page_;
@@ -304,14 +311,13 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
   const GhostFormat& f = p.kv.ghosts.format;
   const int thread = static_cast<int>(threadIdx.x), dim = f.padded_dim();
   const int column = thread % (dim / 2), team = thread / (dim / 2);
-  const int n_teams = AnswerLayout::n_teams(f);
 #pragma unroll
   for (int i = 0; i < kTiledQueries; ++i) {
     if (i >= chunk.n) break;
     float* state = shared + at.states + 2 * (warp_index() * kTiledQueries + i);
     const float warp_l = warp_sum(l[i]), warp_ps = warp_sum(ps[i]);
     if (lane_index() == 0) state[0] = warp_l, state[1] = warp_ps;
-    if (team >= n_teams) continue;
+    if (team >= p.n_teams) continue;
     float* sum = shared + at.sums + (team * kTiledQueries + i) * dim + 2 * column;
     sum[0] = sums[i][0], sum[1] = sums[i][1];
   }
@@ -328,7 +334,7 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
   for (int i = thread; i < chunk.n * p.answered.n_sums; i += kTiledThreads) {
     const int query = i / dim, d = i % dim;
     float sum = 0;
-    for (int t = 0; t < n_teams; ++t)
+    for (int t = 0; t < p.n_teams; ++t)
       sum += shared[at.sums + (t * kTiledQueries + query) * dim + d];
     p.answered.of(chunk.head + query, split)[d] = sum;
   }

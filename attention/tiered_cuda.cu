@@ -52,6 +52,7 @@ void CudaTieredDecode::take_memory(TieredProblem& p, const KvView& kv) {
   p.recalled_stride = std::min(p.kv.stats.recalled_room, most_spans * GhostRope::kSpan);
 
   const bool ghosts = f.present();
+  if (ghosts) p.n_teams = AnswerLayout::n_teams(f);
   const std::int64_t heads = p.n_heads;
   const std::int64_t lists = std::int64_t{p.n_kv_heads} * p.n_chunks() * p.scored.n_splits;
   const std::int64_t sizes[] = {

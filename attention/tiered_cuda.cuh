@@ -48,6 +48,7 @@ struct TieredProblem : ExactProblem {
   int ghost_stride;        // a multiple of GhostRope::kSpan
   Parts hot, recalled;     // exact rows, by split of the hot rows, and of the ghosts
   Parts scored, answered;  // ghosts before the recall, without sums; and after it, in rotated space
+  int n_teams;             // of answer_frozen, see AnswerLayout
   int recalled_stride;     // most tokens of a split that can be recalled
   float* recalled_scores;  // query head x split x recalled_stride
   std::int32_t *recalled_tokens, *n_recalled;  // k/v head x chunk x split (x recalled_stride)
