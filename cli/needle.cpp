@@ -237,7 +237,7 @@ class Reader {
   std::vector<TokenId> answer(KvStore& kv, Recovery& recovery, const std::vector<TokenId>& prompt,
                               const NeedleSpec& spec, int question, const NeedleKey& key,
                               NeedleRun& run) {
-    NeedleAnswer a{spec.context, question, key, "", "", 0, {}};
+    NeedleAnswer a{spec.context, question, key, "", "", 0, 0, {}};
     const std::size_t before = recovery.firings().size();
     SamplerOptions greedy;
     greedy.temperature = 0;
@@ -261,6 +261,7 @@ class Reader {
     if (g.finish == Finish::kInterrupted) return {};
     a.number = first_number(a.text);
     a.share = static_cast<double>(digits_right(a.number, key.digits)) / spec.digits;
+    a.least_lead = g.least_lead;
     a.firings.assign(recovery.firings().begin() + before, recovery.firings().end());
     run.alarms += static_cast<int>(a.firings.size());
     run.looks += g.second_looks;
@@ -289,6 +290,7 @@ nlohmann::ordered_json to_json(const NeedleAnswer& a) {
           {"text", a.text},
           {"right", a.right()},
           {"digits_right_share", a.share},
+          {"least_lead_nats", a.least_lead},
           {"recovery", to_json(a.firings)}};
 }
 

@@ -66,10 +66,11 @@ std::vector<std::string> verdicts(const std::vector<NeedleRun>& runs) {
   for (const NeedleRun& run : runs) {
     if (!full || &run == full) continue;
     const NeedleAgreement a = agreement(run, *full);
-    lines.push_back(
-        a.both == a.reference
-            ? join(run.policy, " answers everything that full answers: ", a.both)
-            : join(run.policy, " answers ", a.both, " of the ", a.reference, " that full answers"));
+    lines.push_back(a.both == a.reference
+                        ? join(run.policy, " answers everything that full answers: ", a.both)
+                        : join(run.policy, " answers ", a.both, " of the ", a.reference,
+                               " that full answers, and all where full's tokens led by more than ",
+                               fixed(a.lead, 3), " nats"));
   }
   return lines;
 }
@@ -198,6 +199,11 @@ NeedleAgreement agreement(const NeedleRun& run, const NeedleRun& reference) {
     if (!reference.answers[i].right()) continue;
     ++a.reference;
     a.both += run.answers[i].right();
+    if (run.answers[i].right()) continue;
+    double lead = reference.answers[i].least_lead;
+    if (reference.answers[i].question == 2)
+      lead = std::min(lead, reference.answers[i - 1].least_lead);
+    a.lead = std::max(a.lead, lead);
   }
   return a;
 }

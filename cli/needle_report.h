@@ -14,9 +14,10 @@ struct NeedleAnswer {
   int context = 0;   // tokens asked for
   int question = 1;  // 1, or 2 with --second
   NeedleKey key;
-  std::string text;                       // what the model wrote
-  std::string number;                     // the first number in it
-  double share = 0;                       // of the key's digits that stand at their place
+  std::string text;       // what the model wrote
+  std::string number;     // the first number in it
+  double share = 0;       // of the key's digits that stand at their place
+  double least_lead = 0;  // over its tokens: how far the one chosen led the next, in nats
   std::vector<Recovery::Firing> firings;  // while it was asked and answered
   bool right() const { return number == key.digits; }
 };
@@ -50,10 +51,13 @@ NeedleScore score(const NeedleRun& run);
 // The run under policy full, or null.
 const NeedleRun* find_full(const std::vector<NeedleRun>& runs);
 
-// Of what `reference` answered right, how many `run` answered right, too.
+// Of what `reference` answered right, how many `run` answered right, too. The others hung on what
+// is at most `lead`: the reference's least_lead, for a second question also that of the answer to
+// the first, which is part of the talk.
 struct NeedleAgreement {
   int both = 0;
   int reference = 0;
+  double lead = 0;
 };
 NeedleAgreement agreement(const NeedleRun& run, const NeedleRun& reference);
 

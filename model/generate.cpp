@@ -118,7 +118,7 @@ class Run {
   void run(std::int32_t token) {
     const int n = options_.n_vocab > 0 ? options_.n_vocab : transformer_.config().vocab_size;
     const bool shown = options_.fingerprint || options_.on_logits;
-    prediction_.reset();
+    prediction_.reset(), lead_.reset();
     if (shown)
       logits_ = transformer_.forward({&token, 1}, kv_, 1, Phase::kDecode);
     else if (!(prediction_ = transformer_.predict(token, kv_, sampler_, n)))
@@ -129,11 +129,13 @@ class Run {
     return options_.n_vocab > 0 ? logits_.first(options_.n_vocab) : logits_;
   }
 
-  // Whether a greedy choice hangs on less than ghosts may be wrong by.
-  bool hesitates() const {
-    if (options_.second_look <= 0) return false;
-    return (prediction_ ? prediction_->lead : sampler_.lead(choices())) < options_.second_look;
+  // The sampler's, of the next token.
+  float lead() {
+    if (!lead_) lead_ = prediction_ ? prediction_->lead : sampler_.lead(choices());
+    return *lead_;
   }
+  // Whether a greedy choice hangs on less than ghosts may be wrong by.
+  bool hesitates() { return options_.second_look > 0 && lead() < options_.second_look; }
 
   void look_again(std::int32_t token) {
     kv_.rewind(kv_.length() - 1);
@@ -148,6 +150,7 @@ class Run {
     }
     if (options_.on_logits) options_.on_logits(logits_);
     if (!prediction_ && options_.check_logits) options_.check_logits(logits_);
+    result_.least_lead = std::min(result_.least_lead, lead());
     const std::int32_t token =
         prediction_ ? sampler_.take(*prediction_) : sampler_.sample(choices());
     if (result_.first_token_seconds == 0) result_.first_token_seconds = clock_.seconds();
@@ -194,6 +197,7 @@ class Run {
   std::size_t passed_ = 0;         // tokens that on_token was told of
   std::span<const float> logits_;  // of the last pass, unless it left a prediction
   std::optional<Prediction> prediction_;
+  std::optional<float> lead_;  // of that pass, once it was asked for
   Fingerprint fingerprint_;
 };
 

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -62,6 +63,7 @@ struct Generation {
   double first_token_seconds = 0;  // from the call to the first token; 0 when there is none
   int decode_steps = 0;            // forward passes of one token, after the prompt
   int second_looks = 0;            // passes more, of tokens that were looked at again
+  float least_lead = std::numeric_limits<float>::infinity();  // of the sampler's lead() over tokens
   double decode_seconds = 0;       // those passes, the sampling after them, and on_token
   int context_tokens = 0;          // in the KV store at the end
   KvUsage usage;                   // at the end

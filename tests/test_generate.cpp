@@ -209,6 +209,7 @@ TEST_CASE("generate: a greedy step that decides by less than second_look is run 
   const Generation once = plain.run(0);
   CHECK(once.second_looks == 0);
   REQUIRE(plain.leads.size() == 24);
+  CHECK(once.least_lead == *std::min_element(plain.leads.begin(), plain.leads.end()));
   std::vector<float> sorted(plain.leads.begin() + 1, plain.leads.end());  // decoded, not prefilled
   std::sort(sorted.begin(), sorted.end());
   REQUIRE(sorted[9] > sorted[8] + 1e-4f);

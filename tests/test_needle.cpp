@@ -155,6 +155,7 @@ NeedleRun run_of(const std::string& policy, const std::vector<std::string>& numb
     a.number = numbers[i];
     a.text = numbers[i] + " <b>&";
     a.share = digits_right(a.number, "77") / 2.0;
+    a.least_lead = 0.5 + static_cast<double>(i);
     run.answers.push_back(a);
   }
   run.n_layers = 2;
@@ -182,12 +183,17 @@ TEST_CASE("needle: the text report has a cell for each context and depth, and th
             "3 of 4 answers right, 75 % of the digits" +
             kMeans +
             "\n\n"
-            "thaw answers 2 of the 3 that full answers\n");
+            "thaw answers 2 of the 3 that full answers, and all where full's tokens led by more "
+            "than 1.500 nats\n");
   CHECK(needle_text_report(runs, true).find("\x1b[30;48;2;76;175;80m    100\x1b[0m") !=
         std::string::npos);
   const NeedleAgreement a = agreement(runs[1], runs[0]);
   CHECK(a.reference == 3);
   CHECK(a.both == 2);
+  CHECK(a.lead == 1.5);
+  std::vector<NeedleRun> talk = {run_of("full", {"77", "77"}), run_of("thaw", {"1", "2"})};
+  for (NeedleRun& run : talk) run.answers[1].question = 2;
+  CHECK(agreement(talk[1], talk[0]).lead == 0.5);
   CHECK(needle_text_report({runs[1], run_of("full", {"77", "1", "77", "77"})}, false)
             .ends_with("thaw answers everything that full answers: 3\n"));
 }
@@ -221,6 +227,7 @@ TEST_CASE("needle: --json has each depth once and second questions about the nex
   std::multiset<std::string> cells;
   for (const json& a : answers) {
     CHECK(a["key"].get<std::string>().size() == 3);
+    CHECK(a["least_lead_nats"] > 0);
     cells.insert(a["context_tokens"].dump() + " " +
                  std::to_string(a["depth_percent"].get<double>()).substr(0, 2) + " " +
                  a["question"].dump());
