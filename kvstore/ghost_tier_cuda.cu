@@ -95,6 +95,8 @@ CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const Gho
   if (!format.present()) return;
   const std::size_t heads = static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads;
   means_ = DeviceBuffer<float>(heads * 2 * shape.head_dim, "ghosts");
+  // Attention also loads them where there is no centre yet, to have them early.
+  fill_device(means_.data(), 0, means_.bytes(), stream_);
   units_ = DeviceBuffer<float>(heads * 2, "ghosts");
   send_tables(GhostRope(shape.rope, shape.head_dim), shape.capacity);
 }

@@ -32,6 +32,8 @@ template <class T>
 DeviceBuffer<T> widened(const DeviceBuffer<T>& old, int n_lanes, int room, int had,
                         const Stream& stream) {
   DeviceBuffer<T> buffer(static_cast<std::size_t>(n_lanes) * room, "hot tokens");
+  // The next time, rows are copied that no token has.
+  fill_device(buffer.data(), 0, buffer.bytes(), stream);
   if (had > 0)
     launch_overlapping("widen", widen<T>, static_cast<unsigned>(n_lanes), kThreads, 0, stream,
                        buffer.data(), old.data(), room, had);

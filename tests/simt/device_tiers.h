@@ -65,6 +65,7 @@ class DeviceTiers {
     recalled_ = DeviceBuffer<std::int32_t>(lanes * room, "recalled");
     const std::size_t dim = static_cast<std::size_t>(view.head_dim);
     centres_ = DeviceBuffer<float>(heads * (2 * dim + 2), "centres");
+    fill_device(centres_.data(), 0, centres_.bytes(), stream_);
     point(view);
     update(view);
   }
