@@ -254,9 +254,9 @@ struct GroupAhead {
 #pragma unroll
     for (int j = 0; j < kPackets; ++j)
       if (packet_of_lane(j) < f.padded_dim() / 8) load_packet(packets[j], j);
-    const std::byte* from = at + f.key_bytes() + f.value_bytes();
+    const auto from = static_cast<std::uint32_t>(f.key_bytes() + f.value_bytes());
 #pragma unroll
-    for (int i = 0; i < 2; ++i) scales[i] = from[token_of_lane(i)];
+    for (int i = 0; i < 2; ++i) scales[i] = at[from + static_cast<std::uint32_t>(token_of_lane(i))];
   }
 
   // Adds to sums. queries: codes of four, four dimensions x query, 0 behind the last.

@@ -70,9 +70,8 @@ struct DeviceGhosts {
   }
   // The same, of a page that is there already: entry index / kPageGroups of `pages`.
   __device__ const std::byte* group_in(const std::byte* page, int head, int index) const {
-    return page + offset +
-           static_cast<std::size_t>(head * kPageGroups + index % kPageGroups) *
-               format.group_bytes();
+    const auto place = static_cast<std::uint32_t>(head * kPageGroups + index % kPageGroups);
+    return page + offset + place * static_cast<std::uint32_t>(format.group_bytes());
   }
   bool operator==(const DeviceGhosts&) const = default;
 };
