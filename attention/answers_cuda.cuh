@@ -33,8 +33,9 @@ struct AnswerLayout {
 };
 
 // Of each query head of the lane: m and l of the softmax that recalls are decided by, and what its
-// weights are to be multiplied by to be shares of the lane's mean.
-__device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane) {
+// weights are to be multiplied by to be shares of the lane's mean, with caution.
+__device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane,
+                                       float recall) {
   for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
     const int head = lane * p.lane_queries() + i, n_hot = p.hot.n_splits;
     const LaneStates parts(n_hot + p.scored.n_splits, [&](int s) {
@@ -47,7 +48,8 @@ __device__ inline void estimate_totals(float* totals, const TieredProblem& p, in
     l = warp_sum(l);
     if (lane_index() != 0) continue;
     totals[3 * i] = m, totals[3 * i + 1] = l;
-    totals[3 * i + 2] = 1.0f / (l * static_cast<float>(p.lane_queries()));
+    totals[3 * i + 2] = p.kv.caution.factor(p.ghost_noise[head], recall) /
+                        (l * static_cast<float>(p.lane_queries()));
   }
 }
 
@@ -171,7 +173,7 @@ class GhostAnswerer {
     find(span);
     load_scores(span);
     find(span + 1);
-    estimate_totals(shared_ + at_.totals, p_, chunk_.lane);
+    estimate_totals(shared_ + at_.totals, p_, chunk_.lane, recall_);
     __syncthreads();  // the totals are there
     weigh(span, shared_);
     __syncthreads();  // so are all weights of the first span

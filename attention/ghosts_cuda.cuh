@@ -139,14 +139,15 @@ struct QueryAhead {
   }
 };
 
-// prepare_query() of kvstore/ghost.h by a warp, with scores as powers of two.
+// prepare_query() of kvstore/ghost.h by a warp, with scores as powers of two. noise: of the chunk's
+// first query; null: nobody asks for it.
 __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout& at,
-                                           const TieredProblem& p, const QueryAhead& of,
-                                           int query) {
+                                           const TieredProblem& p, const QueryAhead& of, int query,
+                                           float* noise) {
   const GhostFormat& f = p.kv.ghosts.format;
   const float scale = 1.0f / sqrtf(static_cast<float>(f.head_dim));
   const int lane = lane_index(), half = f.head_dim / 2;
-  float x[kGhostUnits], largest = 0;
+  float x[kGhostUnits], largest = 0, squares = 0;
 #pragma unroll
   for (int j = 0; j < kPairUnits; ++j) {
     const int i = lane + j * kWarp;
@@ -159,8 +160,9 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
   for (int j = 0; j < kGhostUnits; ++j) x[j] = of.x[j] * scale;
   rotate_in_warp(x, f.head_dim);
 #pragma unroll
-  for (int j = 0; j < kGhostUnits; ++j) largest = fmaxf(largest, fabsf(x[j]));
-  largest = warp_max(largest);
+  for (int j = 0; j < kGhostUnits; ++j)
+    largest = fmaxf(largest, fabsf(x[j])), squares = fmaf(x[j], x[j], squares);
+  largest = warp_max(largest), squares = warp_sum(squares);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   auto* codes = reinterpret_cast<std::int8_t*>(shared + at.codes + query);
   int sum = 0;
@@ -173,6 +175,7 @@ __device__ inline void prepare_ghost_query(float* shared, const GhostQueryLayout
   }
   sum = __reduce_add_sync(kAllLanes, sum);
   if (lane != 0) return;
+  if (noise) noise[query] = ghost_noise(f.key_bits) * sqrtf(squares) * of.unit;
   // p.scale is `scale` times log2(e)
   shared[at.scale + query] = largest / 127.0f * (p.scale / scale) * of.unit;
   shared[at.offset + query] =

@@ -51,10 +51,11 @@ class GhostScorer {
   __device__ void score(const Share& share, int kv_len) {
     const int end = (share.end + GhostRope::kSpan - 1) / GhostRope::kSpan;
     int span = share.begin / GhostRope::kSpan;
+    float* noise = span == 0 ? p_.ghost_noise + chunk_.head : nullptr;
     find(span, kv_len);
     for (int query = warp_index(); query < chunk_.n; query += kTiledWarps) {
       if (query != warp_index()) load_query(query);
-      prepare_ghost_query(shared_, at_, p_, query_, query);
+      prepare_ghost_query(shared_, at_, p_, query_, query, noise);
     }
     load(span, end, kv_len);
     find(span + 1, kv_len);

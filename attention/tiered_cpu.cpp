@@ -38,7 +38,7 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   hot_stride_ = 0;
   for (const LaneView& lane : kv.lanes) hot_stride_ = std::max(hot_stride_, lane.tokens.size());
   const auto heads = static_cast<std::size_t>(n_heads), parts = heads * n_ranges_;
-  queries_.resize(heads);
+  queries_.resize(heads), doubt_.resize(heads);
   hot_scores_.resize(heads * hot_stride_);
   hot_.assign(heads, {});
   hot_o_.resize(heads * dim_);
@@ -55,8 +55,9 @@ void TieredDecode::prepare_head(const KvView& kv, int head) {
   float scaled[GhostQuery::kMaxDim];
   const float scale = 1.0f / std::sqrt(static_cast<float>(kv.head_dim));
   for (int i = 0; i < kv.head_dim; ++i) scaled[i] = q_[head * kv.head_dim + i] * scale;
-  prepare_query(queries_[head], scaled, kv.ghosts.centres[head / group_].key_mean, *kv.ghosts.rope,
-                kv.ghosts.format);
+  const GhostCentre& centre = kv.ghosts.centres[head / group_];
+  prepare_query(queries_[head], scaled, centre.key_mean, *kv.ghosts.rope, kv.ghosts.format);
+  doubt_[head] = kv.caution.factor(queries_[head].noise * centre.key_unit, kv.recall);
 }
 
 void TieredDecode::attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch) {
@@ -129,7 +130,7 @@ void TieredDecode::normalise() {
       add_state(total_[head], ghost_state_[at(head, range)]);
 }
 
-// Tokens of the range whose estimated probability, mean over the lane's queries, is enough.
+// Tokens of the range whose estimated probability, mean over the lane's queries, may be enough.
 void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   const int queries = queries_per_lane(kv), first = lane * queries;
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
@@ -138,14 +139,14 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   recalled.clear();
   float most = 0;  // no token's sum is more, but for rounding: e is at most 1
   for (int h = first; h < first + queries; ++h)
-    most += exp_fast(ghost_state_[at(h, range)].m - total_[h].m) / total_[h].l;
+    most += doubt_[h] * exp_fast(ghost_state_[at(h, range)].m - total_[h].m) / total_[h].l;
   if (most < kv.recall * static_cast<float>(queries) * 0.999f) return;
   float mean[kRangeTokens] = {};
   for (int h = first; h < first + queries; ++h) {
     const SoftmaxState& state = ghost_state_[at(h, range)];
     if (state.l == 0) continue;
     const float factor =
-        exp_fast(state.m - total_[h].m) / (total_[h].l * static_cast<float>(queries));
+        doubt_[h] * exp_fast(state.m - total_[h].m) / (total_[h].l * static_cast<float>(queries));
     const float* e = ghost_row(h) + begin;
 #pragma omp simd
     for (int j = 0; j < kRangeTokens; ++j) mean[j] += factor * e[j];

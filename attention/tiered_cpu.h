@@ -60,6 +60,7 @@ class TieredDecode {
   int n_heads_ = 0, group_ = 0, dim_ = 0, n_ranges_ = 0;
   std::size_t ghost_stride_ = 0, hot_stride_ = 0;
   std::vector<GhostQuery> queries_;           // per query head
+  std::vector<float> doubt_;                  // per query head: Caution::factor()
   std::vector<float> hot_scores_;             // query head x hot row: raw scores
   std::vector<SoftmaxState> hot_;             // per query head
   std::vector<float> hot_o_;                  // query head x dim

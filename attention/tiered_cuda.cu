@@ -65,6 +65,7 @@ void CudaTieredDecode::take_memory(TieredProblem& p, const KvView& kv) {
       ghosts ? heads * p.scored.n_splits * p.recalled_stride : 0,
       ghosts ? lists * p.recalled_stride : 0,
       ghosts ? lists : 0,
+      ghosts ? heads : 0,
   };
   float* at[std::size(sizes)];
   std::int64_t all = 0;
@@ -76,6 +77,7 @@ void CudaTieredDecode::take_memory(TieredProblem& p, const KvView& kv) {
   p.recalled.all = at[5], p.recalled_scores = at[6];
   p.recalled_tokens = reinterpret_cast<std::int32_t*>(at[7]);
   p.n_recalled = reinterpret_cast<std::int32_t*>(at[8]);
+  p.ghost_noise = at[9];
 }
 
 void CudaTieredDecode::attend_tiers(const TieredProblem& p, KvType type, const GhostFormat& f) {

@@ -44,6 +44,7 @@ struct LaneStates {
 struct TieredProblem : ExactProblem {
   int n_kv_heads;
   float* hot_scores;       // query head x kv.hot.room, by row
+  float* ghost_noise;      // query head: standard deviation of what follows
   float* ghost_scores;     // query head x ghost_stride, by token; kLowest where the token is hot
   int ghost_stride;        // a multiple of GhostRope::kSpan
   Parts hot, recalled;     // exact rows, by split of the hot rows, and of the ghosts

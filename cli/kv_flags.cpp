@@ -30,6 +30,7 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   p.ghost_key_bits = 2;
   p.ghost_value_bits = 2;
   p.epsilon = 1.5e-3f;
+  p.caution = 1.5f;
   p.stay = 0;
 }
 
@@ -66,6 +67,7 @@ KvOptions KvFlags::options() const {
   p.window = window.value_or(p.window);
   p.sinks = sinks.value_or(p.sinks);
   p.epsilon = epsilon.value_or(p.epsilon);
+  p.caution = caution.value_or(p.caution);
   p.stay = stay.value_or(p.stay);
   p.softness = softness.value_or(p.softness);
   p.quantile = quantile.value_or(p.quantile);
@@ -113,6 +115,10 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.real(kv.epsilon, "--epsilon",
              "thaw: attention probability from which a frozen token is recalled (default 0.0035)",
              "a number above 0", positive);
+  flags.real(kv.caution, "--caution",
+             "thaw: where ghosts' scores err by much, recall also what is that probable if its "
+             "score errs by X standard deviations; 0: never (default 3; economy: 1.5)",
+             "a number from 0 to 100", [](double x) { return x >= 0 && x <= 100; });
   flags.real(kv.stay, "--stay",
              "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1)",
              "a number from 0 to 255", [](double x) { return x >= 0 && x <= 255; });

@@ -18,7 +18,7 @@ struct KvFlags {
   std::optional<int> hot_tokens;
   std::optional<std::int64_t> hot_bytes;
   std::optional<int> window, sinks;
-  std::optional<float> epsilon, stay, softness, quantile;
+  std::optional<float> epsilon, caution, stay, softness, quantile;
   std::optional<std::string> ghost;
   std::string select = "head";
   std::optional<std::string> cold_file;

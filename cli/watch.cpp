@@ -29,7 +29,8 @@ Parameters parameters_of(const KvStore& kv) {
     all.emplace_back(name, join(value));
   };
   if (p.policy == Policy::kThaw) {
-    add("epsilon", p.epsilon), add("stay", p.stay), add("ghosts", ghost_name(p));
+    add("epsilon", p.epsilon), add("caution", p.caution);
+    add("stay", p.stay), add("ghosts", ghost_name(p));
     add("selected by", p.per_head ? "KV head" : "layer");
   }
   if (p.policy == Policy::kAsr) add("softness", p.softness), add("tau quantile", p.quantile);

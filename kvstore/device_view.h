@@ -8,6 +8,7 @@
 
 #include "kvstore/device_rows.h"
 #include "kvstore/ghost.h"
+#include "kvstore/policy.h"
 
 namespace thaw {
 
@@ -91,7 +92,7 @@ struct DeviceStats {
   float* entropy = nullptr;      // a lane
   float* ghost_mass = nullptr;   // a lane; null in exact attention
   // Ascending by token, so that what is decided does not depend on timing. There is room for every
-  // token that can be recalled: probabilities of at least `recall` add up to at most 1.
+  // token that can be recalled: probabilities of at least Caution::least add up to at most 1.
   int recalled_room = 0;                  // entries from a lane to the next in the next two
   std::int32_t* n_recalled = nullptr;     // a lane
   std::int32_t* recalled = nullptr;       // lane x recalled_room: tokens
@@ -108,6 +109,7 @@ struct DeviceView {
   DeviceHot hot = {};             // decode under a policy that freezes
   DeviceGhosts ghosts = {};       // likewise
   const float* recall = nullptr;  // KvView::recall, in device memory: recovery lowers it
+  Caution caution = {};
   DeviceStats stats = {};
 
   bool operator==(const DeviceView&) const = default;

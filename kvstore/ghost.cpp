@@ -190,6 +190,7 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const
     sum += a + b;
   }
   out.offset = -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
+  out.noise = ghost_noise(f.key_bits) * std::sqrt(product(x, x, f.head_dim));
 }
 
 }  // namespace thaw

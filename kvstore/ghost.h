@@ -98,6 +98,7 @@ struct GhostQuery {
   std::uint32_t pairs[kMaxDim / 2];  // two int8 in the low half, the same again in the high half
   float scale = 0;                   // of the codes
   float offset = 0;                  // -(2^(b-1) - 1/2) * sum of the codes
+  float noise = 0;  // standard deviation of scores over key_unit, of a token with usual key scales
   float along[kMaxDim / 2], across[kMaxDim / 2];  // what q.mu is made of, see GhostRope::prepare()
 };
 // q: head_dim, already divided by sqrt(head_dim); key_mean: of its KV head, at position 0.

@@ -86,6 +86,7 @@ struct KvView {
   GhostView ghosts;  // of the layer's heads; absent when frozen tokens are mute
   float recall = 0;  // ghosts of at least this probability, mean over the lane's query heads, are
                      // replaced by the exact token
+  Caution caution;   // by how much more a ghost's probability may be, for that
 };
 
 // What the policy learns from attend(); filled by attention, read by settle(). "Mean" is over the

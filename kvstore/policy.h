@@ -19,6 +19,7 @@ struct PolicyParams {
   int window = 16;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
   float epsilon = 3.5e-3f;   // thaw: a frozen token of at least this probability is recalled
+  float caution = 3.0f;      // thaw: z, by how many deviations a ghost's score may be too low
   float stay = 1.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
   float softness = 2.0f;     // asr: k
   float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
@@ -58,6 +59,30 @@ THAW_HOST_DEVICE inline int first_recent(const PolicyParams& p, int kv_len, int 
     recent = half > recent ? half : recent;
   }
   return kv_len - recent;
+}
+
+// thaw: how much likelier a token may be than its ghost says. Scores of ghosts err by a standard
+// deviation sigma that grows with the query (GhostQuery::noise), in sharp heads by more than a nat:
+// there a token that all attention belongs to can look like one of thousands.
+struct Caution {
+  static constexpr float kUsualNoise = 0.4f;  // sigma_0, which epsilon has been chosen with
+
+  float z = 0;      // 0: ghosts are believed
+  float least = 0;  // no ghost that is less probable is recalled
+
+  // What probabilities are multiplied by before they are compared with `recall`:
+  // e^(z (sigma - sigma_0)), at least 1 and at most recall / least.
+  THAW_HOST_DEVICE float factor(float sigma, float recall) const {
+    const float doubt = z * (sigma - kUsualNoise), most = recall / least;
+    if (!(doubt > 0)) return 1;
+    const float factor = std::exp(doubt < 20 ? doubt : 20.0f);
+    return factor < most ? factor : most > 1 ? most : 1.0f;
+  }
+  bool operator==(const Caution&) const = default;
+};
+
+THAW_HOST_DEVICE inline Caution caution_of(const PolicyParams& p) {
+  return {p.caution, p.epsilon * kLookEpsilon};
 }
 
 // thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).

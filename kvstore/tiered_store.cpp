@@ -198,6 +198,7 @@ KvView TieredKvStore::view(int layer) const {
   for (const Residency& lane : lanes(layer)) view.lanes.push_back(lane.lane().view());
   view.ghosts = ghosts_.view(layer);
   view.recall = relief_.recall(params());
+  view.caution = caution_of(params());
   return view;
 }
 

@@ -169,6 +169,7 @@ void CudaTieredStore::make_views() {
     view.hot = hot_.lanes().hot(layer);
     view.ghosts = ghosts_.view(layer);
     view.recall = &hot_.moment()->recall;
+    view.caution = caution_of(options_.policy);
     view.stats = hot_.lanes().decode_stats(layer);
   }
 }
@@ -209,7 +210,7 @@ KvView CudaTieredStore::view(int layer) const {
   view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
   view.lane_heads = hot_.lanes().all().lane_heads;
-  if (!exact()) view.recall = hot_.recall();
+  if (!exact()) view.recall = hot_.recall(), view.caution = caution_of(options_.policy);
   return view;
 }
 

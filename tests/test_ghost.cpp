@@ -139,8 +139,10 @@ TEST_CASE("ghost: every format stores each coordinate's cell, and one scale a to
     const Group g(random, key_bits, value_bits, dim);
     for (int i = 0; i < kGhostGroup; ++i) {
       check_rounding(&g.x[i * dim], g.key(i), key_bits);
-      if (value_bits > 0) check_rounding(&g.w[i * dim], g.value(i), value_bits);
-      else CHECK(g.value(i) == std::vector<float>(static_cast<std::size_t>(dim)));
+      if (value_bits > 0)
+        check_rounding(&g.w[i * dim], g.value(i), value_bits);
+      else
+        CHECK(g.value(i) == std::vector<float>(static_cast<std::size_t>(dim)));
     }
   });
 }
@@ -305,6 +307,20 @@ struct GhostErrors {
     CHECK(variance / n == doctest::Approx(kMse[bits] / (1 - kMse[bits])).epsilon(tolerance));
   }
 };
+
+TEST_CASE("ghost: a query says by how much scores err") {
+  for (const int bits : {1, 2, 3, 4})
+    CHECK(ghost_noise(bits) * ghost_step(bits) ==
+          doctest::Approx(std::sqrt(kMse[bits] / (1 - kMse[bits]))).epsilon(0.002));
+  testing::Random random(9);
+  for (const int dim : {6, 64, 80}) {
+    const std::vector<float> q = random.normals(dim), mean(static_cast<std::size_t>(dim));
+    GhostQuery out;
+    prepare_query(out, q.data(), mean.data(), GhostRope({}, dim), {3, 2, dim});
+    CHECK(out.noise ==
+          doctest::Approx(ghost_noise(3) * std::sqrt(dot(q.data(), q.data(), dim))).epsilon(1e-5));
+  }
+}
 
 TEST_CASE("ghost: keys and values are unbiased, and err as much as theory says") {
   testing::Random random(6);

@@ -90,6 +90,22 @@ TEST_CASE("full: everything is attended exactly, and nothing is asked of attenti
   CHECK(full.kv().counters().attended == 11);
 }
 
+TEST_CASE("thaw: caution grows with what scores err by, and ends where second looks do") {
+  PolicyParams p;
+  p.epsilon = 0.01f, p.caution = 2;
+  const Caution c = caution_of(p);
+  CHECK(c.least == doctest::Approx(0.01 / 16));
+  CHECK(c.factor(0.4f, 0.01f) == 1);
+  CHECK(c.factor(0, 0.01f) == 1);
+  CHECK(c.factor(0.9f, 0.01f) == doctest::Approx(std::exp(2 * (0.9 - 0.4))));
+  CHECK(c.factor(5, 0.01f) == doctest::Approx(16));
+  CHECK(c.factor(1e30f, 0.01f) == doctest::Approx(16));
+  CHECK(c.factor(5, 0.0025f) == doctest::Approx(4));  // an alarm
+  CHECK(c.factor(5, c.least) == 1);                   // a second look
+  p.caution = 0;
+  CHECK(caution_of(p).factor(5, 0.01f) == 1);
+}
+
 TEST_CASE("window: sinks and the window stay, whatever attention says; both are parameters") {
   for (const int window : {3, 5}) {
     for (const int sinks : {0, 2}) {

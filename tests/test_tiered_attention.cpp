@@ -58,6 +58,26 @@ TEST_CASE("tiered attention: ghosts of all bits") {
       check_case({130, 2, 3, 64, true, key_bits, value_bits}, 1e-2f);
 }
 
+TEST_CASE("tiered attention: of sharp heads what is less probable is recalled, too") {
+  for (const bool per_head : {true, false})
+    for (const float sharp : {3.0f, 6.0f, 12.0f}) {  // of 12 no less than Caution::least
+      Case c{300, 2, 3, 64, per_head};
+      c.sharp = sharp;
+      check_case(c, 5e-3f);
+      const Scene s(c);
+      std::size_t n[2] = {};
+      for (const float z : {0.0f, 3.0f}) {
+        KvView view = s.kv->view(0);
+        CHECK(view.caution == Caution{3, view.recall / 16});
+        view.recall = 5e-3f, view.caution.z = z;
+        std::vector<float> o;
+        for (const AttentionStats::Lane& lane : s.attend(o, view).lanes)
+          n[z > 0] += lane.recalled.size();
+      }
+      CHECK(n[1] >= n[0] + (sharp > 3.0f ? 2 : 0));
+    }
+}
+
 TEST_CASE("tiered attention: groups of faint ghosts speak through the mean of values") {
   Case c{600, 2, 3, 64};
   c.loud_every = 3;

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "attention/attention.h"
+#include "kvstore/ghost_code.h"
 #include "kvstore/row.h"
 #include "tests/tiny_model.h"
 
@@ -33,6 +34,7 @@ struct TieredCase {
   int one_hot_in = 6;  // of the prompt; 0: none but those that always are
   int loud_every = 0;  // groups of tokens whose scores are `louder`; 0: none
   float louder = 10;
+  float sharp = 1.5f;        // deviation of queries, and of how much scores of ghosts err by
   bool part_judges = false;  // ghosts of group 0 are loud for the first kJudges queries alone, of
                              // group 1 for the others; all else is faint, or the newest
 
@@ -63,7 +65,7 @@ struct TieredScene {
     const std::vector<float> mean = random.normals(kv_dim);
     k = random.normals(c.kv_len * kv_dim), v = random.normals(c.kv_len * kv_dim);
     for (int i = 0; i < c.kv_len * kv_dim; ++i) k[i] += mean[i % kv_dim], v[i] += mean[i % kv_dim];
-    q = random.normals(c.n_heads() * c.head_dim, 1.5f);
+    q = random.normals(c.n_heads() * c.head_dim, c.sharp);
     for (int t = 0; t < c.kv_len && c.loud_every > 0; ++t)
       if (t / kGhostGroup % c.loud_every == 0) raise_scores(&k[t * kv_dim], c.louder, 0, c.group);
     if (c.part_judges) part_judges();
@@ -146,6 +148,7 @@ inline Row ghost_query(const GhostQuery& q, int dim) {
 struct Head {
   std::vector<double> estimate, exact;  // per token: scores, -infinity where it is mute
   double max = -INFINITY, l = 0;        // of the estimated softmax, which recalls go by
+  double doubt = 1;                     // what estimates are multiplied by for that
   Row o;
   double rounding = 0;  // bound of |o|'s error that 8-bit weights of ghosts cause
   std::vector<double> p;
@@ -161,12 +164,17 @@ inline Head score(const TieredScene& s, const KvView& view, int head) {
   const std::vector<float> scaled(q.begin(), q.end());
   GhostQuery ghost;
   Row rotated;
+  Head h;
   if (view.ghosts.present()) {
     prepare_query(ghost, scaled.data(), view.ghosts.centres[kv_head].key_mean, *view.ghosts.rope,
                   view.ghosts.format);
     rotated = ghost_query(ghost, dim);
+    const double sigma = ghost_noise(s.c.key_bits) * std::sqrt(dot(q, q)) *
+                         double{view.ghosts.centres[kv_head].key_unit};
+    const Caution& c = view.caution;
+    h.doubt = std::exp(std::fmax(0.0, double{c.z} * (sigma - double{Caution::kUsualNoise})));
+    h.doubt = std::fmax(1.0, std::fmin(h.doubt, double{view.recall} / double{c.least}));
   }
-  Head h;
   for (int t = 0; t < view.kv_len; ++t) {
     h.exact.push_back(dot(q, load(view.cold.key(kv_head, t), view)));
     double estimate = is_hot(lane, t) ? h.exact.back() : -INFINITY;
@@ -271,7 +279,7 @@ inline void check_lane(const TieredScene& s, const KvView& view, const Attention
     }
     CHECK(std::sqrt(error) <= 1e-5 * std::sqrt(power) + h.rounding);
     for (int t = 0; t < view.kv_len; ++t) {
-      estimate[t] += std::exp(h.estimate[t] - h.max) / h.l / queries;
+      estimate[t] += h.doubt * std::exp(h.estimate[t] - h.max) / h.l / queries;
       p[t] += h.p[t] / queries;
       relevance[t] += std::fabs(h.exact[t]) / queries;
     }

@@ -174,6 +174,7 @@ class DeviceTiers {
     device_.rows = {cold_.table(), 0, kv_row_, kTierTokens * row, row, kTierTokens};
     device_.kv_len = counts_.data() + 2 * lanes;
     device_.recall = numbers + floats_.size() - 1;
+    device_.caution = view.caution;
     device_.hot = {n_lanes_, lane_heads_, room_, mask_words_,
                    {hot_.table(), kHotOffset, kv_row_, kPageRows * row, row, kPageRows},
                    lane_pages_, counts_.data(), tokens_.data(), mask_.data()};

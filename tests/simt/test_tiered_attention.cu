@@ -205,6 +205,18 @@ TEST_CASE("cuda tiered attention: ghosts of all bits") {
       check_case({130, 1, 3, 64, true, key_bits, value_bits}, 1e-2f);
 }
 
+TEST_CASE("cuda tiered attention: of sharp heads what is less probable is recalled, too") {
+  for (const bool per_head : {true, false})
+    for (const float sharp : {6.0f, 12.0f}) {
+      Case c{300, 2, 3, 64, per_head};
+      c.sharp = sharp;
+      check_case(c, 5e-3f);
+      Case wide{140, 1, 9, 80, per_head};
+      wide.sharp = sharp;
+      check_case(wide, 5e-3f);
+    }
+}
+
 TEST_CASE("cuda tiered attention: few hot rows, all of them, and no ghost that is recalled") {
   for (const int kv_len : {40, 300}) {
     for (const int one_hot_in : {0, 1, 2}) {
