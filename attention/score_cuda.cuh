@@ -159,7 +159,7 @@ __device__ inline void score_ghosts(const TieredProblem& p, float* shared,
 
 // Computes  of up to kTiledQueries queries of a k/v head: scores with its lane's hot rows, and a
 //           state with sums a split; scores with the ghosts of its tokens, kLowest for hot ones,
-//           and m and l of each split
+//           and m and l of each split; and by how much these scores err
 // Grid      splits of the hot rows, then of the spans x k/v heads x chunks of queries
 // Block     kTiledThreads; a tile of rows at a time, or a span, a warp for each of its groups
 // Shared    RowTileLayout or GhostQueryLayout

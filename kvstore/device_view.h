@@ -109,7 +109,7 @@ struct DeviceView {
   DeviceHot hot = {};             // decode under a policy that freezes
   DeviceGhosts ghosts = {};       // likewise
   const float* recall = nullptr;  // KvView::recall, in device memory: recovery lowers it
-  Caution caution = {};
+  Caution caution = {};           // KvView::caution
   DeviceStats stats = {};
 
   bool operator==(const DeviceView&) const = default;

@@ -73,14 +73,15 @@ struct Caution {
   // What probabilities are multiplied by before they are compared with `recall`:
   // e^(z (sigma - sigma_0)), at least 1 and at most recall / least.
   THAW_HOST_DEVICE float factor(float sigma, float recall) const {
-    const float doubt = z * (sigma - kUsualNoise), most = recall / least;
+    const float doubt = z * (sigma - kUsualNoise);
     if (!(doubt > 0)) return 1;
-    const float factor = std::exp(doubt < 20 ? doubt : 20.0f);
+    const float factor = std::exp(doubt < 20 ? doubt : 20.0f), most = recall / least;
     return factor < most ? factor : most > 1 ? most : 1.0f;
   }
   bool operator==(const Caution&) const = default;
 };
 
+// Nobody is recalled for less than a second look recalls for, for which there is room.
 THAW_HOST_DEVICE inline Caution caution_of(const PolicyParams& p) {
   return {p.caution, p.epsilon * kLookEpsilon};
 }

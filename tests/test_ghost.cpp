@@ -139,10 +139,8 @@ TEST_CASE("ghost: every format stores each coordinate's cell, and one scale a to
     const Group g(random, key_bits, value_bits, dim);
     for (int i = 0; i < kGhostGroup; ++i) {
       check_rounding(&g.x[i * dim], g.key(i), key_bits);
-      if (value_bits > 0)
-        check_rounding(&g.w[i * dim], g.value(i), value_bits);
-      else
-        CHECK(g.value(i) == std::vector<float>(static_cast<std::size_t>(dim)));
+      if (value_bits > 0) check_rounding(&g.w[i * dim], g.value(i), value_bits);
+      else CHECK(g.value(i) == std::vector<float>(static_cast<std::size_t>(dim)));
     }
   });
 }

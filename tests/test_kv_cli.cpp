@@ -44,6 +44,7 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"-c", "64", "--window", "65", "--policy", "thaw"}, 2),
                  "--window: expected at most the context of 64 tokens, found 65"));
   CHECK(contains(run_out({"-c", "64", "--sinks", "65", "--policy", "thaw"}, 2), "--sinks"));
+  CHECK(contains(run_out({"--caution", "-1", "--policy", "thaw"}, 2), "--caution"));
   CHECK(contains(run_out({"--ghost", "k5v2", "--policy", "thaw"}, 2), "--ghost"));
   CHECK(contains(run_out({"--kv-type", "q8_0", "--policy", "thaw"}, 1), "head_dim"));
 }
