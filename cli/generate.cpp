@@ -108,6 +108,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw generate -m model.gguf -f story.txt --stop $'\\n\\n' --seed 7 > more.txt\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  check_recovery(o.recovery);
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
   if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");
@@ -176,7 +177,8 @@ std::string describe_kv(const Options& o, const Generation& g, int n_layers) {
   const double steps = static_cast<double>(g.counters.steps) * n_layers;
   if (steps > 0)
     text += join("; ", fixed(g.counters.recalled / steps, 1), " recalls a layer and step");
-  if (g.second_looks > 0) text += join("; ", count(g.second_looks, "second look"));
+  if (g.checks > 0)
+    text += join("; ", count(g.checks, "check"), ", ", count(g.corrected, "token"), " corrected");
   return text;
 }
 
@@ -228,7 +230,8 @@ std::string to_json(const Options& o, const Generation& g, const Recovery& recov
       {"thawed_tokens", g.counters.thawed},
       {"cold_bytes_read", g.counters.cold_bytes_read},
       {"kv_type", o.common.kv.type_name},
-      {"second_looks", g.second_looks},
+      {"checks", g.checks},
+      {"corrected", g.corrected},
       {"recovery", to_json(recovery)},
       {"logits_fingerprint", hex(g.fingerprint)},
   });
@@ -279,6 +282,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.interrupted = &interrupted;
   options.recovery = &recovery;
   options.second_look = o.recovery.second_look;
+  options.verify = o.recovery.verify;
   if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
   options.check_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
   options.on_prefill = [&](int done, int total) {

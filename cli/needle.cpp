@@ -114,6 +114,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  check_recovery(o.recovery);
   o.places = places(o.depths);
   std::sort(o.contexts.begin(), o.contexts.end());
   o.contexts.erase(std::unique(o.contexts.begin(), o.contexts.end()), o.contexts.end());
@@ -225,7 +226,7 @@ class Reader {
     const int n_tokens = static_cast<int>(tokens.size());
     const bool exact = common_.kv.policy == "full" || o_.prefill_all;
     teacher_force(
-        transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens},
+        transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens, o_.recovery.verify},
         [&](int row, std::span<const float>) {
           progress_.show(join(place_, ": token ", row, " of ", n_tokens));
           return !interrupted_;
@@ -257,6 +258,7 @@ class Reader {
     options.interrupted = &interrupted_;
     options.recovery = &recovery;
     options.second_look = o_.recovery.second_look;
+    options.verify = o_.recovery.verify;
     const Generation g = generate(transformer_, kv, sampler, prompt, options);
     if (g.finish == Finish::kInterrupted) return {};
     a.number = first_number(a.text);
@@ -264,7 +266,7 @@ class Reader {
     a.least_lead = g.least_lead;
     a.firings.assign(recovery.firings().begin() + before, recovery.firings().end());
     run.alarms += static_cast<int>(a.firings.size());
-    run.looks += g.second_looks;
+    run.checks += g.checks;
     run.answers.push_back(std::move(a));
     return g.tokens;
   }
@@ -305,7 +307,7 @@ nlohmann::ordered_json to_json(const NeedleRun& run, const NeedleRun* full) {
                                  {"attended_pct", 100 * run.attended()},
                                  {"recalls_per_layer_step", run.recalls()},
                                  {"recovery_alarms", run.alarms},
-                                 {"second_looks", run.looks},
+                                 {"checks", run.checks},
                                  {"seconds", run.seconds}};
   if (full) {
     const NeedleAgreement agreed = agreement(run, *full);

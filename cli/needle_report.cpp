@@ -55,7 +55,7 @@ std::string summary(const NeedleRun& run) {
               percent(s.share), " % of the digits; resident ", percent(run.resident()),
               " % of f16, ", percent(run.attended()), " % attended exactly, ",
               fixed(run.recalls(), 1), " recalls a layer and step",
-              run.looks > 0 ? join(", ", count(run.looks, "second look")) : "",
+              run.checks > 0 ? join(", ", count(run.checks, "check")) : "",
               run.alarms > 0 ? join(", ", count(run.alarms, "recovery alarm")) : "");
 }
 

@@ -33,7 +33,7 @@ struct NeedleRun {
   std::int64_t f16_bytes = 0;  // of all tokens
   int n_layers = 0;
   int alarms = 0;  // rungs that recovery climbed
-  int looks = 0;   // second looks
+  int checks = 0;  // passes in which what was written ran again
 
   // Means: bytes in fast memory as a share of f16; share of the context that a decode step reads
   // exactly; tokens recalled a layer and step.

@@ -30,9 +30,19 @@ void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
                 1024);
   flags.real(
       r.second_look, "--second-look",
-      "thaw, greedy: when the most probable token leads the next by less than X nats, run the "
-      "step again with a sixteenth of epsilon; 0: never",
+      "thaw, greedy: when the most probable token leads the next by less than X nats, run what was "
+      "written since the last such pass again, attending every token exactly; 0: never",
       "a number >= 0", [](double x) { return x >= 0; });
+  flags.integer(r.verify, "--verify",
+                "run every N tokens again, attending every token exactly, and write on from the "
+                "first that --policy full would not have written: the text is that of full; it "
+                "appears N tokens at a time; 0: never",
+                0, 1024);
+}
+
+void check_recovery(const RecoveryFlags& r) {
+  if (r.verify > 0 && r.highest != "off")
+    throw UsageError("--verify leaves nothing to recover: expected it without --recovery");
 }
 
 std::string describe(const Recovery& recovery) {

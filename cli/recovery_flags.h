@@ -16,11 +16,13 @@ struct RecoveryFlags {
   float z = defaults.z;
   int rewalk_tokens = defaults.rewalk_tokens;
   float second_look = 0.2f;  // nats
+  int verify = 0;            // tokens
 
   RecoveryParams params(const std::string& policy) const;  // off where full has nothing to thaw
 };
 
 void add_recovery_flags(Flags& flags, RecoveryFlags& recovery);
+void check_recovery(const RecoveryFlags& recovery);  // throws UsageError
 
 // "soft 2 (at 130, 192), full 1 (at 208)", or "never".
 std::string describe(const Recovery& recovery);

@@ -153,10 +153,18 @@ void Watch::attach(GenerateOptions& options) {
   };
   options.on_logits = [this, inner = options.on_logits](std::span<const float> logits) {
     static_cast<void>(kv_.counters());  // tells of the step, if a device has not yet
-    if (store_steps_ != told_steps_) ran(logits);
+    if (store_steps_ != told_steps_)
+      ran(logits);
+    else if (page_ && store_steps_ > 0)  // its tokens ran again
+      map_->output(store_steps_ - 1, softmax_entropy(logits));
     if (inner) inner(logits);
     if (trace_) trace_->begin();
     sampling_ = true;
+  };
+  options.on_check = [this](bool done) {
+    static_cast<void>(kv_.counters());
+    if (store_steps_ != told_steps_) ran({});
+    if (trace_ && done) trace_->phase("check");
   };
   options.on_token = [this, inner = options.on_token](TokenId token) {
     if (trace_ && std::exchange(sampling_, false)) trace_->phase("sample");

@@ -23,7 +23,6 @@ class CudaKvStore final : public KvStore {
   void rewind(int position) override;
   void clear() override { rewind(0), counters_ = {}; }
   double reset(Rung) override { return 0; }  // nothing sleeps
-  bool look_closer() override { return false; }
   void check() const override;
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 

@@ -32,7 +32,7 @@ void CudaHotTier::send_moment(int first, int kv_len) {
   now.first = first, now.kv_len = kv_len;
   now.step = static_cast<std::int32_t>(steps_.counters().steps);
   now.can_freeze = can_freeze(kv_len);
-  now.epsilon = epsilon(), now.recall = recall();
+  now.epsilon = epsilon();
   launch_overlapping("begin", set_place<DeviceMoment>, 1, kWarp, 0, stream_, moment_.data(), now);
 }
 

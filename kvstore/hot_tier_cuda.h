@@ -29,7 +29,6 @@ class CudaHotTier {
   void settle();
   void end_exact() { seeded_ = false; }
   void end_decode() { relief_.step(); }
-  bool look(float ghost_mass) { return relief_.look(ghost_mass); }
 
   void close(int first);  // gives up what begin_decode() opened, if it did
   // Without the tokens from `position` on; length: tokens so far. These two wait for the stream.
@@ -39,7 +38,6 @@ class CudaHotTier {
   bool attends_all() const { return relief_.exact_steps > 0; }  // in decode steps, for recovery
   bool is_seeded() const { return seeded_; }  // hot tokens were chosen since the last exact step
   float epsilon() const { return relief_.epsilon(options_.policy); }
-  float recall() const { return relief_.recall(options_.policy); }
   bool can_freeze(int kv_len) const;
   const DeviceMoment* moment() const { return moment_.data(); }
   const CudaLanes& lanes() const { return lanes_; }

@@ -171,12 +171,6 @@ class KvStore {
   // A rung of recovery (kvstore/recovery.h): thaws what the rung names. Returns tokens thawed.
   virtual double reset(Rung rung) = 0;
 
-  // Before the last decode step is run again, or its successor: in the next step a ghost's
-  // probability need only reach epsilon * kLookEpsilon for its exact token to be read, which
-  // becomes hot only as in any step. False, with no effect, where no ghost answered in the last
-  // step.
-  virtual bool look_closer() = 0;
-
   // Throws Error naming the first invariant that does not hold (docs/kvstore.md lists them).
   virtual void check() const = 0;
 

@@ -102,7 +102,7 @@ void CudaLanes::make_statistics() {
   decode_.entropy = entropy_.data(), decode_.ghost_mass = ghost_mass_.data();
   exact_entropy_ = zeros<float>(static_cast<std::size_t>(per_layer()), stream_);
   exact_.entropy = exact_entropy_.data();
-  decode_.recalled_room = most_recalled(lanes_.params.epsilon * kLookEpsilon);
+  decode_.recalled_room = most_recalled(lanes_.params.epsilon * kLeastRecall);
   if (decode_.recalled_room == 0) return;
   const std::size_t room = lanes * static_cast<std::size_t>(decode_.recalled_room);
   n_recalled_ = zeros<std::int32_t>(lanes, stream_);

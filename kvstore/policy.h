@@ -36,7 +36,7 @@ inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "r
 inline constexpr int kAlarmSteps = 16;          // decode steps that a rung's help lasts
 inline constexpr float kAlarmEpsilon = 0.25f;   // soft, under thaw: what epsilon is multiplied by
 inline constexpr int kWakeSteps = 64;           // window: how far back it wakes
-inline constexpr float kLookEpsilon = 0.0625f;  // the same for what a second look reads
+inline constexpr float kLeastRecall = 0.0625f;  // the same for whom caution still recalls
 
 // Whether a frozen token froze in the last kWakeSteps steps. stamp: the step in which it froze
 // last, plus 1; 0: it never did.
@@ -81,9 +81,9 @@ struct Caution {
   bool operator==(const Caution&) const = default;
 };
 
-// Nobody is recalled for less than a second look recalls for, for which there is room.
+// There is room for as many as can have this least share of epsilon.
 THAW_HOST_DEVICE inline Caution caution_of(const PolicyParams& p) {
-  return {p.caution, p.epsilon * kLookEpsilon};
+  return {p.caution, p.epsilon * kLeastRecall};
 }
 
 // thaw: steps that a token stays hot after its c-th hit, floor(kappa sqrt(c)).

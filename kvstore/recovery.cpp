@@ -33,10 +33,8 @@ void Relief::begin(Rung rung, const PolicyParams& params) {
 }
 
 void Relief::step() {
-  was_exact = exact_steps > 0;
   exact_steps = std::max(0, exact_steps - 1);
   alarm_steps = std::max(0, alarm_steps - 1);
-  looks = false;
 }
 
 // Leads down the ladder for the calm since the last firing.

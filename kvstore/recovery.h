@@ -30,21 +30,13 @@ class RollingStatistics {
 // What a rung does to a store for a while. Decode steps are counted; a milder rung does not shorten
 // the help of a stronger one.
 struct Relief {
-  int exact_steps = 0;     // that still attend every token, exactly
-  int alarm_steps = 0;     // with a lower epsilon
-  bool was_exact = false;  // the last step attended every token, exactly
-  bool looks = false;      // the next step is a second look
+  int exact_steps = 0;  // that still attend every token, exactly
+  int alarm_steps = 0;  // with a lower epsilon
 
   void begin(Rung rung, const PolicyParams& params);
   void step();  // one is over
-  // Whether a second look would see more than the step before it; the next step is one then.
-  bool look(float ghost_mass) { return looks = !was_exact && ghost_mass > 0; }
   float epsilon(const PolicyParams& params) const {
     return params.epsilon * (alarm_steps > 0 ? kAlarmEpsilon : 1.0f);
-  }
-  // From which probability frozen tokens are read; from epsilon() on they become hot, too.
-  float recall(const PolicyParams& params) const {
-    return looks ? params.epsilon * kLookEpsilon : epsilon(params);
   }
 };
 

@@ -16,7 +16,6 @@ struct DeviceMoment : StepPlace {
   std::int32_t step;        // decode steps since the store was made or cleared
   std::int32_t can_freeze;  // 0 while frozen tokens would have no ghosts yet
   float epsilon;            // thaw: PolicyParams::epsilon, or less during recovery
-  float recall;             // thaw: Relief::recall(): epsilon, or less for a second look
 };
 
 }  // namespace thaw

@@ -30,7 +30,6 @@ class TieredKvStore final : public KvStore {
   void rewind(int position) override;
   void clear() override;
   double reset(Rung rung) override;
-  bool look_closer() override { return relief_.look(ghost_mass()); }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
@@ -197,7 +196,7 @@ KvView TieredKvStore::view(int layer) const {
   if (exact()) return view;
   for (const Residency& lane : lanes(layer)) view.lanes.push_back(lane.lane().view());
   view.ghosts = ghosts_.view(layer);
-  view.recall = relief_.recall(params());
+  view.recall = relief_.epsilon(params());
   view.caution = caution_of(params());
   return view;
 }

@@ -34,7 +34,6 @@ class CudaTieredStore final : public KvStore {
   void rewind(int position) override;
   void clear() override { rewind(0), counter_.clear(); }
   double reset(Rung rung) override;
-  bool look_closer() override { return hot_.look(ghost_mass()); }
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
 
@@ -168,7 +167,7 @@ void CudaTieredStore::make_views() {
     }
     view.hot = hot_.lanes().hot(layer);
     view.ghosts = ghosts_.view(layer);
-    view.recall = &hot_.moment()->recall;
+    view.recall = &hot_.moment()->epsilon;
     view.caution = caution_of(options_.policy);
     view.stats = hot_.lanes().decode_stats(layer);
   }
@@ -210,7 +209,7 @@ KvView CudaTieredStore::view(int layer) const {
   view.cold = cold_.host().rows(layer, view.kv_len);
   view.device = &views_[static_cast<std::size_t>(layer)];
   view.lane_heads = hot_.lanes().all().lane_heads;
-  if (!exact()) view.recall = hot_.recall(), view.caution = caution_of(options_.policy);
+  if (!exact()) view.recall = hot_.epsilon(), view.caution = caution_of(options_.policy);
   return view;
 }
 

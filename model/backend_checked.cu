@@ -190,7 +190,6 @@ class CheckedKvStore final : public KvStore {
   void rewind(int position) override { cuda_->rewind(position), cpu_->rewind(position); }
   void clear() override { cuda_->clear(), cpu_->clear(); }
   double reset(Rung rung) override { return cpu_->reset(rung), cuda_->reset(rung); }
-  bool look_closer() override { return cpu_->look_closer(), cuda_->look_closer(); }
   void check() const override { cuda_->check(), cpu_->check(); }
   void record(KvRecorder* recorder) override { cuda_->record(recorder); }
   int length() const override { return cuda_->length(); }

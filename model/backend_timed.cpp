@@ -71,7 +71,6 @@ class TimedKvStore final : public KvStore {
   void rewind(int position) override { kv_->rewind(position); }
   void clear() override { kv_->clear(); }
   double reset(Rung rung) override { return kv_->reset(rung); }
-  bool look_closer() override { return kv_->look_closer(); }
   void check() const override { kv_->check(); }
   void record(KvRecorder* recorder) override { kv_->record(recorder); }
   int length() const override { return kv_->length(); }

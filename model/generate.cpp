@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <optional>
+#include <utility>
 
 #include "device/error.h"
 
@@ -50,6 +52,7 @@ class Run {
     read_prompt();
     result_.prefill_seconds = clock_.seconds();
     result_.finish = write();
+    if (verifies()) keep(n_verified());  // of a run that was interrupted
     if (!pass_on(0)) result_.finish = Finish::kStopped;
     if (result_.decode_steps > 0)
       result_.decode_seconds = clock_.seconds() - result_.first_token_seconds;
@@ -63,6 +66,9 @@ class Run {
  private:
   std::size_t in_store() const { return static_cast<std::size_t>(kv_.length() - start_); }
   std::size_t known() const { return prompt_.size() + result_.tokens.size(); }
+  std::int32_t known_token(std::size_t i) const {
+    return i < prompt_.size() ? prompt_[i] : result_.tokens[i - prompt_.size()];
+  }
   bool interrupted() const { return options_.interrupted && options_.interrupted->load(); }
 
   // All of the prompt, or, where its end is decoded, all but the last token.
@@ -71,7 +77,8 @@ class Run {
     const int n_tokens = static_cast<int>(prompt_.size()) - decoded;
     if (interrupted()) return;
     teacher_force(
-        transformer_, kv_, prompt_.first(n_tokens), {options_.prefill, n_tokens - 1},
+        transformer_, kv_, prompt_.first(n_tokens),
+        {options_.prefill, n_tokens - 1, verifies() ? options_.verify : 0},
         [&](int, std::span<const float> logits) {
           logits_ = logits, prediction_.reset();
           if (options_.on_prefill) {
@@ -83,31 +90,39 @@ class Run {
   }
 
   Finish write() {
+    exact_ = in_store();
+    if (verifies()) verified_ = sampler_;
     for (;;) {
       while (in_store() < known()) {
         if (interrupted()) return Finish::kInterrupted;
-        if (kv_.length() == kv_.shape().capacity) return Finish::kContext;
-        step();
+        if (kv_.length() == kv_.shape().capacity && verified()) return Finish::kContext;
+        if (in_store() < known()) step();
       }
       if (interrupted()) return Finish::kInterrupted;
       if (limit_ == 0) return Finish::kLength;
-      const std::int32_t token = draw();
-      if (options_.is_end && options_.is_end(token)) return Finish::kEnd;
+      const std::int32_t token = corrected_ ? *std::exchange(corrected_, {}) : draw();
+      if (options_.is_end && options_.is_end(token)) {
+        if (verifies() && exact_ < in_store()) {
+          check();
+          continue;
+        }
+        return Finish::kEnd;
+      }
       sampler_.accept(token);
       result_.tokens.push_back(token);
-      if (!pass_on(hold_)) return Finish::kStopped;
-      if (result_.tokens.size() == limit_) return Finish::kLength;
+      if (verifies() && exact_ == in_store()) verified_ = sampler_;
+      if (!pass_on(verifies() ? result_.tokens.size() - n_verified() : hold_))
+        return Finish::kStopped;
+      if (result_.tokens.size() == limit_ && verified()) return Finish::kLength;
     }
   }
 
   // Runs the next token that is known and not in the store.
   void step() {
-    const std::size_t at = in_store();
-    const std::int32_t token =
-        at < prompt_.size() ? prompt_[at] : result_.tokens[at - prompt_.size()];
-    run(token);
+    run(known_token(in_store()));
     if (!result_.tokens.empty()) ++result_.decode_steps;
-    if (in_store() == known() && hesitates() && kv_.look_closer()) look_again(token);
+    if (exact_ + 1 == in_store() && thaws() && kv_.ghost_mass() == 0) exact_ = in_store();
+    if (in_store() == known() && exact_ < known() && (hesitates() || verifies_now())) check();
     const auto entropy = [this] {
       return prediction_ ? prediction_->entropy : softmax_entropy(logits_);
     };
@@ -135,12 +150,64 @@ class Run {
     return *lead_;
   }
   // Whether a greedy choice hangs on less than ghosts may be wrong by.
-  bool hesitates() { return options_.second_look > 0 && lead() < options_.second_look; }
+  bool hesitates() { return options_.second_look > 0 && thaws() && lead() < options_.second_look; }
+  bool thaws() const { return kv_.options().policy.policy == Policy::kThaw; }
+  bool verifies() const {
+    return options_.verify > 0 && kv_.options().policy.policy != Policy::kFull;
+  }
+  bool verifies_now() const {
+    const int most = std::min(options_.verify, transformer_.max_rows());
+    return verifies() && in_store() - exact_ >= static_cast<std::size_t>(most);
+  }
+  // Tokens whose draws were from exact logits.
+  std::size_t n_verified() const {
+    return std::min(exact_ + 1 - prompt_.size(), result_.tokens.size());
+  }
+  bool verified() { return !verifies() || exact_ == in_store() || check(); }
 
-  void look_again(std::int32_t token) {
-    kv_.rewind(kv_.length() - 1);
-    run(token);
-    ++result_.second_looks;
+  // Runs what is not exact again, the newest max_rows() of it, and leaves the logits behind it.
+  // Where tokens can still be taken back, draws them again, until one differs: that is corrected_.
+  // Returns whether all stand.
+  bool check() {
+    const std::size_t end = in_store();
+    exact_ = std::max(exact_, end - std::min<std::size_t>(end, transformer_.max_rows()));
+    const std::size_t first = exact_;
+    std::vector<std::int32_t> again;
+    for (std::size_t i = first; i < end; ++i) again.push_back(known_token(i));
+    if (options_.on_check) options_.on_check(false);
+    kv_.rewind(start_ + static_cast<int>(first));
+    const int rows = verifies() ? static_cast<int>(again.size()) : 1;
+    const std::span<const float> logits = transformer_.forward(again, kv_, rows);
+    prediction_.reset(), lead_.reset();
+    exact_ = end;
+    ++result_.checks;
+    if (options_.on_check) options_.on_check(true);
+    const std::size_t n_vocab = logits.size() / rows;
+    logits_ = logits.last(n_vocab);
+    return !verifies() || repeat_draws(logits, n_vocab, first);
+  }
+
+  // logits: of the known tokens from `first` on, which predict the known tokens behind each.
+  bool repeat_draws(std::span<const float> logits, std::size_t n_vocab, std::size_t first) {
+    sampler_ = *verified_;
+    for (std::size_t i = first + 1; i < known(); ++i) {
+      logits_ = logits.subspan((i - first - 1) * n_vocab, n_vocab);
+      if (options_.check_logits) options_.check_logits(logits_);
+      const std::int32_t token = sampler_.sample(choices());
+      if (token == known_token(i)) {
+        sampler_.accept(token);
+        continue;
+      }
+      exact_ = i;
+      result_.decode_steps -= static_cast<int>(in_store() - i);
+      result_.tokens.resize(i - prompt_.size());
+      kv_.rewind(start_ + static_cast<int>(i));
+      corrected_ = token;
+      ++result_.corrected;
+      return false;
+    }
+    logits_ = logits.last(n_vocab);
+    return true;
   }
 
   std::int32_t draw() {
@@ -163,11 +230,18 @@ class Run {
     while (result_.tokens.size() - passed_ > hold) {
       const std::int32_t token = result_.tokens[passed_++];
       if (!options_.on_token || options_.on_token(token)) continue;
-      take_back();
-      if (in_store() >= known()) kv_.rewind(start_ + static_cast<int>(known()) - 1);
+      keep(passed_);
       return false;
     }
     return true;
+  }
+
+  // The first n tokens; the others were never made.
+  void keep(std::size_t n) {
+    if (n == result_.tokens.size()) return;
+    sampler_.forget(result_.tokens.size() - n);
+    result_.tokens.resize(n);
+    if (in_store() >= known()) kv_.rewind(start_ + static_cast<int>(known()) - 1);
   }
 
   // Takes back the tokens that on_token was not told of, and has them and what precedes them run
@@ -175,13 +249,10 @@ class Run {
   void rewalk() {
     const std::size_t held = result_.tokens.size() - passed_;
     const std::size_t back = std::min(std::max(hold_, held + 1), in_store());
-    take_back();
-    kv_.rewind(kv_.length() - static_cast<int>(back));
-  }
-
-  void take_back() {
-    sampler_.forget(result_.tokens.size() - passed_);
+    sampler_.forget(held);
     result_.tokens.resize(passed_);
+    kv_.rewind(kv_.length() - static_cast<int>(back));
+    exact_ = std::min(exact_, in_store());
   }
 
   Transformer& transformer_;
@@ -194,8 +265,11 @@ class Run {
   const std::size_t hold_;  // tokens that on_token is not told of yet
   const Clock clock_;
   Generation result_;
-  std::size_t passed_ = 0;         // tokens that on_token was told of
-  std::span<const float> logits_;  // of the last pass, unless it left a prediction
+  std::size_t passed_ = 0;           // tokens that on_token was told of
+  std::size_t exact_ = 0;            // known tokens in kv up to which it is as full's would be
+  std::optional<Sampler> verified_;  // verify: as it was when the token behind those was drawn
+  std::optional<std::int32_t> corrected_;  // drawn in its place
+  std::span<const float> logits_;          // of the last pass, unless it left a prediction
   std::optional<Prediction> prediction_;
   std::optional<float> lead_;  // of that pass, once it was asked for
   Fingerprint fingerprint_;
@@ -210,6 +284,8 @@ void Fingerprint::add(std::span<const float> values) {
 Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
                     std::span<const std::int32_t> prompt, const GenerateOptions& options) {
   const int room = kv.shape().capacity - kv.length();
+  require(options.verify == 0 || !options.recovery || !options.recovery->on(),
+          "verify: expected no recovery beside it");
   require(!prompt.empty(), "prompt: expected at least 1 token, found 0");
   require(prompt.size() <= static_cast<std::size_t>(room), "prompt: expected at most ", room,
           " tokens, which is what the context has room for, found ", prompt.size());
@@ -223,6 +299,8 @@ bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::i
                    Recovery* recovery) {
   const int n_tokens = static_cast<int>(tokens.size());
   const int prefill = rows.prefill < 0 ? n_tokens : std::min(rows.prefill, n_tokens);
+  const int most_drafts = std::min(rows.verify, transformer.max_rows());
+  int exact = prefill;
   for (int row = 0, n = 0; row < n_tokens; row += n) {
     n = row < prefill ? std::min(transformer.max_rows(), prefill - row) : 1;
     const int n_logits = std::clamp(row + n - rows.first, 0, n);
@@ -235,6 +313,12 @@ bool teacher_force(Transformer& transformer, KvStore& kv, std::span<const std::i
       recover(
           recovery, kv, [&] { return softmax_entropy(logits); }, false);
     if (!on_logits(row + n - n_logits, n_logits > 0 ? logits : logits.first(0))) return false;
+    const int drafts = row + n - exact;
+    if (drafts > 0 && most_drafts > 0 && (drafts >= most_drafts || row + n == n_tokens)) {
+      kv.rewind(kv.length() - drafts);
+      transformer.forward(tokens.subspan(exact, drafts), kv, 0);
+      exact += drafts;
+    }
   }
   return true;
 }

@@ -36,12 +36,17 @@ enum class Finish {
 };
 
 struct GenerateOptions {
-  int max_tokens = -1;                         // -1: until the KV store is full
-  int prefill = -1;                            // tokens of the prompt run in batches; the rest is
-                                               // run one by one like what is generated; -1: all
-  int n_vocab = 0;                             // sample only from the first n ids; 0: from all
-  float second_look = 0;                       // nats; a step after which the sampler's lead() is
-                                               // less runs again, if kv can look_closer()
+  int max_tokens = -1;  // -1: until the KV store is full
+  int prefill = -1;     // tokens of the prompt run in batches; the rest is
+                        // run one by one like what is generated; -1: all
+  int n_vocab = 0;      // sample only from the first n ids; 0: from all
+  // Under a policy that freezes, tokens can run again as a prompt does, in one pass that attends
+  // every token exactly; their keys and values are then exact, too. (Drafts from a sparse or
+  // quantised cache that the whole cache verifies: MagicDec, 2408.11049; QuantSpec, 2502.10424.)
+  float second_look = 0;  // nats; thaw: they do when the sampler's lead() is less; 0: never
+  int verify = 0;         // they do when there are so many, and their draws are repeated; the first
+                          // that differs is taken back with all behind it, so that the text is that
+                          // of full. on_token sees a token once it is verified. 0: never
   bool fingerprint = false;                    // take it of all logits that are sampled from
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops
@@ -49,9 +54,11 @@ struct GenerateOptions {
   // The same, but not where the backend samples itself and found them all finite.
   std::function<void(std::span<const float>)> check_logits;
   std::function<void(int, int)> on_prefill;        // tokens of the prompt done, of how many
+  std::function<void(bool)> on_check;              // before tokens run again: false; after: true
   const std::atomic<bool>* interrupted = nullptr;  // asked between forward passes
   // Watches every decode step and resets kv when it raises the alarm; null: nobody does. Where it
-  // may rewalk, on_token sees a token only once rewalk_tokens more are made, or at the end.
+  // may rewalk, on_token sees a token only once rewalk_tokens more are made, or at the end. Not
+  // together with verify.
   Recovery* recovery = nullptr;
 };
 
@@ -61,13 +68,15 @@ struct Generation {
   int prompt_tokens = 0;           // fewer than in the prompt when that was interrupted
   double prefill_seconds = 0;      // the prompt through the model
   double first_token_seconds = 0;  // from the call to the first token; 0 when there is none
-  int decode_steps = 0;            // forward passes of one token, after the prompt
-  int second_looks = 0;            // passes more, of tokens that were looked at again
-  float least_lead = std::numeric_limits<float>::infinity();  // of the sampler's lead() over tokens
-  double decode_seconds = 0;       // those passes, the sampling after them, and on_token
-  int context_tokens = 0;          // in the KV store at the end
-  KvUsage usage;                   // at the end
-  KvCounters counters;             // of the store, since it was made or cleared
+  int decode_steps = 0;            // forward passes of one token, after the prompt, without
+                                   // those of tokens that were taken back
+  int checks = 0;                  // passes in which tokens ran again
+  int corrected = 0;               // checks that found a token that full would not have drawn
+  float least_lead = std::numeric_limits<float>::infinity();  // of the sampler's lead() over draws
+  double decode_seconds = 0;  // those passes, the sampling after them, and on_token
+  int context_tokens = 0;     // in the KV store at the end
+  KvUsage usage;              // at the end
+  KvCounters counters;        // of the store, since it was made or cleared
   std::uint64_t fingerprint = 0;
 };
 
@@ -79,6 +88,8 @@ Generation generate(Transformer& transformer, KvStore& kv, Sampler& sampler,
 struct ForcedRows {
   int prefill = -1;  // tokens run in calls of transformer.max_rows(); the rest one a call; -1: all
   int first = 0;     // the first row whose logits are wanted
+  int verify = 0;  // as in GenerateOptions: so many of the rest, and the last ones, run again after
+                   // on_logits
 };
 
 // Appends `tokens` to kv; on_logits(row, logits) gets the logits of rows `row` ... in order, each

@@ -175,66 +175,6 @@ TEST_CASE("generate: penalties see the prompt") {
   }
 }
 
-// Greedy by default, on a store in which nobody stays hot for being needed.
-struct Looked {
-  Engine engine;
-  std::vector<float> leads;  // of the sampler, a token
-
-  explicit Looked(float epsilon, Policy policy = Policy::kThaw, float temperature = 0)
-      : engine(64, temperature) {
-    KvOptions o;
-    o.policy.policy = policy;
-    o.policy.epsilon = epsilon;
-    o.policy.stay = 0;
-    o.policy.window = 4;
-    o.centre_tokens = 4;
-    o.check = true;
-    engine.kv = make_kv_store(kv_shape(engine.tiny.model.config, 64, KvType::kF32), o);
-  }
-  Generation run(float second_look) {
-    GenerateOptions o = at_most(24);
-    o.second_look = second_look;
-    o.on_logits = [&](std::span<const float> logits) {
-      leads.push_back(engine.sampler.lead(logits));
-    };
-    return engine.run(o, {5, 17, 200, 3, 99, 41, 7, 23, 150, 12, 80, 9});
-  }
-};
-
-constexpr float kAll = 1e-9f;  // an epsilon that recalls every frozen token: a look sees no more
-constexpr float kAlways = 1e9f;
-
-TEST_CASE("generate: a greedy step that decides by less than second_look is run again") {
-  Looked plain(kAll);
-  const Generation once = plain.run(0);
-  CHECK(once.second_looks == 0);
-  REQUIRE(plain.leads.size() == 24);
-  CHECK(once.least_lead == *std::min_element(plain.leads.begin(), plain.leads.end()));
-  std::vector<float> sorted(plain.leads.begin() + 1, plain.leads.end());  // decoded, not prefilled
-  std::sort(sorted.begin(), sorted.end());
-  REQUIRE(sorted[9] > sorted[8] + 1e-4f);
-  const Generation twice = Looked(kAll).run((sorted[8] + sorted[9]) / 2);
-  CHECK(twice.second_looks == 9);
-  CHECK(twice.tokens == once.tokens);
-  CHECK(twice.decode_steps == 23);
-  CHECK(twice.counters.steps == 23 + 9);
-  CHECK(twice.context_tokens == once.context_tokens);
-}
-
-TEST_CASE("generate: a second look reads what the first left to ghosts") {
-  constexpr float kHalf = 0.5f;  // few tokens have half of the attention, most a thirty-second
-  const Generation once = Looked(kHalf).run(0), twice = Looked(kHalf).run(kAlways);
-  CHECK(twice.second_looks == 23);
-  CHECK(twice.counters.recalled > 2 * once.counters.recalled);
-}
-
-TEST_CASE("generate: nobody looks twice where nothing is chosen greedily, or no ghost answered") {
-  CHECK(Looked(kAll).run(kAlways).second_looks == 23);
-  CHECK(Looked(kAll, Policy::kThaw, 0.5f).run(kAlways).second_looks == 0);
-  for (const Policy policy : {Policy::kFull, Policy::kWindow, Policy::kAsr})
-    CHECK(Looked(kAll, policy).run(kAlways).second_looks == 0);
-}
-
 TEST_CASE("generate: a second prompt continues where the first ended") {
   Engine engine, whole;
   engine.run(at_most(0), {5, 17, 200});

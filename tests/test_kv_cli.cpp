@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <filesystem>
+#include <nlohmann/json.hpp>
 
 #include "tests/file_limit.h"
 #include "tests/run_thaw.h"
@@ -45,8 +46,37 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
                  "--window: expected at most the context of 64 tokens, found 65"));
   CHECK(contains(run_out({"-c", "64", "--sinks", "65", "--policy", "thaw"}, 2), "--sinks"));
   CHECK(contains(run_out({"--caution", "-1", "--policy", "thaw"}, 2), "--caution"));
+  CHECK(contains(run_out({"--verify", "-1"}, 2), "--verify"));
+  CHECK(contains(run_out({"--verify", "8", "--recovery", "soft"}, 2), "without --recovery"));
   CHECK(contains(run_out({"--ghost", "k5v2", "--policy", "thaw"}, 2), "--ghost"));
   CHECK(contains(run_out({"--kv-type", "q8_0", "--policy", "thaw"}, 1), "head_dim"));
+}
+
+TEST_CASE("kv flags: --verify writes what full writes, and says how often it checked") {
+  const auto text = [](const std::vector<std::string>& kv_args) {
+    std::vector<std::string> args = {
+        "generate", "-m", TinyCli::get().model(), "-p",     "abcdefghijklmnop",
+        "-n",       "40", "--ignore-eos",         "--seed", "5",
+        "--json",   "-q"};
+    args.insert(args.end(), kv_args.begin(), kv_args.end());
+    const RunResult result = run_thaw(args);
+    CAPTURE(result.err);
+    REQUIRE(result.exit_code == 0);
+    return nlohmann::json::parse(result.out);
+  };
+  const std::vector<std::string> window = {"--policy", "window",       "--window",
+                                           "4",        "--hot-tokens", "9"};
+  std::vector<std::string> verified = window;
+  verified.insert(verified.end(), {"--verify", "6"});
+  const nlohmann::json full = text({"--policy", "full", "--verify", "6"}), drafts = text(window);
+  const nlohmann::json checked = text(verified);
+  CHECK(drafts["tokens"] != full["tokens"]);
+  CHECK(checked["tokens"] == full["tokens"]);
+  CHECK(checked["text"] == full["text"]);
+  CHECK(full["checks"] == 0);
+  CHECK(drafts["checks"] == 0);
+  CHECK(checked["checks"] >= 7);
+  CHECK(checked["corrected"] > 0);
 }
 
 TEST_CASE("kv flags: a cold file that cannot be made or filled is named, and nothing is left") {

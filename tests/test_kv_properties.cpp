@@ -86,7 +86,6 @@ class History {
         return rewind(std::max(0, length_ - random_.below(5)));
       case 4:
         kv_->reset(static_cast<Rung>(random_.below(5)));
-        if (one_in(2)) kv_->look_closer();
         return;
       case 5:
         return one_in(4) ? rewind(0), kv_->clear() : broken_step();

@@ -324,5 +324,20 @@ TEST_CASE("needle: a rewalk finds the key that a policy which forgets has lost w
   CHECK(found["recovery"].back()["rung"] == "rewalk");
 }
 
+TEST_CASE("needle: a policy that forgets finds the key where its tokens are verified" *
+          doctest::skip(testing::sanitized())) {
+  const auto model = weights_file(kSmolLM2File);
+  if (!model) return;
+  const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "300", "--depths",
+                                "25,75", "--prefill", "32", "--policy", "full,window", "--verify",
+                                "16", "--second", "--json", "-q"});
+  CAPTURE(r.err);
+  REQUIRE(r.exit_code == 0);
+  const json window = json::parse(r.out)["policies"][1];
+  CHECK(window["right"] == 4);
+  CHECK(window["answers_all_that_full_answers"] == true);
+  CHECK(window["checks"] >= 4 + 280 / 16);
+}
+
 }  // namespace
 }  // namespace thaw

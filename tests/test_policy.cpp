@@ -91,7 +91,7 @@ TEST_CASE("full: everything is attended exactly, and nothing is asked of attenti
   CHECK(full.kv().counters().attended == 11);
 }
 
-TEST_CASE("thaw: caution grows with what scores err by, and ends where second looks do") {
+TEST_CASE("thaw: caution grows with what scores err by, and ends where its room does") {
   PolicyParams p;
   p.epsilon = 0.01f, p.caution = 2;
   const Caution c = caution_of(p);

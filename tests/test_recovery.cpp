@@ -175,7 +175,6 @@ class Troubled : public KvStore {
     if (rung == Rung::kFull) turned_ = false;
     return inner_->reset(rung);
   }
-  bool look_closer() override { return inner_->look_closer(); }
   float ghost_mass() const override {
     const auto at = masses_.find(length());
     return at == masses_.end() ? 0.1f : at->second;
@@ -217,9 +216,8 @@ struct Engine {
 
   explicit Engine(std::map<int, float> masses, bool turned = true, int capacity = 200) {
     const Config& c = tiny.model.config;
-    kv = std::make_unique<Troubled>(
-        make_kv_store(kv_shape(c, capacity, KvType::kF32)),
-        std::move(masses), turned);
+    kv = std::make_unique<Troubled>(make_kv_store(kv_shape(c, capacity, KvType::kF32)),
+                                    std::move(masses), turned);
     RecoveryParams params = up_to(Rung::kRewalk);
     params.z = 50, params.warmup = 2, params.cooldown = 1, params.rewalk_tokens = 4;
     recovery = std::make_unique<Recovery>(params);

@@ -75,7 +75,6 @@ class BothStores {
     compare_counters();
   }
 
-  void look_closer() { CHECK(cpu->look_closer() == cuda->look_closer()); }
 
   void reset(Rung rung) {
     const double woken = cuda->reset(rung);

@@ -150,7 +150,7 @@ class BothLanes {
 
   DeviceMoment at(int kv_len, int bound) {
     bound_ = std::min(bound, kv_len);
-    return {{kv_len - 1, kv_len}, step_, kv_len >= 20, params_.epsilon, params_.epsilon};
+    return {{kv_len - 1, kv_len}, step_, kv_len >= 20, params_.epsilon};
   }
   Moment host_moment(int bound) {
     Moment now;

@@ -90,7 +90,6 @@ void recover(BothStores& both) {
     both.reset(Rung::kWindow);
     both.reset(Rung::kSoft);
     both.rewind(both.cpu->length() - 3);
-    both.look_closer();
     both.decode(simt::kIsSlow ? 1 : 3, Mood::kPlain);
     both.prefill(1, Mood::kTies);
     both.reset(Rung::kFull);
