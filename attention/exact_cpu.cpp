@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "device/fast_math.h"
+#include "device/prefetch_cpu.h"
 #include "device/tile_cpu.h"
 #include "kvstore/row.h"
 
@@ -12,6 +13,8 @@ namespace {
 
 constexpr int kFewRows = 8;    // up to so many query rows, as in decode, dot products are faster
 constexpr int kFewBlock = 32;  // then so many stored rows at a time, unpacked within L1
+constexpr int kAhead = 16;     // rows from what is unpacked to what is fetched: two streams, which
+                               // the CPU follows too late
 
 int round_up(int n, int to) { return (n + to - 1) / to * to; }
 
@@ -19,12 +22,16 @@ int round_up(int n, int to) { return (n + to - 1) / to * to; }
 void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType type, int head_dim,
                   int dim) {
   const int n_padded = round_up(n, kTileCols);
+  const std::size_t bytes = kv_row_bytes(type, head_dim);
   for (int t = 0; t < n_padded; ++t) {
     float* key = s.keys.data() + t * dim;
     float* value = s.values.data() + t * dim;
     const int used = t < n ? head_dim : 0;
     if (t < n) {
       const int row = w.list ? w.list[first + t] : first + t;
+      const int ahead = std::min(first + t + kAhead, w.end - 1);
+      const int next = w.list ? w.list[ahead] : ahead;
+      prefetch(w.rows->key(w.head, next), bytes), prefetch(w.rows->value(w.head, next), bytes);
       load_row(key, w.rows->key(w.head, row), head_dim, type);
       load_row(value, w.rows->value(w.head, row), head_dim, type);
     }

@@ -5,16 +5,12 @@
 #include <limits>
 
 #include "device/fast_math.h"
+#include "device/prefetch_cpu.h"
 
 namespace thaw {
 namespace {
 
 constexpr int kRangeTokens = 512;  // ghosts of one task
-
-// Groups of ghosts are too far apart for the CPU to see what is read next.
-void prefetch(const std::byte* from, std::size_t bytes) {
-  for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
-}
 
 // Of a group's weights.
 float largest(const float* weights) {
@@ -88,7 +84,7 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
                                (n + GhostRope::kSpan - 1) / GhostRope::kSpan);
   for (int t = begin; t < end; t += kGhostGroup) {
     const std::byte* ghosts = kv.ghosts.group(kv_head, t / kGhostGroup);
-    if (t + kGhostGroup < end)
+    if (t + kGhostGroup < end)  // groups are too far apart for the CPU to see what is next
       prefetch(kv.ghosts.group(kv_head, t / kGhostGroup + 1), format.group_bytes());
     score_ghosts(ghost_row(head) + t, ghost_stride_, &queries_[head], group_, ghosts, format,
                  kv.ghosts.centres[kv_head].key_unit);
