@@ -188,3 +188,38 @@ TEST_CASE("cuda sampler: generation draws as on the CPU") {
     CHECK(run(make_checked_backend(tiny.model, 1), o, false) == expected);
   }
 }
+
+TEST_CASE("cuda sampler: what the device drafts and the host repeats is the text of full") {
+  testing::TinyOptions tiny_options{.type = DType::kF32, .dim = 64, .n_layers = 2};
+  tiny_options.vocab_size = 96;
+  const testing::TinyModel tiny = testing::make_tiny_model(tiny_options);
+  const auto run = [&](std::unique_ptr<Backend> backend, Policy policy, float temperature) {
+    Transformer transformer(tiny.model, std::move(backend), 16);
+    KvOptions kv_options;
+    kv_options.policy.policy = policy;
+    kv_options.policy.window = 2, kv_options.policy.sinks = 1, kv_options.policy.stay = 0;
+    kv_options.policy.epsilon = 0.5f;
+    kv_options.policy.ghost_key_bits = kv_options.policy.ghost_value_bits = 1;
+    kv_options.centre_tokens = 4;
+    if (policy == Policy::kWindow) kv_options.hot_tokens = 4;
+    const auto kv = transformer.backend().make_kv_store(
+        kv_shape(tiny.model.config, 100, KvType::kF32), kv_options);
+    Sampler sampler(options(temperature, 40, 0.95f, 0.01f));
+    GenerateOptions go;
+    go.max_tokens = simt::kIsSlow ? 8 : 40;
+    go.verify = 5;
+    go.second_look = 0.05f;
+    const Generation g =
+        generate(transformer, *kv, sampler, Tokens{3, 1, 4, 1, 5, 9, 2, 6, 5, 3}, go);
+    CHECK((g.checks > 0) == (policy != Policy::kFull));
+    return g.tokens;
+  };
+  for (const float temperature : {0.0f, 1.0f}) {
+    const Tokens full = run(make_cpu_backend(tiny.model, 1), Policy::kFull, temperature);
+    for (const Policy policy : {Policy::kWindow, Policy::kThaw}) {
+      if (simt::kIsSlow && policy == Policy::kThaw) continue;  // its attention is tested elsewhere
+      CAPTURE(kPolicyNames[static_cast<int>(policy)]);
+      CHECK(run(make_cuda_backend(tiny.model, 1), policy, temperature) == full);
+    }
+  }
+}
