@@ -28,12 +28,12 @@ void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType 
     float* value = s.values.data() + t * dim;
     const int used = t < n ? head_dim : 0;
     if (t < n) {
-      const int row = w.list ? w.list[first + t] : first + t;
-      const int ahead = std::min(first + t + kAhead, w.end - 1);
-      const int next = w.list ? w.list[ahead] : ahead;
-      prefetch(w.rows->key(w.head, next), bytes), prefetch(w.rows->value(w.head, next), bytes);
-      load_row(key, w.rows->key(w.head, row), head_dim, type);
-      load_row(value, w.rows->value(w.head, row), head_dim, type);
+      const auto stored_key = [&](int i) { return w.rows->key(w.head, w.list ? w.list[i] : i); };
+      const std::byte* next = stored_key(std::min(first + t + kAhead, w.end - 1));
+      prefetch(next, bytes), prefetch(next + w.rows->value_offset, bytes);
+      const std::byte* from = stored_key(first + t);
+      load_row(key, from, head_dim, type);
+      load_row(value, from + w.rows->value_offset, head_dim, type);
     }
     std::fill(key + used, key + dim, 0.0f);
     std::fill(value + used, value + dim, 0.0f);

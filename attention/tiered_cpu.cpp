@@ -11,6 +11,8 @@ namespace thaw {
 namespace {
 
 constexpr int kRangeTokens = 512;  // ghosts of one task
+constexpr int kAhead = 3;  // groups from what is scored to what is fetched: they are too far
+                           // apart for the CPU to see what is next
 
 // Of a group's weights.
 float largest(const float* weights) {
@@ -79,13 +81,14 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
   const int end = std::min(begin + kRangeTokens, kv.kv_len);
   const int n = (end - begin + kGhostGroup - 1) / kGhostGroup * kGhostGroup;
   const GhostFormat& format = kv.ghosts.format;
+  const int last = (kv.kv_len - 1) / kGhostGroup;
   kv.ghosts.rope->score_centre(ghost_row(head) + begin, ghost_stride_, &queries_[head], group_,
                                begin / GhostRope::kSpan,
                                (n + GhostRope::kSpan - 1) / GhostRope::kSpan);
   for (int t = begin; t < end; t += kGhostGroup) {
     const std::byte* ghosts = kv.ghosts.group(kv_head, t / kGhostGroup);
-    if (t + kGhostGroup < end)  // groups are too far apart for the CPU to see what is next
-      prefetch(kv.ghosts.group(kv_head, t / kGhostGroup + 1), format.group_bytes());
+    prefetch(kv.ghosts.group(kv_head, std::min(t / kGhostGroup + kAhead, last)),
+             format.group_bytes());
     score_ghosts(ghost_row(head) + t, ghost_stride_, &queries_[head], group_, ghosts, format,
                  kv.ghosts.centres[kv_head].key_unit);
     const auto word = static_cast<std::size_t>(t / kGhostGroup);

@@ -10,6 +10,7 @@ namespace thaw {
 namespace {
 
 constexpr int kBlock = 32;
+constexpr std::size_t kQ8_0Bytes = 34, kQ4_0Bytes = 18;
 
 void store_q8_0(std::byte* out, const float* in) {
   float largest = 0;
@@ -63,12 +64,11 @@ std::string_view kv_type_name(KvType type) {
 }
 
 std::size_t kv_row_bytes(KvType type, int head_dim) {
-  constexpr std::size_t kBlockBytes[] = {64, 64, 128, 34, 18};
+  static constexpr std::size_t kBlockBytes[] = {64, 64, 128, kQ8_0Bytes, kQ4_0Bytes};
   return static_cast<std::size_t>(head_dim) * kBlockBytes[static_cast<int>(type)] / kBlock;
 }
 
 void store_row(std::byte* out, const float* in, int n, KvType type) {
-  const std::size_t block = kv_row_bytes(type, kBlock);
   switch (type) {
     case KvType::kF32:
       std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
@@ -81,15 +81,14 @@ void store_row(std::byte* out, const float* in, int n, KvType type) {
       }
       return;
     case KvType::kQ8_0:
-      for (int i = 0; i < n; i += kBlock) store_q8_0(out + i / kBlock * block, in + i);
+      for (int i = 0; i < n; i += kBlock, out += kQ8_0Bytes) store_q8_0(out, in + i);
       return;
     case KvType::kQ4_0:
-      for (int i = 0; i < n; i += kBlock) store_q4_0(out + i / kBlock * block, in + i);
+      for (int i = 0; i < n; i += kBlock, out += kQ4_0Bytes) store_q4_0(out, in + i);
   }
 }
 
 void load_row(float* out, const std::byte* in, int n, KvType type) {
-  const std::size_t block = kv_row_bytes(type, kBlock);
   switch (type) {
     case KvType::kF16:
       return widen_f16(out, reinterpret_cast<const std::uint16_t*>(in), n);
@@ -99,10 +98,10 @@ void load_row(float* out, const std::byte* in, int n, KvType type) {
       std::memcpy(out, in, static_cast<std::size_t>(n) * sizeof(float));
       return;
     case KvType::kQ8_0:
-      for (int i = 0; i < n; i += kBlock) load_q8_0(out + i, in + i / kBlock * block);
+      for (int i = 0; i < n; i += kBlock, in += kQ8_0Bytes) load_q8_0(out + i, in);
       return;
     case KvType::kQ4_0:
-      for (int i = 0; i < n; i += kBlock) load_q4_0(out + i, in + i / kBlock * block);
+      for (int i = 0; i < n; i += kBlock, in += kQ4_0Bytes) load_q4_0(out + i, in);
   }
 }
 
