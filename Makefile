@@ -188,7 +188,7 @@ fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%)
 
 ## mutants     plant bugs in the KV store one at a time: its tests must find each (ten minutes)
 mutants:
-	@tests/mutants.sh
+	@ARCH=$(WITH_AVX2) tests/mutants.sh
 
 ## install     thaw into PREFIX/bin (PREFIX=/usr/local; DESTDIR is honoured)
 install: $(BUILD)/thaw

@@ -30,7 +30,7 @@ kvstore/tiered_store.cpp|s/pages += lane.clear_for_seed(moment(layer, kv_len));/
 kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
 # ghosts
 kvstore/ghost_code.h|s/xc > 0 ? squares \/ xc/xc > 0 ? 0.9f * squares \/ xc/|the unbiased gain
-kvstore/ghost_cpu.cpp|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
+kvstore/ghost_sums_cpu.h|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
 kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
 kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
 kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
@@ -43,6 +43,7 @@ model/generate.cpp|s/if (token == known_token(i)) {/if (true) {/|a draft that fu
 # attention over tiers
 attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
 attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice
+kvstore/policy.h|s/if (!(doubt > 0)) return 1;/return 1;/|sharp heads are believed
 attention/tiered_cpu.cpp|s/rotated\[i\] += ghosts.l \* mean/rotated[i] += mean/|the mean of values
 # faults
 kvstore/tiered_store.cpp|s/  arena_->reserve(pages);//|memory for the first decode step
@@ -54,14 +55,14 @@ copy=$(mktemp -d)
 trap 'rm -rf "$copy"' EXIT
 mkdir "$copy/tests" "$copy/model" "$copy/tokenizer"
 cp -r Makefile device kvstore attention "$copy"
-cp model/*.h model/{backend_cpu,config,forward,matmul,ops_cpu,tensor}.cpp "$copy/model"
+cp model/*.h model/{backend_cpu,config,forward,generate,matmul,ops_cpu,sampler,tensor}.cpp "$copy/model"
 cp tokenizer/*.h "$copy/tokenizer"
 cp tests/*.h tests/main.cpp tests/tiny_files.cpp "$copy/tests"
-cp tests/test_{ghost,ghost_rope,policy,reset,tiered_attention,kv_properties,kv_replay,kv_faults}.cpp "$copy/tests"
+cp tests/test_{ghost,ghost_rope,policy,reset,tiered_attention,kv_properties,kv_replay,kv_faults,verify}.cpp "$copy/tests"
 
 # 0: the tests pass, 1: they fail, 2: they do not compile.
 run_tests() {
-  make -C "$copy" OPT=-O1 WARN= build/thaw-tests >"$copy/log" 2>&1 || return 2
+  make -C "$copy" OPT=-O1 WARN= ARCH="${ARCH:-native}" build/thaw-tests >"$copy/log" 2>&1 || return 2
   timeout 120 "$copy/build/thaw-tests" -aa=1 >"$copy/log" 2>&1 || return 1
 }
 

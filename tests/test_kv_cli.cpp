@@ -5,6 +5,7 @@
 #include <filesystem>
 #include <nlohmann/json.hpp>
 
+#include "cli/kv_flags.h"
 #include "tests/file_limit.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
@@ -50,6 +51,16 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"--verify", "8", "--recovery", "soft"}, 2), "without --recovery"));
   CHECK(contains(run_out({"--ghost", "k5v2", "--policy", "thaw"}, 2), "--ghost"));
   CHECK(contains(run_out({"--kv-type", "q8_0", "--policy", "thaw"}, 1), "head_dim"));
+}
+
+TEST_CASE("kv flags: a preset has its own caution, which --caution replaces") {
+  KvFlags flags;
+  flags.policy = "thaw";
+  CHECK(flags.options().policy.caution == 3);
+  flags.preset = "economy";
+  CHECK(flags.options().policy.caution == 1.5f);
+  flags.caution = 0;
+  CHECK(flags.options().policy.caution == 0);
 }
 
 TEST_CASE("kv flags: --verify writes what full writes, and says how often it checked") {

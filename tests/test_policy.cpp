@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <cmath>
 
-#include "cli/kv_flags.h"
 #include "kvstore/kvstore.h"
 #include "kvstore/policy.h"
 #include "tests/error_of.h"
@@ -102,16 +101,9 @@ TEST_CASE("thaw: caution grows with what scores err by, and ends where its room 
   CHECK(c.factor(5, 0.01f) == doctest::Approx(16));
   CHECK(c.factor(1e30f, 0.01f) == doctest::Approx(16));
   CHECK(c.factor(5, 0.0025f) == doctest::Approx(4));  // an alarm
-  CHECK(c.factor(5, c.least) == 1);                   // a second look
+  CHECK(c.factor(5, c.least) == 1);                   // who has room at all
   p.caution = 0;
   CHECK(caution_of(p).factor(5, 0.01f) == 1);
-  KvFlags flags;
-  flags.policy = "thaw";
-  CHECK(flags.options().policy.caution == 3);
-  flags.preset = "economy";
-  CHECK(flags.options().policy.caution == 1.5f);
-  flags.caution = 0;
-  CHECK(flags.options().policy.caution == 0);
 }
 
 TEST_CASE("window: sinks and the window stay, whatever attention says; both are parameters") {
