@@ -47,10 +47,11 @@ struct GenerateOptions {
   int verify = 0;         // they do when there are so many, and their draws are repeated; the first
                           // that differs is taken back with all behind it, so that the text is that
                           // of full. on_token sees a token once it is verified. 0: never
-  bool fingerprint = false;                    // take it of all logits that are sampled from
+  bool fingerprint = false;                    // take it of all logits that on_logits sees
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops
-  std::function<void(std::span<const float>)> on_logits;  // before each token is drawn from them
+  std::function<void(std::span<const float>)> on_logits;  // before each token is drawn from them,
+                                                          // drafts as well; not repeated draws
   // The same, but not where the backend samples itself and found them all finite.
   std::function<void(std::span<const float>)> check_logits;
   std::function<void(int, int)> on_prefill;        // tokens of the prompt done, of how many

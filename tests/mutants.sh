@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Plants one bug at a time into a copy of the store and its attention, and expects their tests to
-# fail. Ends with "N passed, N failed"; a bug that survives has failed.
+# Plants one bug at a time into a copy of the store, its attention and what writes with them, and
+# expects their tests to fail. Ends with "N passed, N failed"; a bug that survives has failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 

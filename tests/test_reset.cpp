@@ -80,3 +80,16 @@ TEST_CASE("reset: a milder rung does not shorten the help of a stronger one") {
   }
   CHECK(h2o.kv().view(0).lanes.size() == 1);
 }
+
+TEST_CASE("reset: a text that is forgotten takes its alarm with it") {
+  Told thaw(options(Policy::kThaw, 2, 1));
+  thaw.prefill(20, nobody);
+  thaw.decode(nobody);
+  const float usual = thaw.kv().view(0).recall;
+  thaw.kv().reset(Rung::kSoft);
+  CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
+  thaw.kv().rewind(10);
+  CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
+  thaw.kv().rewind(0);
+  CHECK(thaw.kv().view(0).recall == usual);
+}
