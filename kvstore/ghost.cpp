@@ -84,16 +84,13 @@ std::pair<float, float> round_to_grid(float* c, const float* x, int n, float ste
   return {product(x, c, n), product(c, c, n)};
 }
 
-// Rounds x - mean, rotated, to `bits`, on the best of a few grids around the Gaussian's: the one
-// with the largest <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one
-// token and returns its scale.
+// Rounds x to `bits`, on the best of a few grids around the Gaussian's: the one with the largest
+// <x,c>^2 / <c,c> loses least, whichever gain is taken. Writes the codes of one token, c as numbers
+// of the grid, and returns its scale.
 template <Place place>
-float round_to_codes(std::byte* codes, int token, int bits, const float* in, const float* mean,
+float round_to_codes(std::byte* codes, float* c, int token, int bits, const float* x,
                      int head_dim) {
-  float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
   float best = -1, step = 0;
-  for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
-  rotate(x, head_dim);
   const float squares = product(x, x, head_dim);
   const float usual = ghost_step(bits) * std::sqrt(squares / static_cast<float>(head_dim));
   for (int grid = 0; grid < kGhostGrids; ++grid) {
@@ -108,10 +105,8 @@ float round_to_codes(std::byte* codes, int token, int bits, const float* in, con
   return unbiased_scale(squares, xc);
 }
 
-float read_scale(const std::byte* scales, int i, float unit) {
-  float wide[kGhostGroup];
-  widen_scales(wide, scales);
-  return unit * wide[i];
+float read_scale(std::byte scale, float unit) {
+  return unit * scale_of_byte(std::to_integer<std::uint32_t>(scale));
 }
 
 template <Place place>
@@ -120,6 +115,16 @@ void read_codes(float* out, const std::byte* codes, int token, int bits, float s
   const float centre = static_cast<float>(1 << (bits - 1)) - 0.5f;
   for (int i = 0; i < head_dim; ++i)
     out[i] = scale * (static_cast<float>(get_code<place>(codes, token, i, bits)) - centre);
+}
+
+void centre_and_rotate(float* x, const float* in, const float* mean, int head_dim) {
+  for (int i = 0; i < head_dim; ++i) x[i] = in[i] - mean[i];
+  rotate(x, head_dim);
+}
+
+// carry += x - scale c, what rounding x to a ghost lost.
+void carry_on(float* carry, const float* x, const float* c, float scale, int head_dim) {
+  for (int i = 0; i < head_dim; ++i) carry[i] += fmaf(-scale, c[i], x[i]);
 }
 
 }  // namespace
@@ -140,21 +145,39 @@ void widen_scales(float* out, const std::byte* scales) {
 }
 
 void write_ghost(std::byte* group, const GhostFormat& f, int i, const float* k, const float* v,
-                 const GhostCentre& centre) {
+                 const GhostCentre& centre, float* carry) {
+  float x[GhostQuery::kMaxDim], y[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
   std::byte* values = group + f.key_bytes();
   std::byte* scales = values + f.value_bytes();
-  const float key = round_to_codes<key_place>(group, i, f.key_bits, k, centre.key_mean, f.head_dim);
+  centre_and_rotate(x, k, centre.key_mean, f.head_dim);
+  const float key = round_to_codes<key_place>(group, c, i, f.key_bits, x, f.head_dim);
   scales[i] = static_cast<std::byte>(byte_of_scale(key, centre.key_unit));
   if (f.value_bits == 0) return;
-  const float value =
-      round_to_codes<value_place>(values, i, f.value_bits, v, centre.value_mean, f.head_dim);
-  scales[f.scale_bytes() + i] = static_cast<std::byte>(byte_of_scale(value, centre.value_unit));
+  if (i % kChainTokens == 0) std::fill_n(carry, f.head_dim, 0.0f);
+  centre_and_rotate(x, v, centre.value_mean, f.head_dim);
+  for (int j = 0; j < f.head_dim; ++j) y[j] = fmaf(kFeedback, carry[j], x[j]);
+  const float value = round_to_codes<value_place>(values, c, i, f.value_bits, y, f.head_dim);
+  std::byte& scale = scales[f.scale_bytes() + i];
+  scale = static_cast<std::byte>(byte_of_scale(value, centre.value_unit));
+  carry_on(carry, x, c, read_scale(scale, centre.value_unit), f.head_dim);
+}
+
+void carry_ghost(float* carry, const std::byte* group, const GhostFormat& f, int i, const float* v,
+                 const GhostCentre& centre) {
+  float x[GhostQuery::kMaxDim], c[GhostQuery::kMaxDim];
+  if (f.value_bits == 0) return;
+  const std::byte* values = group + f.key_bytes();
+  const std::byte scale = values[f.value_bytes() + f.scale_bytes() + i];
+  if (i % kChainTokens == 0) std::fill_n(carry, f.head_dim, 0.0f);
+  centre_and_rotate(x, v, centre.value_mean, f.head_dim);
+  read_codes<value_place>(c, values, i, f.value_bits, 1, f.head_dim);
+  carry_on(carry, x, c, read_scale(scale, centre.value_unit), f.head_dim);
 }
 
 void read_ghost_key(float* out, const std::byte* group, const GhostFormat& f, int i,
                     const GhostCentre& centre) {
   const std::byte* scales = group + f.key_bytes() + f.value_bytes();
-  read_codes<key_place>(out, group, i, f.key_bits, read_scale(scales, i, centre.key_unit),
+  read_codes<key_place>(out, group, i, f.key_bits, read_scale(scales[i], centre.key_unit),
                         f.head_dim);
 }
 
@@ -166,7 +189,7 @@ void read_ghost_value(float* out, const std::byte* group, const GhostFormat& f, 
   }
   const std::byte* values = group + f.key_bytes();
   const std::byte* scales = values + f.value_bytes() + f.scale_bytes();
-  read_codes<value_place>(out, values, i, f.value_bits, read_scale(scales, i, centre.value_unit),
+  read_codes<value_place>(out, values, i, f.value_bits, read_scale(scales[i], centre.value_unit),
                           f.head_dim);
 }
 

@@ -11,6 +11,11 @@
 // and then errors cancel, but a bias would not. Then
 //   q.k  ~ q.mu + (R q) . k^,   k^ = scale (u - 2^(b-1) + 1/2),
 // and the sum of p v of many tokens is rotated back once.
+//
+// What rounding loses of a value, the next ones make up for: instead of x_t is rounded
+//   y_t = x_t + beta sum over the tokens s before t in its chain of 8 of (x_s - ghost of s),
+// as in error diffusion (Floyd and Steinberg, 1976). Attention weights neighbours alike, and so
+// errors that cancel among them cancel in its sum.
 #pragma once
 
 #include <cstddef>
@@ -24,6 +29,7 @@ namespace thaw {
 
 inline constexpr int kGhostGroup = 32;     // tokens whose codes are interleaved
 inline constexpr int kTierTokens = 128;    // of a page of a tier
+inline constexpr int kChainTokens = 8;     // of a group, whose values' errors are fed back
 inline constexpr int kCentreTokens = 128;  // tokens whose mean is mu; all are hot until then
 
 // x = R x for one head, in place: signs that are fixed for all heads, then Hadamard transforms of
@@ -80,9 +86,13 @@ struct GhostView {
 };
 
 // Writes the ghost of token i (0 .. 31) of a group, over whatever stood there. k, v: one head;
-// centre.key_mean turned to the token's position.
+// centre.key_mean turned to the token's position. carry: head_dim floats, what rounding lost of the
+// values of the tokens before i in its chain; then of i, too.
 void write_ghost(std::byte* group, const GhostFormat& format, int i, const float* k, const float* v,
-                 const GhostCentre& centre);
+                 const GhostCentre& centre, float* carry);
+// The same of `carry`, where the ghost is written already.
+void carry_ghost(float* carry, const std::byte* group, const GhostFormat& format, int i,
+                 const float* v, const GhostCentre& centre);
 
 // What a ghost stands for, before the mean is added: head_dim floats in rotated space. The
 // definition that the kernels below are tested against.

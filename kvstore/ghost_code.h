@@ -67,6 +67,10 @@ THAW_HOST_DEVICE inline float grid_number(float x, float inverse, float half) {
   return (cell < -half ? -half : cell > half - 1 ? half - 1 : cell) + 0.5f;
 }
 
+// beta: how much of what rounding lost of the values before a token in its chain its own value
+// makes up for. docs/kvstore.md has what others cost.
+inline constexpr float kFeedback = 0.35f;
+
 // The unbiased scale of a vector x with the numbers c, from |x|^2 and <x,c>.
 THAW_HOST_DEVICE inline float unbiased_scale(float squares, float xc) {
   const float scale = xc > 0 ? squares / xc : 0.0f;

@@ -14,6 +14,8 @@ inline constexpr int kGhostThreads = 128;
 struct GhostJob {
   DeviceGhosts ghosts;
   float *means, *units;  // those of `ghosts`, to be written
+  float* carries;        // k/v head x head_dim: write_ghost()'s, behind the newest token
+  int* carried_to;       // a k/v head: the token that its carry is for
   DeviceRows cold;
   const StepPlace* place;
   bool fixes_centre;           // one block a head, which also fixes the centre
@@ -28,6 +30,7 @@ struct GhostJob {
     const GhostFormat& f = ghosts.format;
     job.ghosts.offset += heads * ghosts.kPageGroups * f.group_bytes();
     job.means += heads * 2 * f.head_dim, job.units += heads * 2;
+    job.carries += heads * f.head_dim, job.carried_to += heads;
     job.cold.offset += layer * cold_layer;
     const std::ptrdiff_t lanes = static_cast<std::ptrdiff_t>(layer) * hot.n_lanes;
     job.hot.rows.pages += lanes * hot.lane_pages, job.hot.n_rows += lanes;
@@ -72,12 +75,11 @@ __device__ inline void put_code(std::uint32_t* codes, int i, int dim, int bits, 
   }
 }
 
-// Rounds x - mean, rotated, as round_to_codes() in kvstore/ghost.cpp does; the codes go into
-// `codes`, of token i of a group. Every lane gets the scale. All lanes of the warp call.
+// Rounds x as round_to_codes() in kvstore/ghost.cpp does; the codes go into `codes`, of token i of
+// a group, and their numbers into c. Every lane gets the scale. All lanes of the warp call.
 template <bool kIsKey>
-__device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
-                                      float (&x)[kGhostUnits], int head_dim) {
-  rotate_in_warp(x, head_dim);
+__device__ inline float round_in_warp(std::uint32_t* codes, float (&c)[kGhostUnits], int i,
+                                      int bits, const float (&x)[kGhostUnits], int head_dim) {
   float squares = 0;
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) squares = fmaf(x[j], x[j], squares);
@@ -95,8 +97,8 @@ __device__ inline float round_in_warp(std::uint32_t* codes, int i, int bits,
   for (int j = 0; j < kGhostUnits; ++j) {
     const int dim = lane_index() + j * kWarp;
     if (dim >= head_dim) continue;
-    const float c = grid_number(x[j], inverse, half);
-    put_code<kIsKey>(codes, i, dim, bits, static_cast<unsigned>(static_cast<int>(c + half)));
+    c[j] = grid_number(x[j], inverse, half);
+    put_code<kIsKey>(codes, i, dim, bits, static_cast<unsigned>(static_cast<int>(c[j] + half)));
   }
   return unbiased_scale(squares, sums.xc);
 }
@@ -141,12 +143,12 @@ __device__ void fix_centre(const GhostJob& job, int head, double* squares) {
   if (threadIdx.x == kWarp) units[1] = ghost_step(f.value_bits) * rms_of(squares + dim, n, dim);
 }
 
-// The key or the value of one token into its group in shared memory, by one warp.
+// x = what is to be rounded of a key or a value, before anything is fed back: without its mean,
+// rotated. mean: shared, head_dim floats of the warp's own. All lanes call.
 template <KvType kType, bool kIsKey>
-__device__ inline void write_in_warp(const GhostJob& job, std::uint32_t* group, float* mean,
-                                     int head, int token, const std::byte* row) {
-  const GhostFormat& f = job.ghosts.format;
-  const int dim = f.head_dim, bits = kIsKey ? f.key_bits : f.value_bits;
+__device__ inline void centre_and_rotate(float (&x)[kGhostUnits], const GhostJob& job, float* mean,
+                                         int head, int token, const std::byte* row) {
+  const int dim = job.ghosts.format.head_dim;
   const float* at_zero = job.means + (head * 2 + (kIsKey ? 0 : 1)) * dim;
   for (int pair = lane_index(); pair < dim / 2; pair += kWarp) {
     const DeviceRope::Pair p = job.ghosts.rope.pairs[pair];
@@ -157,19 +159,125 @@ __device__ inline void write_in_warp(const GhostJob& job, std::uint32_t* group, 
     mean[p.first] = turned.first, mean[p.second] = turned.second;
   }
   __syncwarp();  // the mean is complete
-  float x[kGhostUnits];
 #pragma unroll
   for (int j = 0; j < kGhostUnits; ++j) {
     const int i = lane_index() + j * kWarp;
     x[j] = i < dim ? number_of<kType>(row, i) - mean[i] : 0.0f;
   }
   __syncwarp();  // and read: the next token's may be written
-  std::uint32_t* codes = group + (kIsKey ? 0 : f.key_bytes() / 4);
-  const float scale = round_in_warp<kIsKey>(codes, token % kGhostGroup, bits, x, dim);
-  if (lane_index() != 0) return;
+  rotate_in_warp(x, dim);
+}
+
+// The byte of a scale into a group in shared memory. Returns what it stands for.
+template <bool kIsKey>
+__device__ inline float write_scale(const GhostJob& job, std::uint32_t* group, int head, int token,
+                                    float scale) {
+  const GhostFormat& f = job.ghosts.format;
+  const float unit = job.units[head * 2 + (kIsKey ? 0 : 1)];
+  const std::uint8_t byte = byte_of_scale(scale, unit);
   auto* scales = reinterpret_cast<std::uint8_t*>(group) + f.key_bytes() + f.value_bytes() +
                  (kIsKey ? 0 : f.scale_bytes());
-  scales[token % kGhostGroup] = byte_of_scale(scale, job.units[head * 2 + (kIsKey ? 0 : 1)]);
+  if (lane_index() == 0) scales[token % kGhostGroup] = byte;
+  return unit * scale_of_byte(byte);
+}
+
+// The row of one of the step's tokens, which end before `end`.
+template <bool kIsKey>
+__device__ inline const std::byte* row_of(const GhostJob& job, int head, int token, int end) {
+  DeviceRows rows = job.cold;
+  int row = token;
+  if (job.hot.n_lanes > 0 && token == end - 1) {
+    const int lane = head / job.hot.lane_heads;
+    rows = job.hot.rows_of(lane), row = job.hot.n_rows[lane] - 1;
+    head %= job.hot.lane_heads;
+  }
+  return kIsKey ? rows.key(head, row) : rows.value(head, row);
+}
+
+// The keys of tokens [first, last) into their group, by one warp.
+template <KvType kType>
+__device__ inline void write_keys(const GhostJob& job, std::uint32_t* group, float* mean, int head,
+                                  int first, int last, int end) {
+  const GhostFormat& f = job.ghosts.format;
+  float x[kGhostUnits], c[kGhostUnits];
+  for (int token = first; token < last; ++token) {
+    centre_and_rotate<kType, true>(x, job, mean, head, token, row_of<true>(job, head, token, end));
+    const float scale =
+        round_in_warp<true>(group, c, token % kGhostGroup, f.key_bits, x, f.head_dim);
+    write_scale<true>(job, group, head, token, scale);
+  }
+}
+
+// carry += x - scale c, in the head's dimensions.
+__device__ inline void carry_on(float (&carry)[kGhostUnits], const float (&x)[kGhostUnits],
+                                const float (&c)[kGhostUnits], float scale, int head_dim) {
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j)
+    if (lane_index() + j * kWarp < head_dim) carry[j] += fmaf(-scale, c[j], x[j]);
+}
+
+// What rounding lost of the values before `token` in its chain, as it was left by the step before,
+// or from their rows and their ghosts in `stored`.
+template <KvType kType>
+__device__ inline void load_carry(float (&carry)[kGhostUnits], const GhostJob& job,
+                                  const std::byte* stored, float* mean, int head, int token,
+                                  bool was_left) {
+  const GhostFormat& f = job.ghosts.format;
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) {
+    const int dim = lane_index() + j * kWarp;
+    carry[j] = was_left && dim < f.head_dim ? job.carries[head * f.head_dim + dim] : 0.0f;
+  }
+  if (was_left) return;
+  const std::byte *values = stored + f.key_bytes(),
+                  *scales = values + f.value_bytes() + f.scale_bytes();
+  const float centre = static_cast<float>(1 << (f.value_bits - 1)) - 0.5f;
+  float x[kGhostUnits], c[kGhostUnits];
+  for (int t = token / kChainTokens * kChainTokens; t < token; ++t) {
+    const int i = t % kGhostGroup;
+    centre_and_rotate<kType, false>(x, job, mean, head, t, job.cold.value(head, t));
+#pragma unroll
+    for (int j = 0; j < kGhostUnits; ++j) {
+      const int dim = lane_index() + j * kWarp;
+      if (dim >= f.head_dim) continue;
+      const CodePlace at = value_place(i, dim, f.value_bits, 0);
+      const unsigned code =
+          static_cast<unsigned>(values[at.byte]) >> at.shift & ((1u << at.width) - 1);
+      c[j] = static_cast<float>(code) - centre;
+    }
+    const float unit = job.units[head * 2 + 1];
+    carry_on(carry, x, c, unit * scale_of_byte(static_cast<std::uint32_t>(scales[i])), f.head_dim);
+  }
+}
+
+// The values of tokens [first, last) of a chain into their group, by one warp. `stored`: the group
+// in device memory, as it was before the step.
+template <KvType kType>
+__device__ inline void write_values(const GhostJob& job, std::uint32_t* group,
+                                    const std::byte* stored, float* mean, int head, int first,
+                                    int last, int end) {
+  const GhostFormat& f = job.ghosts.format;
+  float x[kGhostUnits], y[kGhostUnits], c[kGhostUnits], carry[kGhostUnits];
+  // In a step of many tokens another block may be writing its carry.
+  const bool was_left =
+      end - first == 1 && first % kChainTokens != 0 && job.carried_to[head] == first;
+  load_carry<kType>(carry, job, stored, mean, head, first, was_left);
+  for (int token = first; token < last; ++token) {
+    centre_and_rotate<kType, false>(x, job, mean, head, token,
+                                    row_of<false>(job, head, token, end));
+#pragma unroll
+    for (int j = 0; j < kGhostUnits; ++j) y[j] = fmaf(kFeedback, carry[j], x[j]);
+    const float scale = round_in_warp<false>(group + f.key_bytes() / 4, c, token % kGhostGroup,
+                                             f.value_bits, y, f.head_dim);
+    carry_on(carry, x, c, write_scale<false>(job, group, head, token, scale), f.head_dim);
+  }
+  if (last != end) return;
+#pragma unroll
+  for (int j = 0; j < kGhostUnits; ++j) {
+    const int dim = lane_index() + j * kWarp;
+    if (dim < f.head_dim) job.carries[head * f.head_dim + dim] = carry[j];
+  }
+  if (lane_index() == 0) job.carried_to[head] = end;
 }
 
 }  // namespace thaw

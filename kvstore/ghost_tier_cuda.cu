@@ -29,9 +29,10 @@ __global__ void fix_centres(GhostJob job) {
 
 // Computes  the ghosts of a step's tokens, and of all before them if those had no centre yet
 // Grid      groups of 32 tokens, in turns x k/v heads x layers
-// Block     kGhostThreads; a warp has a key or a value at a time
+// Block     kGhostThreads; a warp has the keys or the values of a chain, one after the other
 // Shared    a group, and a mean a warp
-// Bytes     reads keys and values and the groups that they go into, writes those groups
+// Bytes     reads keys and values and the groups that they go into, writes those groups, and reads
+//           and writes a carry a head
 template <KvType kType>
 __global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob of_first) {
   const GhostJob job = of_first.of_layer(static_cast<int>(blockIdx.z));
@@ -56,21 +57,17 @@ __global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob of_first)
     for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
       group[i] = stored[i];
     __syncthreads();  // what stands in the group so far is there
-    const int begin = max(first, g * kGhostGroup);
-    const int n = min(end, (g + 1) * kGhostGroup) - begin;
-    for (int task = warp_index(); task < 2 * n; task += kGhostThreads / kWarp) {
-      const int token = begin + task / 2;
-      DeviceRows from = job.cold;
-      int row = token, from_head = head;
-      if (job.hot.n_lanes > 0 && token == end - 1) {
-        const int lane = head / job.hot.lane_heads;
-        from = job.hot.rows_of(lane), row = job.hot.n_rows[lane] - 1;
-        from_head = head % job.hot.lane_heads;
-      }
+    const int begin = max(first, g * kGhostGroup), last = min(end, (g + 1) * kGhostGroup);
+    const int first_chain = begin / kChainTokens,
+              n_chains = (last - 1) / kChainTokens + 1 - first_chain;
+    for (int task = warp_index(); task < 2 * n_chains; task += kGhostThreads / kWarp) {
+      const int chain = (first_chain + task / 2) * kChainTokens;
+      const int from = max(begin, chain), to = min(last, chain + kChainTokens);
       if (task % 2 == 0)
-        write_in_warp<kType, true>(job, group, mean, head, token, from.key(from_head, row));
+        write_keys<kType>(job, group, mean, head, from, to, end);
       else if (f.value_bits > 0)
-        write_in_warp<kType, false>(job, group, mean, head, token, from.value(from_head, row));
+        write_values<kType>(job, group, reinterpret_cast<const std::byte*>(stored), mean, head,
+                            from, to, end);
     }
     __syncthreads();  // all codes and scales are in the group
     for (int i = static_cast<int>(threadIdx.x); i < n_words; i += kGhostThreads)
@@ -98,6 +95,9 @@ CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const Gho
   // Attention also loads them where there is no centre yet, to have them early.
   fill_device(means_.data(), 0, means_.bytes(), stream_);
   units_ = DeviceBuffer<float>(heads * 2, "ghosts");
+  carries_ = DeviceBuffer<float>(heads * shape.head_dim, "ghosts");
+  carried_to_ = DeviceBuffer<int>(heads, "ghosts");
+  fill_device(carried_to_.data(), 0, carried_to_.bytes(), stream_);
   send_tables(GhostRope(shape.rope, shape.head_dim), shape.capacity);
 }
 
@@ -144,7 +144,14 @@ DeviceGhosts CudaGhostTier::view(int layer) const {
 GhostJob CudaGhostTier::job_of(int layer, const DeviceRows& cold, const StepPlace* place,
                                int n) const {
   const DeviceGhosts ghosts = view(layer);
-  return {ghosts, const_cast<float*>(ghosts.means), const_cast<float*>(ghosts.units), cold, place,
+  const std::size_t first_head = static_cast<std::size_t>(layer) * shape_.n_kv_heads;
+  return {ghosts,
+          const_cast<float*>(ghosts.means),
+          const_cast<float*>(ghosts.units),
+          carries_.data() + first_head * shape_.head_dim,
+          carried_to_.data() + first_head,
+          cold,
+          place,
           n == 1};
 }
 
@@ -181,8 +188,8 @@ void CudaGhostTier::write_newest(const DeviceRows& cold, std::size_t cold_layer,
 }
 
 std::int64_t CudaGhostTier::bookkeeping_bytes() const {
-  return static_cast<std::int64_t>(means_.bytes() + units_.bytes() + pairs_.bytes() +
-                                   tables_.bytes()) +
+  return static_cast<std::int64_t>(means_.bytes() + units_.bytes() + carries_.bytes() +
+                                   carried_to_.bytes() + pairs_.bytes() + tables_.bytes()) +
          pages_.table_bytes();
 }
 

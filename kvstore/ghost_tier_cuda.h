@@ -45,8 +45,10 @@ class CudaGhostTier {
   int centre_tokens_;
   const Stream& stream_;
   PageTable pages_;
-  DeviceBuffer<float> means_;  // layer x head x {key, value} x head_dim
-  DeviceBuffer<float> units_;  // layer x head x {key, value}
+  DeviceBuffer<float> means_;     // layer x head x {key, value} x head_dim
+  DeviceBuffer<float> units_;     // layer x head x {key, value}
+  DeviceBuffer<float> carries_;   // layer x head x head_dim: see write_ghost()
+  DeviceBuffer<int> carried_to_;  // layer x head: the token that a carry is for
   DeviceBuffer<DeviceRope::Pair> pairs_;
   DeviceBuffer<float> tables_;  // middle, within, cubic, rows
   DeviceRope rope_;

@@ -91,7 +91,9 @@ GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat
       means_(format.present() ? std::size_t{2} * shape.n_layers * shape.n_kv_heads * shape.head_dim
                               : 0),
       centres_(static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads),
-      has_centre_(static_cast<std::size_t>(shape.n_layers)) {}
+      has_centre_(static_cast<std::size_t>(shape.n_layers)),
+      carries_(means_.size() / 2),
+      carried_to_(static_cast<std::size_t>(shape.n_layers)) {}
 
 std::size_t GhostTier::page_bytes() const {
   return static_cast<std::size_t>(shape_.n_layers) * shape_.n_kv_heads *
@@ -100,6 +102,10 @@ std::size_t GhostTier::page_bytes() const {
 
 std::int64_t GhostTier::bytes() const {
   return std::ssize(pages_) * static_cast<std::int64_t>(page_bytes());
+}
+
+std::int64_t GhostTier::bookkeeping_bytes() const {
+  return rope_.bytes() + std::ssize(carries_) * static_cast<std::int64_t>(sizeof(float));
 }
 
 void GhostTier::reserve(int n_tokens) {
@@ -160,8 +166,8 @@ void GhostTier::fix_centre(int layer, const KvRows& cold) {
   has_centre_[static_cast<std::size_t>(layer)] = 1;
 }
 
-void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& cold,
-                          int token) const {
+void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& cold, int token,
+                          float* carry) const {
   const int dim = shape_.head_dim;
   float k[GhostQuery::kMaxDim], v[GhostQuery::kMaxDim], mean[GhostQuery::kMaxDim];
   load_row(k, cold.key(head, token), dim, shape_.type);
@@ -169,7 +175,19 @@ void GhostTier::write_one(std::byte* group, int layer, int head, const KvRows& c
   GhostCentre centre = centres_[static_cast<std::size_t>(layer) * shape_.n_kv_heads + head];
   rope_.turn(mean, centre.key_mean, token);
   centre.key_mean = mean;
-  write_ghost(group, format_, token % kGhostGroup, k, v, centre);
+  write_ghost(group, format_, token % kGhostGroup, k, v, centre, carry);
+}
+
+// From the tokens before `token` of its chain and their ghosts.
+void GhostTier::rebuild_carry(float* carry, int layer, int head, const KvRows& cold,
+                              int token) const {
+  float v[GhostQuery::kMaxDim];
+  const std::size_t at = static_cast<std::size_t>(layer) * shape_.n_kv_heads + head;
+  for (int t = token / kChainTokens * kChainTokens; t < token; ++t) {
+    load_row(v, cold.value(head, t), shape_.head_dim, shape_.type);
+    carry_ghost(carry, view(layer).group(head, t / kGhostGroup), format_, t % kGhostGroup, v,
+                centres_[at]);
+  }
 }
 
 void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
@@ -180,10 +198,16 @@ void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
     first = 0;
   }
   const GhostView ghosts = view(layer);
-  for (int head = 0; head < shape_.n_kv_heads; ++head)
+  int& carried_to = carried_to_[static_cast<std::size_t>(layer)];
+  for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    const std::size_t at = static_cast<std::size_t>(layer) * shape_.n_kv_heads + head;
+    float* carry = carries_.data() + at * shape_.head_dim;
+    if (carried_to != first) rebuild_carry(carry, layer, head, cold, first);
     for (int token = first; token < first + n; ++token)
       write_one(const_cast<std::byte*>(ghosts.group(head, token / kGhostGroup)), layer, head, cold,
-                token);
+                token, carry);
+  }
+  carried_to = first + n;
 }
 
 void GhostTier::cut(int position) {
@@ -194,11 +218,13 @@ void GhostTier::check(int layer, const KvRows& cold, int first, int last) const 
   const GhostView ghosts = view(layer);
   if (!ghosts.present()) return;
   std::vector<std::byte> group(format_.group_bytes());
+  float carry[GhostQuery::kMaxDim];
   for (int head = 0; head < shape_.n_kv_heads; ++head) {
+    rebuild_carry(carry, layer, head, cold, first);
     for (int token = first; token < last; ++token) {
       const std::byte* is = ghosts.group(head, token / kGhostGroup);
       std::copy_n(is, group.size(), group.begin());
-      write_one(group.data(), layer, head, cold, token);
+      write_one(group.data(), layer, head, cold, token, carry);
       require(std::equal(group.begin(), group.end(), is), "KV check: layer ", layer, ", head ",
               head, ": the ghost of token ", token, " is not that of its key and value");
     }

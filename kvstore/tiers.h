@@ -12,7 +12,6 @@
 
 namespace thaw {
 
-
 class ColdTier {
  public:
   // hashed: keep a hash of each key and value, for check().
@@ -51,14 +50,16 @@ class GhostTier {
   void cut(int position);  // without its first tokens a layer has no centre
   GhostView view(int layer) const;
   std::int64_t bytes() const;
-  std::int64_t bookkeeping_bytes() const { return rope_.bytes(); }
+  std::int64_t bookkeeping_bytes() const;
   // Throws Error when a ghost of tokens [first, last) is not that of its token.
   void check(int layer, const KvRows& cold, int first, int last) const;
 
  private:
   void fix_centre(int layer, const KvRows& cold);
   float fix_mean(float* mean, const KvRows& cold, int head, bool value) const;
-  void write_one(std::byte* group, int layer, int head, const KvRows& cold, int token) const;
+  void write_one(std::byte* group, int layer, int head, const KvRows& cold, int token,
+                 float* carry) const;
+  void rebuild_carry(float* carry, int layer, int head, const KvRows& cold, int token) const;
   std::size_t page_bytes() const;
 
   PageSource& source_;
@@ -70,6 +71,8 @@ class GhostTier {
   std::vector<float> means_;          // layer x head x {key, value} x head_dim
   std::vector<GhostCentre> centres_;  // layer x head; they point into means_
   std::vector<char> has_centre_;      // per layer
+  std::vector<float> carries_;        // layer x head x head_dim, see write_ghost()
+  std::vector<int> carried_to_;       // per layer: the token that its carries are for
 };
 
 }  // namespace thaw

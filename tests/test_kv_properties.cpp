@@ -246,19 +246,21 @@ class History {
     CHECK(rows <= lanes * most);
   }
 
-  // Each ghost is what write_ghost() makes of the token.
+  // Each ghost is what write_ghost() makes of the token, after those before it in its chain.
   void check_ghosts() const {
     for (int layer = 0; layer < shape_.n_layers; ++layer) {
       const KvView view = kv_->view(layer);
       if (!view.ghosts.present()) continue;
       std::vector<float> k(static_cast<std::size_t>(shape_.head_dim)), v = k, is = k, should = k;
       std::vector<std::byte> group(view.ghosts.format.group_bytes());
-      for (int i = 0; i < length_ * heads(); ++i) {
-        const int token = i / heads(), head = i % heads();
+      std::vector<float> carry(k.size());
+      for (int n = 0; n < length_ * heads(); ++n) {
+        const int token = n % length_, head = n / length_, i = token * heads() + head;
         load_row(k.data(), k_[layer][i].data(), shape_.head_dim, shape_.type);
         load_row(v.data(), v_[layer][i].data(), shape_.head_dim, shape_.type);
         const GhostCentre& centre = view.ghosts.centres[head];
-        write_ghost(group.data(), view.ghosts.format, token % 32, k.data(), v.data(), centre);
+        write_ghost(group.data(), view.ghosts.format, token % 32, k.data(), v.data(), centre,
+                    carry.data());
         for (const auto read : {read_ghost_key, read_ghost_value}) {
           read(is.data(), view.ghosts.group(head, token / 32), view.ghosts.format, token % 32,
                centre);

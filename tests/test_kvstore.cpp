@@ -145,7 +145,7 @@ TEST_CASE("ghost: the example of docs/kvstore.md, by hand") {
   const GhostFormat format{2, 0, 2};
   const GhostCentre centre{mean, mean, 0.824f, 1};
   std::vector<std::byte> group(format.group_bytes());
-  write_ghost(group.data(), format, 5, k, k, centre);
+  write_ghost(group.data(), format, 5, k, k, centre, nullptr);
   float key[2];
   read_ghost_key(key, group.data(), format, 5, centre);
   CHECK(key[0] == doctest::Approx(-1.5 * 0.824).epsilon(1.0 / 64));
