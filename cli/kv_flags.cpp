@@ -113,15 +113,17 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
       },
       "such as k3v2: 1 to 4 bits for keys; 0, 1, 2 or 4 for values; or off");
   flags.real(kv.epsilon, "--epsilon",
-             "thaw: attention probability from which a frozen token is recalled (default 0.0035)",
+             "thaw: attention probability from which a frozen token is recalled (default 0.0028; "
+             "economy: 0.0015)",
              "a number above 0", positive);
   flags.real(kv.caution, "--caution",
              "thaw: where ghosts' scores err by much, recall also what is that probable if its "
              "score errs by X standard deviations; 0: never (default 3; economy: 1.5)",
              "a number from 0 to 100", [](double x) { return x >= 0 && x <= 100; });
-  flags.real(kv.stay, "--stay",
-             "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1)",
-             "a number from 0 to 255", [](double x) { return x >= 0 && x <= 255; });
+  flags.real(
+      kv.stay, "--stay",
+      "thaw: a token needed c times stays hot for X sqrt(c) more steps (default 1.5; economy: 0)",
+      "a number from 0 to 255", [](double x) { return x >= 0 && x <= 255; });
   flags.choice(kv.select, "--select", {"head", "layer"},
                "thaw: what freezes together: a KV head's tokens, or a layer's");
   flags.real(kv.softness, "--softness",

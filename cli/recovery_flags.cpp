@@ -30,8 +30,9 @@ void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
                 1024);
   flags.real(
       r.second_look, "--second-look",
-      "thaw, greedy: when the most probable token leads the next by less than X nats, run what was "
-      "written since the last such pass again, attending every token exactly; 0: never",
+      "thaw, greedy: when the most probable token leads the next by less than X nats (more where "
+      "leads are more than 2 nats in the mean), run what was written since the last such pass "
+      "again, attending every token exactly; 0: never",
       "a number >= 0", [](double x) { return x >= 0; });
   flags.integer(r.verify, "--verify",
                 "run every N tokens again, attending every token exactly, and write on from the "

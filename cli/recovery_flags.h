@@ -15,7 +15,7 @@ struct RecoveryFlags {
   RecoveryParams defaults;
   float z = defaults.z;
   int rewalk_tokens = defaults.rewalk_tokens;
-  float second_look = 0.2f;  // nats
+  float second_look = 0.15f;  // nats
   int verify = 0;            // tokens
 
   RecoveryParams params(const std::string& policy) const;  // off where full has nothing to thaw

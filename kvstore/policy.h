@@ -18,9 +18,9 @@ struct PolicyParams {
   Policy policy = Policy::kFull;
   int window = 16;           // newest tokens, always hot
   int sinks = 4;             // oldest tokens, always hot (StreamingLLM, 2309.17453)
-  float epsilon = 3.5e-3f;   // thaw: a frozen token of at least this probability is recalled
+  float epsilon = 2.8e-3f;   // thaw: a frozen token of at least this probability is recalled
   float caution = 3.0f;      // thaw: z, by how many deviations a ghost's score may be too low
-  float stay = 1.0f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
+  float stay = 1.5f;         // thaw: kappa, steps hot after a hit over sqrt(hits)
   float softness = 2.0f;     // asr: k
   float quantile = 0.5f;     // asr: share of a layer's tokens under tau when decoding begins
   int ghost_key_bits = 3;    // thaw: 0 (no ghosts: frozen tokens are mute) .. 4
@@ -98,7 +98,7 @@ THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
 inline constexpr int kJudges = 8;
 THAW_HOST_DEVICE inline float faintest(float recall, int kv_len) {
   const float even = 0.3f / static_cast<float>(kv_len);
-  const float low = recall < 3.5e-3f ? 0.1f * recall : 3.5e-4f;
+  const float low = recall < 2.8e-3f ? 0.1f * recall : 2.8e-4f;
   return low < even ? low : even;
 }
 

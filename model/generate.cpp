@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <chrono>
+#include <cmath>
 #include <optional>
 #include <utility>
 
@@ -10,6 +11,9 @@
 
 namespace thaw {
 namespace {
+
+constexpr float kUsualLead = 2;  // nats: the mean over prose and code
+constexpr float kLeads = 16;
 
 class Clock {
  public:
@@ -150,7 +154,10 @@ class Run {
     return *lead_;
   }
   // Whether a greedy choice hangs on less than ghosts may be wrong by.
-  bool hesitates() { return options_.second_look > 0 && thaws() && lead() < options_.second_look; }
+  bool hesitates() {
+    return options_.second_look > 0 && thaws() &&
+           lead() < options_.second_look * std::max(1.0f, mean_lead_ / kUsualLead);
+  }
   bool thaws() const { return kv_.options().policy.policy == Policy::kThaw; }
   bool verifies() const {
     return options_.verify > 0 && kv_.options().policy.policy != Policy::kFull;
@@ -218,6 +225,7 @@ class Run {
     if (options_.on_logits) options_.on_logits(logits_);
     if (!prediction_ && options_.check_logits) options_.check_logits(logits_);
     result_.least_lead = std::min(result_.least_lead, lead());
+    if (std::isfinite(lead())) mean_lead_ += (lead() - mean_lead_) / kLeads;
     const std::int32_t token =
         prediction_ ? sampler_.take(*prediction_) : sampler_.sample(choices());
     if (result_.first_token_seconds == 0) result_.first_token_seconds = clock_.seconds();
@@ -271,7 +279,8 @@ class Run {
   std::optional<std::int32_t> corrected_;  // drawn in its place
   std::span<const float> logits_;          // of the last pass, unless it left a prediction
   std::optional<Prediction> prediction_;
-  std::optional<float> lead_;  // of that pass, once it was asked for
+  std::optional<float> lead_;     // of that pass, once it was asked for
+  float mean_lead_ = kUsualLead;  // of the draws before, the newest kLeads the most
   Fingerprint fingerprint_;
 };
 

@@ -43,10 +43,12 @@ struct GenerateOptions {
   // Under a policy that freezes, tokens can run again as a prompt does, in one pass that attends
   // every token exactly; their keys and values are then exact, too. (Drafts from a sparse or
   // quantised cache that the whole cache verifies: MagicDec, 2408.11049; QuantSpec, 2502.10424.)
-  float second_look = 0;  // nats; thaw: they do when the sampler's lead() is less; 0: never
-  int verify = 0;         // they do when there are so many, and their draws are repeated; the first
-                          // that differs is taken back with all behind it, so that the text is that
-                          // of full. on_token sees a token once it is verified. 0: never
+  // Nats; thaw: they do when the sampler's lead() is less; 0: never. Where leads are more than 2
+  // nats in the mean, so much more: ghosts shift them by 2 to 4 % of that.
+  float second_look = 0;
+  int verify = 0;  // they do when there are so many, and their draws are repeated; the first
+                   // that differs is taken back with all behind it, so that the text is that
+                   // of full. on_token sees a token once it is verified. 0: never
   bool fingerprint = false;                    // take it of all logits that on_logits sees
   std::function<bool(std::int32_t)> is_end;    // tokens that end the text; empty: none does
   std::function<bool(std::int32_t)> on_token;  // every token when it is made; false stops

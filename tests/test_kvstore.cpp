@@ -159,7 +159,7 @@ TEST_CASE("ghost: the example of docs/kvstore.md, by hand") {
   score_ghosts(scores, kGhostGroup, &query, 1, group.data(), format, centre.key_unit);
   CHECK(scores[5] == doctest::Approx(-1.0).epsilon(0.02));  // 8 bits of query and scale
   const PolicyParams p;
-  for (const auto& [hits, steps] : {std::pair(1, 1), {3, 1}, {4, 2}, {100, 10}})
+  for (const auto& [hits, steps] : {std::pair(1, 1), {3, 2}, {4, 3}, {100, 15}})
     CHECK(stay_steps(p, hits) == steps);
   for (const auto& [low, steps] : {std::pair(3, 0), {4, 1}, {15, 1}, {16, 2}})
     CHECK(sleep_steps(p, low) == steps);

@@ -225,6 +225,27 @@ TEST_CASE(
   CHECK(some.kv->length() == twice.kv->length());
 }
 
+// The mean of leads is 2 nats before the first draw, and the newest counts a sixteenth.
+TEST_CASE("second look: where leads are long, a longer one hesitates") {
+  const auto sharp = [](float second_look, int max_tokens) {
+    Writer writer(Policy::kThaw);
+    for (float& x : writer.tiny.model.weights.final_norm) x *= 20;
+    writer.options.second_look = second_look, writer.options.max_tokens = max_tokens;
+    const int checks = writer.run().checks;
+    return std::pair(checks, writer.leads);
+  };
+  const std::vector<float> leads = sharp(0, 40).second;
+  const float least = 0.99f * *std::min_element(leads.begin() + 1, leads.end());
+  float mean = 2;
+  int first = 0;
+  for (; first < 40 && (first == 0 || leads[first] >= least * std::max(1.0f, mean / 2)); ++first)
+    mean += (leads[first] - mean) / 16;
+  REQUIRE(first > 1);
+  REQUIRE(first < 40);  // though none is below the least
+  CHECK(sharp(least, first).first == 0);
+  CHECK(sharp(least, first + 1).first == 1);
+}
+
 TEST_CASE("second look: none where nothing is chosen greedily, or no ghost answered") {
   const auto checks = [](Policy policy, float temperature) {
     Writer writer(policy, temperature);
