@@ -28,7 +28,6 @@ void add_state(SoftmaxState& a, const SoftmaxState& b) { merge(a, nullptr, b, nu
 
 void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   q_ = q;
-  n_heads_ = n_heads;
   group_ = n_heads / kv.n_kv_heads;
   dim_ = padded_dim(kv.head_dim);
   n_ranges_ = kv.ghosts.present() ? (kv.kv_len + kRangeTokens - 1) / kRangeTokens : 0;
@@ -45,8 +44,16 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   ghost_o_.resize(parts * dim_);
   recalled_state_.assign(parts, {});
   recalled_o_.resize(parts * dim_);
+  total_.resize(heads), ghost_mass_.resize(heads);
   ranges_.resize(kv.lanes.size() * n_ranges_);
   for (ExactScratch& s : scratch_) s.reserve(group_, kv.head_dim);
+  if (waits_.size() != static_cast<std::size_t>(kv.n_kv_heads))
+    waits_ = std::vector<Waits>(static_cast<std::size_t>(kv.n_kv_heads));
+  for (Waits& w : waits_) {
+    w.prepared.start(1), w.normalised.start(1);
+    w.scored.start(kv.lane_heads * (1 + n_ranges_));
+    w.answered.start(std::max(n_ranges_, 1));
+  }
 }
 
 void TieredDecode::prepare_head(const KvView& kv, int head) {
@@ -121,12 +128,12 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
 }
 
 // The normaliser that recalls are decided by: hot tokens and ghosts' estimates.
-void TieredDecode::normalise() {
-  total_ = hot_;
-  ghost_mass_.assign(static_cast<std::size_t>(n_heads_), 0.0f);
-  for (int head = 0; head < n_heads_; ++head)
+void TieredDecode::normalise(int lane, int queries) {
+  for (int head = lane * queries; head < (lane + 1) * queries; ++head) {
+    total_[head] = hot_[head];
     for (int range = 0; range < n_ranges_; ++range)
       add_state(total_[head], ghost_state_[at(head, range)]);
+  }
 }
 
 // Tokens of the range whose estimated probability, mean over the lane's queries, may be enough.
@@ -273,57 +280,73 @@ void TieredDecode::fill_recalled(AttentionStats::Lane& out, const KvView& kv, in
   }
 }
 
-void TieredDecode::fill_stats(AttentionStats& stats, const KvView& kv) const {
-  stats.lanes.resize(kv.lanes.size());
+void TieredDecode::fill_stats(AttentionStats::Lane& out, const KvView& kv, int lane) const {
   const int queries = queries_per_lane(kv);
   const float share = 1.0f / static_cast<float>(queries);
-  for (std::size_t i = 0; i < kv.lanes.size(); ++i) {
-    AttentionStats::Lane& lane = stats.lanes[i];
-    const std::size_t n = kv.lanes[i].tokens.size();
-    lane.entropy = lane.ghost_mass = 0;
-    lane.recalled.clear();
-    lane.probability.assign(n, 0.0f);
-    lane.relevance.assign(n, 0.0f);
-    for (int h = static_cast<int>(i) * queries; h < static_cast<int>(i + 1) * queries; ++h) {
-      const SoftmaxState& total = total_[h];
-      const float* scores = hot_scores_.data() + h * hot_stride_;
-      float *probability = lane.probability.data(), *relevance = lane.relevance.data();
-      const float weight = share / total.l;
+  const std::size_t n = kv.lanes[static_cast<std::size_t>(lane)].tokens.size();
+  out.entropy = out.ghost_mass = 0;
+  out.recalled.clear();
+  out.probability.assign(n, 0.0f);
+  out.relevance.assign(n, 0.0f);
+  for (int h = lane * queries; h < (lane + 1) * queries; ++h) {
+    const SoftmaxState& total = total_[h];
+    const float* scores = hot_scores_.data() + h * hot_stride_;
+    float *probability = out.probability.data(), *relevance = out.relevance.data();
+    const float weight = share / total.l;
 #pragma omp simd
-      for (std::size_t j = 0; j < n; ++j) {
-        probability[j] += weight * exp_fast(scores[j] - total.m);
-        relevance[j] += share * std::fabs(scores[j]);
-      }
-      lane.entropy += share * total.entropy();
-      lane.ghost_mass += share * ghost_mass_[h];
+    for (std::size_t j = 0; j < n; ++j) {
+      probability[j] += weight * exp_fast(scores[j] - total.m);
+      relevance[j] += share * std::fabs(scores[j]);
     }
-    fill_recalled(lane, kv, static_cast<int>(i));
+    out.entropy += share * total.entropy();
+    out.ghost_mass += share * ghost_mass_[h];
   }
+  fill_recalled(out, kv, lane);
+}
+
+// A task of pass 1 or 2 of a lane is done.
+void TieredDecode::count_scored(const KvView& kv, int lane) {
+  Waits& w = waits_[static_cast<std::size_t>(lane)];
+  if (!w.scored.arrive()) return;
+  normalise(lane, queries_per_lane(kv));
+  w.normalised.arrive();
+}
+
+void TieredDecode::finish_lane(float* o, AttentionStats& stats, const KvView& kv, int lane) {
+  const int queries = queries_per_lane(kv);
+  for (int head = lane * queries; head < (lane + 1) * queries; ++head)
+    finish_head(o + std::int64_t{head} * kv.head_dim, kv, head);
+  fill_stats(stats.lanes[static_cast<std::size_t>(lane)], kv, lane);
 }
 
 void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& kv,
                           AttentionStats& stats) {
   prepare(q, kv, n_heads);
-  const int kv_heads = kv.n_kv_heads;
-  pool_.run(kv_heads + (n_ranges_ > 0 ? n_heads : 0), [&](std::int64_t task, int thread) {
-    const int i = static_cast<int>(task);
-    if (i < kv_heads) return attend_hot(kv, i, scratch_[thread]);
-    prepare_head(kv, i - kv_heads);
+  stats.lanes.resize(kv.lanes.size());
+  const int n_kv = kv.n_kv_heads, n_scores = n_kv * n_ranges_, n_answers = std::max(n_ranges_, 1);
+  const int n_lanes = static_cast<int>(kv.lanes.size());
+  pool_.run(2 * n_kv + n_scores + n_lanes * n_answers, [&](std::int64_t task, int thread) {
+    int i = static_cast<int>(task);
+    if (i < n_kv) {
+      for (int g = 0; g < (n_ranges_ > 0 ? group_ : 0); ++g) prepare_head(kv, i * group_ + g);
+      waits_[static_cast<std::size_t>(i)].prepared.arrive();
+    } else if ((i -= n_kv) < n_kv) {
+      attend_hot(kv, i, scratch_[thread]);
+      count_scored(kv, i / kv.lane_heads);
+    } else if ((i -= n_kv) < n_scores) {
+      const int head = i / n_ranges_;
+      waits_[static_cast<std::size_t>(head)].prepared.wait();
+      score_range(kv, head, i % n_ranges_);
+      count_scored(kv, head / kv.lane_heads);
+    } else {
+      i -= n_scores;
+      const int lane = i / n_answers;
+      Waits& w = waits_[static_cast<std::size_t>(lane)];
+      w.normalised.wait();
+      if (n_ranges_ > 0) answer_range(kv, lane, i % n_answers, scratch_[thread]);
+      if (w.answered.arrive()) finish_lane(o, stats, kv, lane);
+    }
   });
-  pool_.run(kv_heads * n_ranges_, [&](std::int64_t task, int) {
-    const int i = static_cast<int>(task);
-    score_range(kv, i / n_ranges_, i % n_ranges_);
-  });
-  normalise();
-  pool_.run(std::ssize(kv.lanes) * n_ranges_, [&](std::int64_t task, int thread) {
-    const int i = static_cast<int>(task);
-    answer_range(kv, i / n_ranges_, i % n_ranges_, scratch_[thread]);
-  });
-  pool_.run(n_heads, [&](std::int64_t task, int) {
-    const int head = static_cast<int>(task);
-    finish_head(o + std::int64_t{head} * kv.head_dim, kv, head);
-  });
-  fill_stats(stats, kv);
 }
 
 }  // namespace thaw

@@ -12,12 +12,14 @@
 
 namespace thaw {
 
-// Three passes over the layer, each one loop of independent tasks:
-//   1. hot rows are attended, and queries prepared for ghosts.
+// Three passes over each lane:
+//   1. queries are prepared for ghosts, and hot rows are attended.
 //   2. ghosts are scored. All states together are the softmax's normaliser.
 //   3. ghosts of probability >= recall are replaced by exact tokens; the values of the rest are
 //      summed in rotated space, but for groups that are faint (kvstore/policy.h).
-// Then each head's partial states are merged in a fixed order.
+// Then each head's partial states are merged in a fixed order. The passes of all lanes are one loop
+// of tasks, in which a task waits for those before it that it needs, so that threads meet once a
+// layer and not once a pass; what ends a pass of a lane is done by its last task.
 class TieredDecode {
  public:
   explicit TieredDecode(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
@@ -32,18 +34,26 @@ class TieredDecode {
     std::vector<float> scores;           // query head x recalled: exact
   };
 
+  // What tasks wait for, of a k/v head and of a lane. There are at most as many lanes as heads.
+  struct alignas(64) Waits {
+    Countdown prepared;                      // of the head
+    Countdown scored, normalised, answered;  // of the lane
+  };
+
   void prepare(const float* q, const KvView& kv, int n_heads);
   void prepare_head(const KvView& kv, int head);
   void attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch);
   void score_range(const KvView& kv, int kv_head, int range);
-  void normalise();
+  void normalise(int lane, int queries);
   void answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void find_recalled(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void sum_values(const KvView& kv, int lane, int range);
   void sum_values(const KvView& kv, int head, int n, int range);
   void finish_head(float* o, const KvView& kv, int head);
-  void fill_stats(AttentionStats& stats, const KvView& kv) const;
+  void fill_stats(AttentionStats::Lane& out, const KvView& kv, int lane) const;
+  void count_scored(const KvView& kv, int lane);
+  void finish_lane(float* o, AttentionStats& stats, const KvView& kv, int lane);
   void fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const;
 
   std::size_t at(int head, int range) const {
@@ -57,7 +67,7 @@ class TieredDecode {
   ThreadPool& pool_;
   std::vector<ExactScratch> scratch_;  // one a thread
   const float* q_ = nullptr;
-  int n_heads_ = 0, group_ = 0, dim_ = 0, n_ranges_ = 0;
+  int group_ = 0, dim_ = 0, n_ranges_ = 0;
   std::size_t ghost_stride_ = 0, hot_stride_ = 0;
   std::vector<GhostQuery> queries_;           // per query head
   std::vector<float> doubt_;                  // per query head: Caution::factor()
@@ -72,6 +82,7 @@ class TieredDecode {
   std::vector<SoftmaxState> total_;           // per query head: first estimated, then final
   std::vector<float> ghost_mass_;             // per query head
   std::vector<Range> ranges_;                 // lane x range
+  std::vector<Waits> waits_;                  // per k/v head
 };
 
 }  // namespace thaw

@@ -10,4 +10,9 @@ inline void prefetch(const std::byte* from, std::size_t bytes) {
   for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
+template <class T>
+void prefetch(const T& number) {
+  __builtin_prefetch(&number);
+}
+
 }  // namespace thaw

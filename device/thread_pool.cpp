@@ -8,7 +8,7 @@
 namespace thaw {
 namespace {
 
-constexpr int kSpins = 10000;  // looks at memory before giving the core away: 0.1 to 0.4 ms
+constexpr int kSpins = 10000;         // looks at memory before giving the core away: 0.1 to 0.4 ms
 constexpr std::uint32_t kShares = 4;  // a thread takes its part of what is left in so many turns
 constexpr std::uint32_t kClosed = 0xffffffff;
 
@@ -20,7 +20,23 @@ void pause() {
 #endif
 }
 
+// Waits for others until done().
+template <class Done>
+void wait_until(const Done& done) {
+  for (int spins = 0; !done(); ++spins) {
+    if (spins < kSpins) {
+      pause();
+    } else {
+      std::this_thread::yield();  // to the thread that is waited for, if it waits for this core
+    }
+  }
+}
+
 }  // namespace
+
+void Countdown::wait() const {
+  wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
+}
 
 ThreadPool::ThreadPool(int n_threads) {
   require(n_threads >= 1, "threads: expected at least 1, found ", n_threads);
@@ -55,14 +71,7 @@ void ThreadPool::start(std::uint32_t n_tasks, Call call, const void* body) {
   loop_.store(loop);
   loop_.notify_all();
   take_tasks(0);
-  for (int spins = 0; done_.load(std::memory_order_acquire) != n_tasks; ++spins) {
-    if (spins < kSpins) {
-      pause();
-    } else {
-      std::this_thread::yield();  // to the thread that holds the last task, if it waits for this
-                                  // core
-    }
-  }
+  wait_until([this, n_tasks] { return done_.load(std::memory_order_acquire) == n_tasks; });
 }
 
 // Takes several tasks at a time while many are left: threads that count in turns wait for each

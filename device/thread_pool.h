@@ -27,6 +27,7 @@ class ThreadPool {
   // Calls body(task, thread) once for each task in [0, n_tasks), n_tasks < 2^32 - 1, and returns
   // when all have returned; thread is in [0, size()), and differs between calls that run at the
   // same time. body must not throw, and must not call run(). One caller at a time.
+  // Tasks are begun in ascending order, so that one may wait for those before it.
   template <class Body>
   void run(std::int64_t n_tasks, const Body& body) {
     if (size() == 1 || n_tasks <= 1) {
@@ -60,6 +61,18 @@ class ThreadPool {
   std::atomic<Call> call_ = nullptr;
   std::atomic<const void*> body_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> done_ = 0;  // tasks of the loop that have returned
+};
+
+// What tasks of a loop wait for: so many others.
+class Countdown {
+ public:
+  void start(int n) { left_.store(n, std::memory_order_relaxed); }
+  // Whether this was the last. Who waits, or is the last, sees what was written before.
+  bool arrive() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
+  void wait() const;
+
+ private:
+  std::atomic<int> left_ = 0;
 };
 
 }  // namespace thaw

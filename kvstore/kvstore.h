@@ -23,6 +23,8 @@
 
 namespace thaw {
 
+class ThreadPool;  // device/thread_pool.h
+
 enum class KvType : std::uint8_t { kF16, kBF16, kF32, kQ8_0, kQ4_0 };
 std::string_view kv_type_name(KvType type);           // "f16", "bf16", "f32", "q8_0", "q4_0"
 std::size_t kv_row_bytes(KvType type, int head_dim);  // of one key or value of one head
@@ -191,10 +193,13 @@ void check_shape(const KvShape& shape);
 void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase);
 
 // Throws Error when shape and options do not fit each other. The second form takes its memory from
-// the sources given: fast for the hot tier and ghosts, cold for the cold tier.
-std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options = {});
+// the sources given: fast for the hot tier and ghosts, cold for the cold tier. pool: whose threads
+// write ghosts, and which must outlive the store; null: the caller's alone.
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options = {},
+                                       ThreadPool* pool = nullptr);
 std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options,
                                        std::unique_ptr<PageSource> fast,
-                                       std::unique_ptr<PageSource> cold);
+                                       std::unique_ptr<PageSource> cold,
+                                       ThreadPool* pool = nullptr);
 
 }  // namespace thaw

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "device/error.h"
+#include "device/prefetch_cpu.h"
 
 namespace thaw {
 namespace {
@@ -206,6 +207,10 @@ void Residency::settle(const Moment& now, const AttentionStats::Lane& stats) {
 }
 
 void Residency::settle_thaw(const Moment& now, const AttentionStats::Lane& stats) {
+  for (int row = 0; row < lane_.n_rows(); ++row) {  // they stand far apart
+    const auto t = static_cast<std::size_t>(lane_.token(row));
+    prefetch(hits_[t]), prefetch(timer_[t]), prefetch(score_[t]);
+  }
   std::vector<int> leaving;
   for (int row = 0; row < lane_.n_rows(); ++row) {
     const std::int32_t token = lane_.token(row);

@@ -1,6 +1,7 @@
 // The store: tiers, lanes and the policy, step by step.
 #include <algorithm>
 #include <optional>
+#include <utility>
 
 #include "device/error.h"
 #include "kvstore/bounds.h"
@@ -20,7 +21,7 @@ constexpr int kCheckSteps = 64;  // decode steps between checks of every token
 class TieredKvStore final : public KvStore {
  public:
   TieredKvStore(const KvShape& shape, const KvOptions& options, std::unique_ptr<PageSource> fast,
-                std::unique_ptr<PageSource> cold);
+                std::unique_ptr<PageSource> cold, ThreadPool* pool);
 
   void begin(int n_tokens, Phase phase) override;
   void append(int layer, const float* k, const float* v, int n_tokens) override;
@@ -54,6 +55,7 @@ class TieredKvStore final : public KvStore {
   void make_residency(int kv_len);
   void seed(int kv_len);
   void count(int layer, const AttentionStats& stats);
+  void write_owed_ghosts();
   void finish_step();
   void check_from(int first) const;
 
@@ -68,6 +70,7 @@ class TieredKvStore final : public KvStore {
   std::vector<float> entropy_;    // budget: of each layer's attention to the prompt
   std::vector<int> appended_;     // tokens held, per layer
   std::vector<char> unsettled_;   // per layer: appended, and not settled yet
+  bool owes_ghosts_ = false;      // those of the running step's token, in all layers that have it
   Phase phase_ = Phase::kPrefill;
   int step_first_ = 0;   // first token of the step
   bool seeded_ = false;  // residency has been decided since the last exact step
@@ -77,14 +80,15 @@ class TieredKvStore final : public KvStore {
 };
 
 TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
-                             std::unique_ptr<PageSource> fast, std::unique_ptr<PageSource> cold)
+                             std::unique_ptr<PageSource> fast, std::unique_ptr<PageSource> cold,
+                             ThreadPool* pool)
     : shape_((check_shape(shape), shape)),
       options_(options),
       bounds_(shape_, options_),
       fast_(std::move(fast)),
       slow_(std::move(cold)),
       cold_(*slow_, shape, options.check),
-      ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens()),
+      ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), pool),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       appended_(static_cast<std::size_t>(shape.n_layers)),
       unsettled_(static_cast<std::size_t>(shape.n_layers)),
@@ -160,6 +164,7 @@ void TieredKvStore::make_residency(int kv_len) {
 void TieredKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   check_step(shape_, appended_, n_tokens, phase);
+  write_owed_ghosts();
   const int kv_len = first + n_tokens;
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
@@ -179,7 +184,10 @@ void TieredKvStore::append(int layer, const float* k, const float* v, int n_toke
   for (int t = 0; t < n_tokens; ++t)
     cold_.write(layer, n + t, k + std::int64_t{t} * width, v + std::int64_t{t} * width);
   n += n_tokens;
-  ghosts_.write(layer, cold_.rows(layer, n), n - n_tokens, n_tokens);
+  if (!exact() && ghosts_.has_centre(layer))
+    owes_ghosts_ = true;
+  else
+    ghosts_.write(layer, cold_.rows(layer, n), n - n_tokens, n_tokens);
   if (!exact())
     for (Residency& lane : lanes(layer)) lane.append(moment(layer, n), n - 1);
   unsettled_[static_cast<std::size_t>(layer)] = 1;
@@ -257,7 +265,15 @@ void TieredKvStore::settle(int layer, const AttentionStats& stats) {
   if (layer + 1 == shape_.n_layers) finish_step();
 }
 
+// Of a step of decode, if every layer has its token. Nobody asks for them in the step itself, in
+// which the token is hot, and so one loop writes them all.
+void TieredKvStore::write_owed_ghosts() {
+  const auto [least, most] = std::minmax_element(appended_.begin(), appended_.end());
+  if (std::exchange(owes_ghosts_, false) && *least == *most) ghosts_.write_newest(cold_, *most - 1);
+}
+
 void TieredKvStore::finish_step() {
+  write_owed_ghosts();
   if (exact()) seeded_ = false;
   if (phase_ == Phase::kDecode) {
     const KvUsage used = usage();
@@ -273,6 +289,7 @@ void TieredKvStore::finish_step() {
 void TieredKvStore::rewind(int position) {
   require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
           length(), ", found ", position);
+  write_owed_ghosts();
   ghosts_.cut(position);
   for (int& n : appended_) n = position;
   std::fill(unsettled_.begin(), unsettled_.end(), char{0});
@@ -351,16 +368,17 @@ float TieredKvStore::ghost_mass() const {
 
 }  // namespace
 
-std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) {
+std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options,
+                                       ThreadPool* pool) {
   return make_kv_store(
       shape, options, make_memory_pages(),
-      options.cold_file.empty() ? make_memory_pages() : make_file_pages(options.cold_file));
+      options.cold_file.empty() ? make_memory_pages() : make_file_pages(options.cold_file), pool);
 }
 
 std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options,
                                        std::unique_ptr<PageSource> fast,
-                                       std::unique_ptr<PageSource> cold) {
-  return std::make_unique<TieredKvStore>(shape, options, std::move(fast), std::move(cold));
+                                       std::unique_ptr<PageSource> cold, ThreadPool* pool) {
+  return std::make_unique<TieredKvStore>(shape, options, std::move(fast), std::move(cold), pool);
 }
 
 }  // namespace thaw

@@ -82,7 +82,7 @@ void ColdTier::check(int first, int last) const {
 }
 
 GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format,
-                     int centre_tokens)
+                     int centre_tokens, ThreadPool* pool)
     : source_(source),
       shape_(shape),
       format_(format),
@@ -93,7 +93,8 @@ GhostTier::GhostTier(PageSource& source, const KvShape& shape, const GhostFormat
       centres_(static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads),
       has_centre_(static_cast<std::size_t>(shape.n_layers)),
       carries_(means_.size() / 2),
-      carried_to_(static_cast<std::size_t>(shape.n_layers)) {}
+      carried_to_(static_cast<std::size_t>(shape.n_layers)),
+      pool_(pool) {}
 
 std::size_t GhostTier::page_bytes() const {
   return static_cast<std::size_t>(shape_.n_layers) * shape_.n_kv_heads *
@@ -190,24 +191,49 @@ void GhostTier::rebuild_carry(float* carry, int layer, int head, const KvRows& c
   }
 }
 
+// Tokens [first, last) of one group and head. is_whole: of a step that has no others, and so the
+// carry that the step before left is nobody else's to write.
+void GhostTier::write_some(int layer, int head, const KvRows& cold, int first, int last,
+                           bool is_whole) {
+  const GhostView ghosts = view(layer);
+  const std::size_t at = static_cast<std::size_t>(layer) * shape_.n_kv_heads + head;
+  float* left = carries_.data() + at * shape_.head_dim;
+  float carry[GhostQuery::kMaxDim] = {};
+  if (is_whole && carried_to_[static_cast<std::size_t>(layer)] == first)
+    std::copy_n(left, shape_.head_dim, carry);
+  else
+    rebuild_carry(carry, layer, head, cold, first);
+  for (int token = first; token < last; ++token)
+    write_one(const_cast<std::byte*>(ghosts.group(head, token / kGhostGroup)), layer, head, cold,
+              token, carry);
+  if (last == cold.n_rows) std::copy_n(carry, shape_.head_dim, left);
+}
+
 void GhostTier::write(int layer, const KvRows& cold, int first, int n) {
   if (!format_.present() || first + n < centre_tokens_) return;
-  if (!has_centre_[static_cast<std::size_t>(layer)]) {
+  if (!has_centre(layer)) {
     fix_centre(layer, cold);
     n += first;
     first = 0;
   }
-  const GhostView ghosts = view(layer);
-  int& carried_to = carried_to_[static_cast<std::size_t>(layer)];
-  for (int head = 0; head < shape_.n_kv_heads; ++head) {
-    const std::size_t at = static_cast<std::size_t>(layer) * shape_.n_kv_heads + head;
-    float* carry = carries_.data() + at * shape_.head_dim;
-    if (carried_to != first) rebuild_carry(carry, layer, head, cold, first);
-    for (int token = first; token < first + n; ++token)
-      write_one(const_cast<std::byte*>(ghosts.group(head, token / kGhostGroup)), layer, head, cold,
-                token, carry);
-  }
-  carried_to = first + n;
+  const int first_group = first / kGhostGroup, end = first + n;
+  const int n_groups = (end - 1) / kGhostGroup - first_group + 1;
+  run(shape_.n_kv_heads * n_groups, [&](std::int64_t task) {
+    const int begin = (first_group + static_cast<int>(task) % n_groups) * kGhostGroup;
+    write_some(layer, static_cast<int>(task) / n_groups, cold, std::max(first, begin),
+               std::min(end, begin + kGhostGroup), n == 1);
+  });
+  carried_to_[static_cast<std::size_t>(layer)] = end;
+}
+
+void GhostTier::write_newest(const ColdTier& cold, int token) {
+  const int n_heads = shape_.n_kv_heads;
+  run(shape_.n_layers * n_heads, [&](std::int64_t task) {
+    const int layer = static_cast<int>(task) / n_heads;
+    write_some(layer, static_cast<int>(task) % n_heads, cold.rows(layer, token + 1), token,
+               token + 1, true);
+  });
+  std::fill(carried_to_.begin(), carried_to_.end(), token + 1);
 }
 
 void GhostTier::cut(int position) {
@@ -218,7 +244,7 @@ void GhostTier::check(int layer, const KvRows& cold, int first, int last) const 
   const GhostView ghosts = view(layer);
   if (!ghosts.present()) return;
   std::vector<std::byte> group(format_.group_bytes());
-  float carry[GhostQuery::kMaxDim];
+  float carry[GhostQuery::kMaxDim] = {};
   for (int head = 0; head < shape_.n_kv_heads; ++head) {
     rebuild_carry(carry, layer, head, cold, first);
     for (int token = first; token < last; ++token) {

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "device/thread_pool.h"
 #include "kvstore/ghost.h"
 #include "kvstore/kvstore.h"
 #include "kvstore/pages.h"
@@ -40,13 +41,18 @@ class ColdTier {
 
 class GhostTier {
  public:
-  GhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format, int centre_tokens);
+  // pool: who writes; null: the caller alone.
+  GhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format, int centre_tokens,
+            ThreadPool* pool = nullptr);
 
   int centre_tokens() const { return centre_tokens_; }
+  bool has_centre(int layer) const { return has_centre_[static_cast<std::size_t>(layer)] != 0; }
   void reserve(int n_tokens);
   // Tokens [first, first + n) are in `cold` now: writes their ghosts; once the first centre_tokens
   // are there, fixes the centre by them and catches up.
   void write(int layer, const KvRows& cold, int first, int n);
+  // The same of one token in every layer at once; all have a centre.
+  void write_newest(const ColdTier& cold, int token);
   void cut(int position);  // without its first tokens a layer has no centre
   GhostView view(int layer) const;
   std::int64_t bytes() const;
@@ -57,10 +63,17 @@ class GhostTier {
  private:
   void fix_centre(int layer, const KvRows& cold);
   float fix_mean(float* mean, const KvRows& cold, int head, bool value) const;
+  void write_some(int layer, int head, const KvRows& cold, int first, int last, bool is_whole);
   void write_one(std::byte* group, int layer, int head, const KvRows& cold, int token,
                  float* carry) const;
   void rebuild_carry(float* carry, int layer, int head, const KvRows& cold, int token) const;
   std::size_t page_bytes() const;
+
+  template <class Body>
+  void run(std::int64_t n_tasks, const Body& body) {
+    if (pool_) return pool_->run(n_tasks, [&](std::int64_t task, int) { body(task); });
+    for (std::int64_t task = 0; task < n_tasks; ++task) body(task);
+  }
 
   PageSource& source_;
   KvShape shape_;
@@ -73,6 +86,7 @@ class GhostTier {
   std::vector<char> has_centre_;      // per layer
   std::vector<float> carries_;        // layer x head x head_dim, see write_ghost()
   std::vector<int> carried_to_;       // per layer: the token that its carries are for
+  ThreadPool* pool_;
 };
 
 }  // namespace thaw

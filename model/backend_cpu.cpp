@@ -22,7 +22,7 @@ class CpuBackend final : public Backend {
   Attention& attention() override { return *attention_; }
 
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override {
-    return thaw::make_kv_store(shape, options);
+    return thaw::make_kv_store(shape, options, &pool());
   }
 
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override {

@@ -68,7 +68,7 @@ void live(Transformer& transformer, KvStore& kv) {
 std::string history(const testing::TinyModel& tiny, Policy policy, int n_threads, Log& log) {
   const Config& c = tiny.model.config;
   Transformer transformer(tiny.model, n_threads);
-  auto kv = make_kv_store(kv_shape(c, 256), options(policy));
+  auto kv = transformer.backend().make_kv_store(kv_shape(c, 256), options(policy));
   kv->record(&log);
   live(transformer, *kv);
   return log.text();

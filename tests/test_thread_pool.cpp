@@ -56,6 +56,36 @@ TEST_CASE("thread pool: workers that went to sleep are woken") {
   }
 }
 
+TEST_CASE("thread pool: tasks wait for those before them, and see what they wrote") {
+  for (const int n_threads : {1, 2, 3, 9}) {
+    ThreadPool pool(n_threads);
+    for (int loop = 0; loop < 1000; ++loop) {
+      constexpr int kParts = 6, kChains = 4;
+      Countdown parts[kChains], sums[kChains];
+      for (Countdown& c : parts) c.start(kParts);
+      for (Countdown& c : sums) c.start(1);
+      int written[kChains * kParts] = {}, sum[kChains] = {}, read[kChains] = {};  // plain
+      pool.run(kChains * (kParts + 1), [&](std::int64_t task, int) {
+        const int i = static_cast<int>(task);
+        if (i < kChains * kParts) {
+          written[i] = i + 1;
+          const int chain = i / kParts;
+          if (!parts[chain].arrive()) return;  // the last one sees all
+          for (int part = 0; part < kParts; ++part) sum[chain] += written[chain * kParts + part];
+          sums[chain].arrive();
+        } else {
+          const int chain = i - kChains * kParts;
+          sums[chain].wait();
+          read[chain] = sum[chain];
+        }
+      });
+      for (int chain = 0; chain < kChains; ++chain)
+        if (read[chain] != kParts * kParts * chain + kParts * (kParts + 1) / 2)
+          FAIL("chain " << chain << " read " << read[chain]);
+    }
+  }
+}
+
 TEST_CASE("thread pool: no threads is an error") {
   CHECK(testing::error_of([] { ThreadPool pool(0); }) == "threads: expected at least 1, found 0");
 }
