@@ -33,6 +33,8 @@ kvstore/ghost_code.h|s/xc > 0 ? squares \/ xc/xc > 0 ? 0.9f * squares \/ xc/|the
 kvstore/ghost_sums_cpu.h|s/kBits == 4 ? 2 : 4;/8;/|16-bit sums
 kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
 kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
+kvstore/tiers.cpp|s/if (is_whole && carried_to_.*== first)/if (is_whole)/|a carry outlives a rewind
+kvstore/ghost.cpp|s/fmaf(kFeedback, carry\[j\], x\[j\])/x[j]/|values that make up for nothing
 kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
 # policies
 kvstore/residency.cpp|s/stats.probability\[t\], n_rows)/stats.probability[t], 1)/|h2o counts a prompt once
