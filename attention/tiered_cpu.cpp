@@ -128,7 +128,8 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
 }
 
 // The normaliser that recalls are decided by: hot tokens and ghosts' estimates.
-void TieredDecode::normalise(int lane, int queries) {
+void TieredDecode::normalise(const KvView& kv, int lane) {
+  const int queries = queries_per_lane(kv);
   for (int head = lane * queries; head < (lane + 1) * queries; ++head) {
     total_[head] = hot_[head];
     for (int range = 0; range < n_ranges_; ++range)
@@ -308,7 +309,7 @@ void TieredDecode::fill_stats(AttentionStats::Lane& out, const KvView& kv, int l
 void TieredDecode::count_scored(const KvView& kv, int lane) {
   Waits& w = waits_[static_cast<std::size_t>(lane)];
   if (!w.scored.arrive()) return;
-  normalise(lane, queries_per_lane(kv));
+  normalise(kv, lane);
   w.normalised.arrive();
 }
 

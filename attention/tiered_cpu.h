@@ -44,7 +44,7 @@ class TieredDecode {
   void prepare_head(const KvView& kv, int head);
   void attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch);
   void score_range(const KvView& kv, int kv_head, int range);
-  void normalise(int lane, int queries);
+  void normalise(const KvView& kv, int lane);
   void answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void find_recalled(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);

@@ -12,8 +12,8 @@ namespace thaw {
 struct GhostJob;
 
 // Groups have the bits that GhostTier gives them of the same keys and values. A layer has a centre,
-// and ghosts, while it has at least centre_tokens tokens; nothing but lengths says so, and so a
-// rewind needs nothing here.
+// and ghosts, while it has at least centre_tokens tokens; nothing but lengths says so, and a carry
+// says which token it is for, and so a rewind needs nothing here.
 class CudaGhostTier {
  public:
   // head_dim: a multiple of 8, at most GhostQuery::kMaxDim.

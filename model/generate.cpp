@@ -13,7 +13,7 @@ namespace thaw {
 namespace {
 
 constexpr float kUsualLead = 2;  // nats: the mean over prose and code
-constexpr float kLeads = 16;
+constexpr float kLeads = 16;     // a new one moves the mean by one part in so many
 
 class Clock {
  public:

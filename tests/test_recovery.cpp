@@ -216,9 +216,8 @@ struct Engine {
 
   explicit Engine(std::map<int, float> masses, bool turned = true, int capacity = 200) {
     const Config& c = tiny.model.config;
-    kv = std::make_unique<Troubled>(
-        make_kv_store(kv_shape(c, capacity, KvType::kF32)),
-        std::move(masses), turned);
+    kv = std::make_unique<Troubled>(make_kv_store(kv_shape(c, capacity, KvType::kF32)),
+                                    std::move(masses), turned);
     RecoveryParams params = up_to(Rung::kRewalk);
     params.z = 50, params.warmup = 2, params.cooldown = 1, params.rewalk_tokens = 4;
     recovery = std::make_unique<Recovery>(params);
