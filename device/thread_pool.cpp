@@ -38,7 +38,7 @@ void Countdown::wait() const {
   wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
 }
 
-ThreadPool::ThreadPool(int n_threads) {
+ThreadPool::ThreadPool(int n_threads) : parts_(static_cast<std::size_t>(std::max(n_threads, 0))) {
   require(n_threads >= 1, "threads: expected at least 1, found ", n_threads);
   try {
     for (int thread = 1; thread < n_threads; ++thread)

@@ -6,6 +6,7 @@
 // with other work on the cores, decode on two threads measured five times slower than on one.)
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -37,7 +38,33 @@ class ThreadPool {
     start(static_cast<std::uint32_t>(n_tasks), &invoke<Body>, &body);
   }
 
+  // As run(), without that order: each thread goes through an equal part of the tasks, in order,
+  // and then through what others have left of theirs. For tasks that read on in memory where the
+  // one before stopped: what is fetched ahead of a task is what the same thread needs next.
+  template <class Body>
+  void run_streams(std::int64_t n_tasks, const Body& body) {
+    for (int part = 0; part < size(); ++part)
+      parts_[part].next.store(first_of(part, n_tasks), std::memory_order_relaxed);
+    run(std::min<std::int64_t>(size(), n_tasks), [&](std::int64_t, int thread) {
+      for (int i = 0; i < size(); ++i) {
+        const int part = (thread + i) % size();
+        const std::int64_t end = first_of(part + 1, n_tasks);
+        std::atomic<std::int64_t>& next = parts_[part].next;
+        while (next.load(std::memory_order_relaxed) < end) {
+          const std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
+          if (task < end) body(task, thread);
+        }
+      }
+    });
+  }
+
  private:
+  struct alignas(64) Part {
+    std::atomic<std::int64_t> next = 0;
+  };
+
+  std::int64_t first_of(int part, std::int64_t n_tasks) const { return n_tasks * part / size(); }
+
   using Call = void (*)(const void* body, std::int64_t task, int thread);
 
   template <class Body>
@@ -50,6 +77,7 @@ class ThreadPool {
   void work(int thread);
   void stop();
 
+  std::vector<Part> parts_;  // of run_streams(), one for each thread
   std::vector<std::thread> workers_;
   std::atomic<bool> stopping_ = false;
   std::atomic<std::uint32_t> loop_ = 0;  // how many loops were started; workers wait for a change

@@ -75,7 +75,10 @@ float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n)
 // and all kRows rows of x: weights are read once. With stride 0 all weight rows are the first.
 template <DType kType, int kRows>
 void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64_t stride) {
-  constexpr std::int64_t kAhead = 4096;  // bytes; the hardware's prefetcher stops at every page
+  constexpr std::int64_t kBytes = dtype_info(kType).block_bytes;
+  // Rows follow each other in memory, and are fetched in that order, so far ahead that those of the
+  // next four are there when their first blocks are read; the hardware does not follow four rows.
+  const std::int64_t ahead = 8192 + kDotCols * stride;
   constexpr bool kNibbles = kType != DType::kQ8_0;
   constexpr int kHeader = kType == DType::kQ4_1 ? 4 : 2;
   constexpr int kOffset = kType == DType::kQ4_1 ? 1 : kType == DType::kQ4_0 ? -8 : 0;
@@ -86,7 +89,8 @@ void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64
   f32x8 offset[kRows] = {};  // odd elements are used
   for (std::int64_t b = 0; b < n_blocks; ++b, codes += kBlock, scales += 2) {
     const std::byte* rows[] = {w, w + stride, w + 2 * stride, w + 3 * stride};
-    for (const std::byte* row : rows) __builtin_prefetch(row + kAhead);
+    for (std::int64_t i = 0; i < kDotCols * kBytes; i += 64)
+      __builtin_prefetch(w + ahead + (kDotCols - 1) * kBytes * b + i);
     f32x8 header = load_halves(rows, 0);  // d and m of each row, where the format has an m
     if (kType != DType::kQ4_1)
       header = __builtin_shufflevector(header, header, 0, 0, 2, 2, 4, 4, 6, 6);
@@ -97,7 +101,7 @@ void dot_blocks(float* out, const Activations& x, const std::byte* w, std::int64
       if (kOffset != 0) offset[i] += scaled[i];
     }
     add_dots<kNibbles>(sums, scaled, codes, x.cols(), w + kHeader, stride);
-    w += dtype_info(kType).block_bytes;
+    w += kBytes;
   }
   for (int i = 0; i < kRows; ++i) {
     sums[i].finish(out + i * kDotCols);
@@ -218,6 +222,8 @@ void unpack_codes(Tile& tile, const Tensor& w, std::int64_t first_row, std::int6
       rows[r] =
           w.row(std::min(first_row + half * 8 + r, w.rows - 1)) + first_col / kBlock * block_bytes;
     for (std::int64_t b = 0; b < n / kBlock; b += kStep) {
+      for (int r = 0; r < 8; ++r)  // the next tile's
+        __builtin_prefetch(rows[r] + kTileCols * row_bytes(kType, w.cols));
       unpack_blocks<kType>(tile, b, std::min<std::int64_t>(kStep, n / kBlock - b), half, rows);
       for (const std::byte*& row : rows) row += kStep * block_bytes;
     }
@@ -368,7 +374,7 @@ void matmul(std::span<const Product> products, const Activations& x, ThreadPool&
     require(p.w->cols == x.cols(), p.w->name, ": cols: expected ", x.cols(), ", found ", p.w->cols);
     n_tasks += tasks(p);
   }
-  pool.run(n_tasks, [&](std::int64_t task, int) {
+  pool.run_streams(n_tasks, [&](std::int64_t task, int) {
     thread_local TileScratch scratch;
     std::int64_t i = task;
     const Product* p = products.data();

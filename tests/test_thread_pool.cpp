@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <memory>
 #include <set>
 #include <thread>
@@ -20,8 +21,10 @@ TEST_CASE("thread pool: every task runs once, before run returns, on a thread of
       const int n_tasks = random.below(40);
       std::vector<int> runs(40),
           threads(40);  // plain: a task that ran twice, or late, is a data race
-      pool.run(n_tasks,
-               [&](std::int64_t task, int thread) { ++runs[task], threads[task] = thread; });
+      const auto body = [&](std::int64_t task, int thread) {
+        ++runs[task], threads[task] = thread;
+      };
+      loop % 2 == 0 ? pool.run(n_tasks, body) : pool.run_streams(n_tasks, body);
       for (int task = 0; task < 40; ++task) {
         if (runs[task] != (task < n_tasks))
           FAIL("task " << task << " ran " << runs[task] << " times");
@@ -42,6 +45,28 @@ TEST_CASE("thread pool: threads share a loop, and two at a time never have the s
     --busy[thread];
   });
   CHECK(!shared_number);
+}
+
+TEST_CASE("thread pool: each streams through its part, and then helps one that is held up") {
+  ThreadPool pool(2);
+  std::vector<std::int64_t> order[2];
+  std::atomic<int> done = 0;
+  pool.run_streams(100, [&](std::int64_t task, int thread) {
+    order[thread].push_back(task);
+    while (task == 0 && done < 99) std::this_thread::yield();
+    ++done;
+  });
+  REQUIRE(order[0].size() + order[1].size() == 100);
+  REQUIRE(!order[0].empty());
+  REQUIRE(!order[1].empty());
+  CHECK(order[0][0] < 2);
+  CHECK(order[1][0] == 50);
+  for (auto& tasks : order) {
+    const auto second = std::stable_partition(tasks.begin(), tasks.end(),
+                                              [](std::int64_t task) { return task < 50; });
+    CHECK(std::is_sorted(tasks.begin(), second));
+    CHECK(std::is_sorted(second, tasks.end()));
+  }
 }
 
 TEST_CASE("thread pool: workers that went to sleep are woken") {
