@@ -159,7 +159,7 @@ void CpuAttention::attend_rows(const Problem& p) {
   states_.assign(work_.size() * max_rows_, {});
   outputs_.assign(work_.size() * max_rows_ * dim, 0.0f);
   for (ExactScratch& s : scratch_) s.reserve(max_rows_, p.kv.head_dim);
-  pool_.run(static_cast<std::int64_t>(work_.size()), [&](std::int64_t i, int thread) {
+  pool_.run_streams(static_cast<std::int64_t>(work_.size()), [&](std::int64_t i, int thread) {
     attend_exactly(&states_[i * max_rows_], &outputs_[i * max_rows_ * dim], exact_work(p, work_[i]),
                    p.kv.type, p.kv.head_dim, scratch_[thread]);
   });

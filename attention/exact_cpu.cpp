@@ -21,23 +21,22 @@ int round_up(int n, int to) { return (n + to - 1) / to * to; }
 // keys, values: [row][dim], padded with zeros to whole tiles of rows.
 void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType type, int head_dim,
                   int dim) {
-  const int n_padded = round_up(n, kTileCols);
   const std::size_t bytes = kv_row_bytes(type, head_dim);
-  for (int t = 0; t < n_padded; ++t) {
-    float* key = s.keys.data() + t * dim;
-    float* value = s.values.data() + t * dim;
-    const int used = t < n ? head_dim : 0;
-    if (t < n) {
-      const auto stored_key = [&](int i) { return w.rows->key(w.head, w.list ? w.list[i] : i); };
-      const std::byte* next = stored_key(std::min(first + t + kAhead, w.end - 1));
-      prefetch(next, bytes), prefetch(next + w.rows->value_offset, bytes);
-      const std::byte* from = stored_key(first + t);
-      load_row(key, from, head_dim, type);
-      load_row(value, from + w.rows->value_offset, head_dim, type);
+  const int fetched = w.list ? w.end : w.rows->n_rows;
+  const auto stored_key = [&](int i) { return w.rows->key(w.head, w.list ? w.list[i] : i); };
+  for (int t = 0; t < n; ++t) {
+    const std::byte* next = stored_key(std::min(first + t + kAhead, fetched - 1));
+    prefetch(next, bytes), prefetch(next + w.rows->value_offset, bytes);
+    const std::byte* from = stored_key(first + t);
+    for (float* to : {s.keys.data() + t * dim, s.values.data() + t * dim}) {
+      load_row(to, from, head_dim, type);
+      std::fill(to + head_dim, to + dim, 0.0f);
+      from += w.rows->value_offset;
     }
-    std::fill(key + used, key + dim, 0.0f);
-    std::fill(value + used, value + dim, 0.0f);
   }
+  const int n_padding = (round_up(n, kTileCols) - n) * dim;
+  std::fill_n(s.keys.data() + n * dim, n_padding, 0.0f);
+  std::fill_n(s.values.data() + n * dim, n_padding, 0.0f);
 }
 
 // scores: [query row][kExactBlock]. Many rows: keys are turned into tiles of [dim][16 rows].

@@ -25,7 +25,7 @@ void CudaColdTier::reserve(int n_tokens) {
 
 DeviceRows CudaColdTier::rows(int layer) const {
   const KvRows r = host_.rows(layer, 0);
-  return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows};
+  return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_shift};
 }
 
 std::size_t CudaColdTier::layer_bytes() const {

@@ -7,7 +7,7 @@
 
 namespace thaw {
 
-// Row i of a head stands in page i / page_rows. The table of pages is in device memory, the pages
+// Row i of a head stands in page i >> page_shift. The table of pages is in device memory, the pages
 // in device or pinned memory.
 struct DeviceRows {
   const std::byte* const* pages;
@@ -15,11 +15,12 @@ struct DeviceRows {
   std::size_t value_offset;  // bytes from a key to its value
   std::size_t head_stride;   // bytes from a head to the next
   std::size_t row_bytes;     // bytes from a row to the next
-  int page_rows;
+  int page_shift;            // a page has 2^page_shift rows of each head
 
+  __host__ __device__ int page_rows() const { return 1 << page_shift; }
   __device__ const std::byte* key(int head, int row) const {
-    return pages[row / page_rows] + offset + static_cast<std::size_t>(head) * head_stride +
-           static_cast<std::size_t>(row % page_rows) * row_bytes;
+    return pages[row >> page_shift] + offset + static_cast<std::size_t>(head) * head_stride +
+           static_cast<std::size_t>(row & (page_rows() - 1)) * row_bytes;
   }
   __device__ const std::byte* value(int head, int row) const {
     return key(head, row) + value_offset;

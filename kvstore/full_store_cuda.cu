@@ -84,7 +84,7 @@ CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const S
     view.rows.value_offset = kTierTokens * row;
     view.rows.head_stride = 2 * kTierTokens * row;
     view.rows.offset = static_cast<std::size_t>(layer) * shape.n_kv_heads * view.rows.head_stride;
-    view.rows.page_rows = kTierTokens;
+    view.rows.page_shift = kTierShift;
     view.kv_len = &place_.data()->kv_len;
     views_.push_back(view);
   }

@@ -27,8 +27,9 @@
 
 namespace thaw {
 
-inline constexpr int kGhostGroup = 32;     // tokens whose codes are interleaved
-inline constexpr int kTierTokens = 128;    // of a page of a tier
+inline constexpr int kGhostGroup = 32;  // tokens whose codes are interleaved
+inline constexpr int kTierShift = 7;
+inline constexpr int kTierTokens = 1 << kTierShift;  // of a page of a tier
 inline constexpr int kChainTokens = 8;     // of a group, whose values' errors are fed back
 inline constexpr int kCentreTokens = 128;  // tokens whose mean is mu; all are hot until then
 

@@ -45,20 +45,21 @@ struct KvShape {
 // row, which sees what the policy shows it.
 enum class Phase : std::uint8_t { kPrefill, kDecode };
 
-// Rows of keys and values, in pages. Row i of a head stands in page i / page_rows.
+// Rows of keys and values, in pages. Row i of a head stands in page i >> page_shift.
 struct KvRows {
   std::span<const std::byte* const> pages;
   std::size_t offset = 0;        // bytes from a page's start to its first key of head 0
   std::size_t value_offset = 0;  // bytes from a key to its value
   std::size_t head_stride = 0;   // bytes from a head to the next
   std::size_t row_bytes = 0;     // bytes from a row to the next
-  int page_rows = 1;
+  int page_shift = 0;            // a page has 2^page_shift rows of each head
   int n_rows = 0;
 
+  int page_rows() const { return 1 << page_shift; }
   const std::byte* key(int head, int row) const {
-    return pages[static_cast<std::size_t>(row / page_rows)] + offset +
+    return pages[static_cast<std::size_t>(row >> page_shift)] + offset +
            static_cast<std::size_t>(head) * head_stride +
-           static_cast<std::size_t>(row % page_rows) * row_bytes;
+           static_cast<std::size_t>(row & (page_rows() - 1)) * row_bytes;
   }
   const std::byte* value(int head, int row) const { return key(head, row) + value_offset; }
 };

@@ -106,7 +106,7 @@ LaneView Lane::view() const {
   view.hot.value_offset = kv_row_;
   view.hot.head_stride = kHotPageRows * 2 * kv_row_;
   view.hot.row_bytes = 2 * kv_row_;
-  view.hot.page_rows = kHotPageRows;
+  view.hot.page_shift = kHotPageShift;
   view.hot.n_rows = n_rows();
   view.tokens = tokens_;
   view.hot_mask = mask_;

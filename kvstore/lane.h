@@ -13,7 +13,8 @@
 
 namespace thaw {
 
-inline constexpr int kHotPageRows = 8;
+inline constexpr int kHotPageShift = 3;
+inline constexpr int kHotPageRows = 1 << kHotPageShift;
 
 // Pages of kHotPageRows rows that lanes borrow. What was ever needed at once stays allocated.
 class HotArena {

@@ -71,7 +71,7 @@ CudaLanes::CudaLanes(PageSource& source, const KvShape& shape, const PolicyParam
   lanes_.hot.value_offset = lanes_.kv_row;
   lanes_.hot.row_bytes = 2 * lanes_.kv_row;
   lanes_.hot.head_stride = kHotPageRows * 2 * lanes_.kv_row;
-  lanes_.hot.page_rows = kHotPageRows;
+  lanes_.hot.page_shift = kHotPageShift;
   const auto lanes = static_cast<std::size_t>(n_lanes_);
   const std::size_t words = lanes * lanes_.mask_words;
   n_rows_ = zeros<std::int32_t>(lanes, stream);

@@ -39,7 +39,7 @@ KvRows ColdTier::rows(int layer, int n_rows) const {
   rows.value_offset = kTierTokens * kv_row_;
   rows.head_stride = 2 * kTierTokens * kv_row_;
   rows.offset = static_cast<std::size_t>(layer) * shape_.n_kv_heads * rows.head_stride;
-  rows.page_rows = kTierTokens;
+  rows.page_shift = kTierShift;
   rows.n_rows = n_rows;
   return rows;
 }

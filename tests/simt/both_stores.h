@@ -215,12 +215,12 @@ class BothStores {
     const int n = static_cast<int>(lane.tokens.size());
     const auto pages =
         read(hot.rows.pages + static_cast<std::ptrdiff_t>(i) * hot.lane_pages,
-             static_cast<std::size_t>((n + hot.rows.page_rows - 1) / hot.rows.page_rows));
+             static_cast<std::size_t>((n + hot.rows.page_rows() - 1) / hot.rows.page_rows()));
     const std::size_t bytes = hot.rows.head_stride * static_cast<std::size_t>(hot.lane_heads);
     int n_wrong = 0;
-    for (int first = 0; first < n; first += hot.rows.page_rows) {
-      const auto page = read(pages[static_cast<std::size_t>(first / hot.rows.page_rows)], bytes);
-      for (int row = first; row < std::min(n, first + hot.rows.page_rows); ++row) {
+    for (int first = 0; first < n; first += hot.rows.page_rows()) {
+      const auto page = read(pages[static_cast<std::size_t>(first / hot.rows.page_rows())], bytes);
+      for (int row = first; row < std::min(n, first + hot.rows.page_rows()); ++row) {
         for (int head = 0; head < hot.lane_heads; ++head) {
           const std::size_t at = static_cast<std::size_t>(head) * hot.rows.head_stride +
                                  static_cast<std::size_t>(row - first) * hot.rows.row_bytes;

@@ -27,7 +27,7 @@ class DevicePages {
     kv_len_ = DeviceBuffer<std::int32_t>(1, "kv_len");
     copy_to_device(kv_len_.data(), &view_.kv_len, 1, stream);
     const KvRows& r = view_.cold;
-    device_ = {{table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows},
+    device_ = {{table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_shift},
                kv_len_.data()};
     view_.device = &device_;
     stream.synchronize();

@@ -118,7 +118,8 @@ class DeviceTiers {
   }
 
  private:
-  static constexpr int kPageRows = 24, kPageGroups = DeviceGhosts::kPageGroups;
+  static constexpr int kPageShift = 4, kPageRows = 1 << kPageShift;
+  static constexpr int kPageGroups = DeviceGhosts::kPageGroups;
   static constexpr std::size_t kHotOffset = 48, kGhostOffset = 64;
 
   std::size_t room() const { return static_cast<std::size_t>(room_); }
@@ -171,12 +172,12 @@ class DeviceTiers {
     const std::size_t lanes = static_cast<std::size_t>(n_lanes_), all = lanes * room();
     float* numbers = floats_.data();
     const std::size_t row = 2 * kv_row_;
-    device_.rows = {cold_.table(), 0, kv_row_, kTierTokens * row, row, kTierTokens};
+    device_.rows = {cold_.table(), 0, kv_row_, kTierTokens * row, row, kTierShift};
     device_.kv_len = counts_.data() + 2 * lanes;
     device_.recall = numbers + floats_.size() - 1;
     device_.caution = view.caution;
     device_.hot = {n_lanes_, lane_heads_, room_, mask_words_,
-                   {hot_.table(), kHotOffset, kv_row_, kPageRows * row, row, kPageRows},
+                   {hot_.table(), kHotOffset, kv_row_, kPageRows * row, row, kPageShift},
                    lane_pages_, counts_.data(), tokens_.data(), mask_.data()};
     device_.stats = {room_, numbers, numbers + all, numbers + 4 * all, numbers + 4 * all + lanes,
                      room_, counts_.data() + lanes, recalled_.data(), numbers + 2 * all};

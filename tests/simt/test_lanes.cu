@@ -128,7 +128,7 @@ class BothLanes {
  private:
   DeviceRows cold_rows() const {
     const KvRows r = cold_.rows(0, 0);
-    return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows};
+    return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_shift};
   }
 
   template <class T>

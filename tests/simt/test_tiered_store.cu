@@ -74,7 +74,7 @@ namespace {
 std::vector<std::byte> rows_on_device(const KvView& view, const KvShape& shape,
                                       const Stream& stream) {
   const DeviceRows& rows = view.device->rows;
-  std::vector<const std::byte*> pages(static_cast<std::size_t>(view.kv_len / rows.page_rows + 1));
+  std::vector<const std::byte*> pages(static_cast<std::size_t>(view.kv_len / rows.page_rows() + 1));
   copy_to_host(pages.data(), rows.pages, pages.size(), stream);
   const auto bytes = kv_row_bytes(shape.type, shape.head_dim);
   std::vector<std::byte> all(static_cast<std::size_t>(2 * shape.n_kv_heads * view.kv_len) * bytes);
@@ -82,10 +82,10 @@ std::vector<std::byte> rows_on_device(const KvView& view, const KvShape& shape,
   for (int token = 0; token < view.kv_len; ++token)
     for (int head = 0; head < shape.n_kv_heads; ++head)
       for (const std::size_t value : {std::size_t{0}, rows.value_offset}) {
-        const std::byte* page = pages[static_cast<std::size_t>(token / rows.page_rows)];
+        const std::byte* page = pages[static_cast<std::size_t>(token / rows.page_rows())];
         copy_to_host(to,
                      page + rows.offset + static_cast<std::size_t>(head) * rows.head_stride +
-                         value + static_cast<std::size_t>(token % rows.page_rows) * rows.row_bytes,
+                         value + static_cast<std::size_t>(token % rows.page_rows()) * rows.row_bytes,
                      bytes, stream);
         to += bytes;
       }

@@ -100,7 +100,7 @@ class BothTiers {
  private:
   DeviceRows device_rows(int layer) const {
     const KvRows r = cold_.rows(layer, length_);
-    return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_rows};
+    return {table_.data(), r.offset, r.value_offset, r.head_stride, r.row_bytes, r.page_shift};
   }
 
   int centre_differs(const GhostCentre& cpu, const DeviceGhosts& cuda, int head) {
