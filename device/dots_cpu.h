@@ -8,6 +8,15 @@
 namespace thaw {
 
 inline constexpr int kDotCols = 4;  // weight rows that are taken together
+using f32x4 = float __attribute__((vector_size(16)));
+
+// The sums of elements 0 to 3 of a, of b, of elements 4 to 7 of a, of b.
+inline f32x4 sums_of_fours(f32x8 a, f32x8 b) {
+  const f32x8 pairs = __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13) +
+                      __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+  return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) +
+         __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
+}
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
@@ -21,9 +30,11 @@ using f32x16 = float __attribute__((vector_size(64)));
 struct DotSums {
   f32x16 rows = {};
 
-  void finish(float* out) const {
-    for (int r = 0; r < kDotCols; ++r)
-      out[r] = (rows[4 * r] + rows[4 * r + 2]) + (rows[4 * r + 1] + rows[4 * r + 3]);
+  f32x4 total() const {
+    f32x8 halves[2];
+    std::memcpy(halves, &rows, sizeof rows);
+    const f32x4 sums = sums_of_fours(halves[0], halves[1]);
+    return __builtin_shufflevector(sums, sums, 0, 2, 1, 3);
   }
 };
 
@@ -103,13 +114,7 @@ inline constexpr int kDotRows = 3;
 struct DotSums {
   f32x8 pairs[2] = {};
 
-  void finish(float* out) const {
-    for (int r = 0; r < kDotCols; ++r) {
-      const f32x8& v = pairs[r % 2];
-      const int at = r / 2 * 4;
-      out[r] = (v[at] + v[at + 2]) + (v[at + 1] + v[at + 3]);
-    }
-  }
+  f32x4 total() const { return sums_of_fours(pairs[0], pairs[1]); }
 };
 
 inline i16x16 load_twice(const std::int16_t* p) {  // 16 bytes
