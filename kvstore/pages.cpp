@@ -4,7 +4,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdint>
 #include <cstring>
 #include <vector>
 
@@ -23,13 +25,20 @@ class Mappings {
   Mappings(const Mappings&) = delete;
   Mappings& operator=(const Mappings&) = delete;
 
-  std::byte* map(std::size_t bytes, int flags, int file, off_t offset, const char* what) {
+  // Null when the system refuses.
+  std::byte* try_map(std::size_t bytes, int flags, int file = -1, off_t offset = 0) {
     mappings_.reserve(mappings_.size() + 1);
     void* data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, file, offset);
-    if (data == MAP_FAILED)
-      fail("KV store: no memory for ", what, ": ", bytes, " bytes: ", std::strerror(errno));
+    if (data == MAP_FAILED) return nullptr;
     mappings_.push_back({data, bytes});
     return static_cast<std::byte*>(data);
+  }
+
+  std::byte* map(std::size_t bytes, const char* what, int flags, int file = -1, off_t offset = 0) {
+    std::byte* data = try_map(bytes, flags, file, offset);
+    if (!data)
+      fail("KV store: no memory for ", what, ": ", bytes, " bytes: ", std::strerror(errno));
+    return data;
   }
 
  private:
@@ -40,13 +49,37 @@ class Mappings {
   std::vector<Mapping> mappings_;
 };
 
+// Pages lie side by side in regions of address space that the system is asked to back with huge
+// pages: a step reads from more small ones than the CPU can look up fast.
 class MemoryPages final : public PageSource {
  public:
   std::byte* take(std::size_t bytes, const char* what) override {
-    return mappings_.map(bytes, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0, what);
+    bytes = (bytes + kLine - 1) / kLine * kLine;
+    if (bytes > left_) open_region(bytes, what);
+    std::byte* page = next_;
+    next_ += bytes, left_ -= bytes;
+    return page;
   }
 
  private:
+  static constexpr std::size_t kLine = 64, kHuge = std::size_t{2} << 20, kRegion = 32 * kHuge;
+  static constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS;
+
+  void open_region(std::size_t bytes, const char* what) {
+    const std::size_t most = std::max(bytes + kHuge, kRegion);
+    left_ = 0;
+    if ((next_ = mappings_.try_map(most, kFlags))) {
+      const std::size_t before = -reinterpret_cast<std::uintptr_t>(next_) % kHuge;
+      next_ += before, left_ = most - before;
+      ::madvise(next_, left_, MADV_HUGEPAGE);  // a wish
+    } else {
+      next_ = mappings_.map(bytes, what, kFlags);
+      left_ = bytes;
+    }
+  }
+
+  std::byte* next_ = nullptr;
+  std::size_t left_ = 0;
   Mappings mappings_;
 };
 
@@ -65,7 +98,7 @@ class FilePages final : public PageSource {
     if (const int error = ::posix_fallocate(file_, end_, size))
       fail("cold file ", printable(path_), ": no room for ", what, ": ", size, " bytes after ",
            end_, ": ", std::strerror(error));
-    std::byte* data = mappings_.map(bytes, MAP_SHARED, file_, end_, what);
+    std::byte* data = mappings_.map(bytes, what, MAP_SHARED, file_, end_);
     end_ += size;
     return data;
   }
