@@ -6,7 +6,6 @@
 // with other work on the cores, decode on two threads measured five times slower than on one.)
 #pragma once
 
-#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -31,11 +30,7 @@ class ThreadPool {
   // Tasks are begun in ascending order, so that one may wait for those before it.
   template <class Body>
   void run(std::int64_t n_tasks, const Body& body) {
-    if (size() == 1 || n_tasks <= 1) {
-      for (std::int64_t task = 0; task < n_tasks; ++task) body(task, 0);
-      return;
-    }
-    start(static_cast<std::uint32_t>(n_tasks), &invoke<Body>, &body);
+    run_parts(n_tasks, 1, body);
   }
 
   // As run(), without that order: each thread goes through an equal part of the tasks, in order,
@@ -43,28 +38,10 @@ class ThreadPool {
   // one before stopped: what is fetched ahead of a task is what the same thread needs next.
   template <class Body>
   void run_streams(std::int64_t n_tasks, const Body& body) {
-    for (int part = 0; part < size(); ++part)
-      parts_[part].next.store(first_of(part, n_tasks), std::memory_order_relaxed);
-    run(std::min<std::int64_t>(size(), n_tasks), [&](std::int64_t, int thread) {
-      for (int i = 0; i < size(); ++i) {
-        const int part = (thread + i) % size();
-        const std::int64_t end = first_of(part + 1, n_tasks);
-        std::atomic<std::int64_t>& next = parts_[part].next;
-        while (next.load(std::memory_order_relaxed) < end) {
-          const std::int64_t task = next.fetch_add(1, std::memory_order_relaxed);
-          if (task < end) body(task, thread);
-        }
-      }
-    });
+    run_parts(n_tasks, size(), body);
   }
 
  private:
-  struct alignas(64) Part {
-    std::atomic<std::int64_t> next = 0;
-  };
-
-  std::int64_t first_of(int part, std::int64_t n_tasks) const { return n_tasks * part / size(); }
-
   using Call = void (*)(const void* body, std::int64_t task, int thread);
 
   template <class Body>
@@ -72,20 +49,34 @@ class ThreadPool {
     (*static_cast<const Body*>(body))(task, thread);
   }
 
-  void start(std::uint32_t n_tasks, Call call, const void* body);
+  template <class Body>
+  void run_parts(std::int64_t n_tasks, int n_parts, const Body& body) {
+    if (size() == 1 || n_tasks <= 1) {
+      for (std::int64_t task = 0; task < n_tasks; ++task) body(task, 0);
+      return;
+    }
+    start(static_cast<std::uint32_t>(n_tasks), n_parts, &invoke<Body>, &body);
+  }
+
+  // The loop in the high half, the part's next task in the low one: a task is taken by counting
+  // this up, which fails once the loop is over.
+  struct alignas(64) Part {
+    std::atomic<std::uint64_t> ticket = 0;
+  };
+
+  void start(std::uint32_t n_tasks, int n_parts, Call call, const void* body);
   void take_tasks(int thread);
+  bool take_from(int part, int thread);
   void work(int thread);
   void stop();
 
-  std::vector<Part> parts_;  // of run_streams(), one for each thread
+  std::vector<Part> parts_;  // one a thread; run() uses the first
   std::vector<std::thread> workers_;
   std::atomic<bool> stopping_ = false;
   std::atomic<std::uint32_t> loop_ = 0;  // how many loops were started; workers wait for a change
-  // The loop in the high half, its next task in the low one: a task is taken by counting this up,
-  // which fails once the loop is over. The three below belong to the loop, and change while this is
-  // closed.
-  std::atomic<std::uint64_t> ticket_ = 0;
+  // The four below belong to the loop, and change while all parts are closed.
   std::atomic<std::uint32_t> n_tasks_ = 0;
+  std::atomic<int> n_parts_ = 0;
   std::atomic<Call> call_ = nullptr;
   std::atomic<const void*> body_ = nullptr;
   alignas(64) std::atomic<std::uint32_t> done_ = 0;  // tasks of the loop that have returned
