@@ -97,10 +97,11 @@ int context_tokens(const CommonOptions& o, const Config& config) {
 }
 
 void require_finite(std::span<const float> logits, const Model& model) {
-  for (const float x : logits) {
-    require(std::isfinite(x), model.path.string(), ": logits: expected finite numbers, found ", x,
-            "; thaw inspect --check looks for NaN among the weights");
-  }
+  const auto finite = [](float x) { return std::isfinite(x); };
+  const auto other = std::find_if_not(logits.begin(), logits.end(), finite);
+  if (other == logits.end()) return;
+  fail(model.path.string(), ": logits: expected finite numbers, found ", *other,
+       "; thaw inspect --check looks for NaN among the weights");
 }
 
 std::string describe(const Config& c) {
