@@ -86,7 +86,7 @@ __device__ inline void split_rope_rows(float* shared, const GhostQueryLayout& at
 #pragma unroll 4
   for (int i = static_cast<int>(threadIdx.x); i < at.n_rows * kQuads; i += kTiledThreads) {
     const int row = i / kQuads, place = i % kQuads * 4, power = row - 2 * n_fast;
-    const int from = power >= 0 ? row : row / 2 + row % 2 * n_fast;
+    const int from = row / 2 + row % 2 * (n_fast + 2);
     float4 x = make_float4(0, 0, 0, 0);
     if (power < 4) x = reinterpret_cast<const float4*>(rope.rows)[from * kQuads + i % kQuads];
     const float factor = power > 0 && power < 4 ? 1.0f / cubic_scale(power) : 1.0f;

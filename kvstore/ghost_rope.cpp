@@ -44,10 +44,10 @@ GhostRope::GhostRope(const KvRope& rope, int head_dim) {
     const float* angles = &within_[static_cast<std::size_t>(2 * half) * place];
     for (int i = 0; i < n_fast_; ++i) {
       rows_[i * kSpan + place] = angles[i];
-      rows_[(n_fast_ + i) * kSpan + place] = angles[half + i];
+      rows_[(n_rows() / 2 + i) * kSpan + place] = angles[half + i];
     }
     for (int power = 0; power < 4; ++power)
-      rows_[(2 * n_fast_ + power) * kSpan + place] =
+      rows_[(power % 2 * n_rows() / 2 + n_fast_ + power / 2) * kSpan + place] =
           static_cast<float>(std::pow(place - kMiddle, power));
   }
 }
@@ -94,7 +94,8 @@ void GhostRope::prepare(GhostQuery& query, const float* q, const float* centre) 
 }
 
 // phi is the angle of the middle of a span, plus theta s with s the place from there: both terms
-// above, turned by the former, meet cos theta s and sin theta s, or their cubics.
+// above, turned by the former, meet cos theta s and sin theta s, or their cubics. Terms that are
+// even in s, then those that are odd.
 void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const {
   const int n = n_pairs();
   const float* cosine = &middle_[static_cast<std::size_t>(span) * 2 * n];
@@ -113,26 +114,40 @@ void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const 
     c3 -= b * cube[i];
   }
   std::copy_n(even, n_fast_, row);
-  std::copy_n(odd, n_fast_, row + n_fast_);
-  row += 2 * n_fast_;
-  row[0] = c0, row[1] = c1, row[2] = c2, row[3] = c3;
+  row += n_fast_;
+  row[0] = c0, row[1] = c2;
+  std::copy_n(odd, n_fast_, row + 2);
+  row += 2 + n_fast_;
+  row[0] = c1, row[1] = c3;
 }
 
+// Places as far before the middle as behind it share both halves of their sums: even terms are the
+// same there, odd ones the opposite.
 void GhostRope::score_centre(float* scores, std::size_t stride, const GhostQuery* queries,
                              int n_queries, int first_span, int n_spans) const {
-  constexpr int kMost = GhostQuery::kMaxDim + 4;
-  float turned[kTileRows * kMost], sums[kTileRows * kSpan];
+  constexpr int kMost = GhostQuery::kMaxDim + 4, kHalf = kSpan / 2;
+  const int n_terms = n_rows() / 2;
+  float turned[kTileRows * kMost], sums[2][kTileRows * kHalf];
   for (int first = 0; first < n_spans * n_queries; first += kTileRows) {
     const int n = std::min(kTileRows, n_spans * n_queries - first);
     for (int r = 0; r < n; ++r)
       turn_query(turned + r * kMost, queries[(first + r) % n_queries],
                  first_span + (first + r) / n_queries);
-    std::fill_n(sums, n * kSpan, 0.0f);
-    for (int j = 0; j < kSpan; j += kTileCols)
-      tile_multiply(sums + j, kSpan, turned, kMost, n, &rows_[j], kSpan, n_rows());
-    for (int r = first; r < first + n; ++r)
-      std::copy_n(sums + (r - first) * kSpan, kSpan,
-                  scores + r % n_queries * stride + r / n_queries * kSpan);
+    for (int odd = 0; odd < 2; ++odd) {
+      std::fill_n(sums[odd], n * kHalf, 0.0f);
+      for (int j = 0; j < kHalf; j += kTileCols)
+        tile_multiply(sums[odd] + j, kHalf, turned + odd * n_terms, kMost, n,
+                      &rows_[odd * n_terms * kSpan + kHalf + j], kSpan, n_terms);
+    }
+    for (int r = 0; r < n; ++r) {
+      const float *even = sums[0] + r * kHalf, *odd = sums[1] + r * kHalf;
+      float* middle =
+          scores + (first + r) % n_queries * stride + (first + r) / n_queries * kSpan + kHalf;
+#pragma omp simd
+      for (int j = 0; j < kHalf; ++j) middle[j] = even[j] + odd[j];
+#pragma omp simd
+      for (int j = 0; j < kHalf; ++j) middle[-1 - j] = even[j] - odd[j];
+    }
   }
 }
 

@@ -63,7 +63,9 @@ class GhostRope {
   int n_fast_ = 0;
   std::vector<float> cubic_;   // {1, theta, theta^2 / 2, theta^3 / 6} x pair; 0 for fast ones
   std::vector<float> within_;  // angles from the middle of a span to each of its places
-  std::vector<float> rows_;    // what score_centre() multiplies: n_rows x kSpan
+  // What score_centre() multiplies, n_rows x kSpan: cosines of fast pairs, powers 0 and 2 of the
+  // place from the middle; sines, powers 1 and 3.
+  std::vector<float> rows_;
   std::vector<float> middle_;  // angles at the middle of each span
   int n_spans_ = 0;
 };
