@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "device/error.h"
 #include "device/fast_math.h"
 #include "device/prefetch_cpu.h"
 
@@ -46,6 +47,7 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   recalled_o_.resize(parts * dim_);
   total_.resize(heads), ghost_mass_.resize(heads);
   ranges_.resize(kv.lanes.size() * n_ranges_);
+  if (scorers_.size() < ranges_.size()) scorers_ = std::vector<std::atomic<int>>(ranges_.size());
   for (ExactScratch& s : scratch_) s.reserve(group_, kv.head_dim);
   if (waits_.size() != static_cast<std::size_t>(kv.n_kv_heads))
     waits_ = std::vector<Waits>(static_cast<std::size_t>(kv.n_kv_heads));
@@ -235,6 +237,20 @@ void TieredDecode::sum_values(const KvView& kv, int head, int n, int range) {
   }
 }
 
+// A range of the lane that nobody answers for yet, if possible one that this thread has scored. Of
+// n ranges, n calls find one each: a range that is claimed stays so.
+int TieredDecode::claim_range(int lane, int thread) {
+  std::atomic<int>* scorers = scorers_.data() + static_cast<std::size_t>(lane) * n_ranges_;
+  for (const bool own : {true, false}) {
+    for (int range = 0; range < n_ranges_; ++range) {
+      int scorer = scorers[range].load(std::memory_order_relaxed);
+      if (scorer == kClaimed || (own && scorer != thread)) continue;
+      if (scorers[range].compare_exchange_strong(scorer, kClaimed)) return range;
+    }
+  }
+  fail("attend: lane ", lane, ": expected a range that is not claimed, found none");
+}
+
 void TieredDecode::answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch) {
   find_recalled(kv, lane, range);
   recall(kv, lane, range, scratch);
@@ -338,13 +354,16 @@ void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& k
       const int head = i / n_ranges_;
       waits_[static_cast<std::size_t>(head)].prepared.wait();
       score_range(kv, head, i % n_ranges_);
-      count_scored(kv, head / kv.lane_heads);
+      const int lane = head / kv.lane_heads;
+      scorers_[static_cast<std::size_t>(lane) * n_ranges_ + i % n_ranges_].store(
+          thread, std::memory_order_relaxed);
+      count_scored(kv, lane);
     } else {
       i -= n_scores;
       const int lane = i / n_answers;
       Waits& w = waits_[static_cast<std::size_t>(lane)];
       w.normalised.wait();
-      if (n_ranges_ > 0) answer_range(kv, lane, i % n_answers, scratch_[thread]);
+      if (n_ranges_ > 0) answer_range(kv, lane, claim_range(lane, thread), scratch_[thread]);
       if (w.answered.arrive()) finish_lane(o, stats, kv, lane);
     }
   });

@@ -2,6 +2,7 @@
 // their ghosts, and those whose ghosts weigh enough exactly, in place, from the cold tier.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <vector>
 
@@ -19,7 +20,8 @@ namespace thaw {
 //      summed in rotated space, but for groups that are faint (kvstore/policy.h).
 // Then each head's partial states are merged in a fixed order. The passes of all lanes are one loop
 // of tasks, in which a task waits for those before it that it needs, so that threads meet once a
-// layer and not once a pass; what ends a pass of a lane is done by its last task.
+// layer and not once a pass; what ends a pass of a lane is done by its last task. Who has scored a
+// range of ghosts answers for it, too, if it can: its codes and scores are in that core's caches.
 class TieredDecode {
  public:
   explicit TieredDecode(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
@@ -28,6 +30,8 @@ class TieredDecode {
   void attend(float* o, const float* q, int n_heads, const KvView& kv, AttentionStats& stats);
 
  private:
+  static constexpr int kClaimed = -1;
+
   // A range of ghosts of one lane, after pass 3.
   struct Range {
     std::vector<std::int32_t> recalled;  // tokens, ascending
@@ -45,6 +49,7 @@ class TieredDecode {
   void attend_hot(const KvView& kv, int kv_head, ExactScratch& scratch);
   void score_range(const KvView& kv, int kv_head, int range);
   void normalise(const KvView& kv, int lane);
+  int claim_range(int lane, int thread);
   void answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void find_recalled(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
@@ -82,6 +87,7 @@ class TieredDecode {
   std::vector<SoftmaxState> total_;           // per query head: first estimated, then final
   std::vector<float> ghost_mass_;             // per query head
   std::vector<Range> ranges_;                 // lane x range
+  std::vector<std::atomic<int>> scorers_;     // lane x range: a thread, or kClaimed
   std::vector<Waits> waits_;                  // per k/v head
 };
 
