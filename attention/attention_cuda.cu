@@ -35,8 +35,9 @@ class CudaAttention final : public Attention {
     require(stats_rows >= 0 && stats_rows <= n_rows, "attend: stats_rows: expected 0 to ", n_rows,
             ", found ", stats_rows);
     require(kv.device != nullptr, "attend: expected a store in device memory");
-    require(kv.device->rows.page_rows() % kTileTokens == 0, "attend: page_rows: expected a multiple ",
-            "of ", kTileTokens, ", found ", kv.device->rows.page_rows());
+    const int page_rows = kv.device->rows.page_rows();
+    require(page_rows % kTileTokens == 0, "attend: page_rows: expected a multiple of ", kTileTokens,
+            ", found ", page_rows);
     stats.n_rows = stats_rows;
     stats.lanes.clear();
     if (kv.device->hot.n_lanes > 0) {

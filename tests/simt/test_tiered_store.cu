@@ -85,7 +85,8 @@ std::vector<std::byte> rows_on_device(const KvView& view, const KvShape& shape,
         const std::byte* page = pages[static_cast<std::size_t>(token / rows.page_rows())];
         copy_to_host(to,
                      page + rows.offset + static_cast<std::size_t>(head) * rows.head_stride +
-                         value + static_cast<std::size_t>(token % rows.page_rows()) * rows.row_bytes,
+                         value +
+                         static_cast<std::size_t>(token % rows.page_rows()) * rows.row_bytes,
                      bytes, stream);
         to += bytes;
       }
