@@ -29,12 +29,13 @@ __global__ void fix_centres(GhostJob job) {
 
 // Computes  the ghosts of a step's tokens, and of all before them if those had no centre yet
 // Grid      groups of 32 tokens, in turns x k/v heads x layers
-// Block     kGhostThreads; a warp has the keys or the values of a chain, one after the other
+// Block     kGhostThreads; a warp has the keys or the values of a chain, one after the other. Two a
+//           multiprocessor leave registers for all that is the same for each token; three spill.
 // Shared    a group, and a mean a warp
 // Bytes     reads keys and values and the groups that they go into, writes those groups, and reads
 //           and writes a carry a head
 template <KvType kType>
-__global__ void __launch_bounds__(kGhostThreads) write_ghosts(GhostJob of_first) {
+__global__ void __launch_bounds__(kGhostThreads, 2) write_ghosts(GhostJob of_first) {
   const GhostJob job = of_first.of_layer(static_cast<int>(blockIdx.z));
   __shared__ double squares[2 * GhostQuery::kMaxDim];
   wait_for_previous_kernel();

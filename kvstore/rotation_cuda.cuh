@@ -10,15 +10,10 @@ namespace thaw {
 
 inline constexpr int kGhostUnits = GhostQuery::kMaxDim / kWarp;  // numbers of a head a lane has
 
-// The size of the Hadamard transform that number i is in.
+// The size of the Hadamard transform that number i is in: transforms are of the powers of two that
+// make up head_dim, the largest first, so it is the highest one that head_dim has and i has not.
 __device__ inline int hadamard_block(int i, int head_dim) {
-  int block = 256;
-  for (int rest = head_dim, start = 0; rest > 0; block /= 2) {
-    if (block > rest) continue;
-    if (i < start + block) break;
-    start += block, rest -= block;
-  }
-  return block;
+  return i < head_dim ? 1 << (31 - __clz(i ^ head_dim)) : 0;
 }
 
 __device__ inline void hadamard_in_warp(float (&x)[kGhostUnits], int head_dim) {
