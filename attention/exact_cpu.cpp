@@ -16,9 +16,8 @@ constexpr int kFewBlock = 32;  // then so many stored rows at a time, unpacked w
 constexpr int kAhead = 16;     // rows from what is unpacked to what is fetched: two streams, which
                                // the CPU follows too late
 
-int round_up(int n, int to) { return (n + to - 1) / to * to; }
-
-// keys, values: [row][dim], padded with zeros to whole tiles of rows.
+// keys, values: [row][dim]. What keys of before leave in a last tile of rows is scored, too, and
+// not looked at.
 void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType type, int head_dim,
                   int dim) {
   const std::size_t bytes = kv_row_bytes(type, head_dim);
@@ -34,9 +33,6 @@ void unpack_block(ExactScratch& s, const ExactWork& w, int first, int n, KvType 
       from += w.rows->value_offset;
     }
   }
-  const int n_padding = (round_up(n, kTileCols) - n) * dim;
-  std::fill_n(s.keys.data() + n * dim, n_padding, 0.0f);
-  std::fill_n(s.values.data() + n * dim, n_padding, 0.0f);
 }
 
 // scores: [query row][kExactBlock]. Many rows: keys are turned into tiles of [dim][16 rows].
@@ -128,7 +124,7 @@ void attend_exactly(SoftmaxState* states, float* o, const ExactWork& w, KvType t
                     w.scores + (token - w.first_scored) * w.score_token_stride +
                         r % w.group * w.score_head_stride + first);
       if (seen > 0) absorb_scores(states[r], o + r * dim, scores, seen, dim);
-      std::fill(scores + seen, scores + n_padded, 0.0f);
+      std::fill(scores + seen, scores + n, 0.0f);
     }
     for (int i = 0; i < dim; i += kTileCols)
       tile_multiply(o + i, dim, s.scores.data(), kExactBlock, rows, s.values.data() + i, dim, n);

@@ -12,6 +12,8 @@ namespace thaw {
 
 inline constexpr int kExactBlock = 128;  // rows whose keys and values are unpacked at a time
 
+inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
 // head_dim with the zeros that fill its last tile.
 int padded_dim(int head_dim);
 

@@ -24,7 +24,8 @@ struct SoftmaxState {
 inline void merge(SoftmaxState& a, float* o_a, const SoftmaxState& b, const float* o_b, int n) {
   if (b.l == 0) return;
   const float m = a.m > b.m ? a.m : b.m;
-  const float scale_a = std::exp(a.m - m), scale_b = std::exp(b.m - m);
+  const float less = std::exp(a.m < b.m ? a.m - b.m : b.m - a.m);
+  const float scale_a = a.m < b.m ? less : 1.0f, scale_b = a.m < b.m ? 1.0f : less;
   a = {m, a.l * scale_a + b.l * scale_b, a.ps * scale_a + b.ps * scale_b};
   for (int i = 0; i < n; ++i) o_a[i] = o_a[i] * scale_a + o_b[i] * scale_b;
 }

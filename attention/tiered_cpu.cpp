@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "device/error.h"
 #include "device/fast_math.h"
@@ -21,6 +22,14 @@ float largest(const float* weights) {
 #pragma omp simd reduction(max : most)
   for (int j = 0; j < kGhostGroup; ++j) most = weights[j] > most ? weights[j] : most;
   return most;
+}
+
+// Of n weights, whole groups: chains of additions side by side.
+float sum_of_groups(const float* weights, int n) {
+  float sums[kGhostGroup] = {};
+  for (int i = 0; i < n; i += kGhostGroup)
+    for (int j = 0; j < kGhostGroup; ++j) sums[j] += weights[i + j];
+  return std::accumulate(sums, sums + kGhostGroup, 0.0f);
 }
 
 void add_state(SoftmaxState& a, const SoftmaxState& b) { merge(a, nullptr, b, nullptr, 0); }
@@ -88,7 +97,7 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
   const LaneView& lane = kv.lanes[static_cast<std::size_t>(kv_head / kv.lane_heads)];
   const int head = kv_head * group_, begin = range * kRangeTokens;
   const int end = std::min(begin + kRangeTokens, kv.kv_len);
-  const int n = (end - begin + kGhostGroup - 1) / kGhostGroup * kGhostGroup;
+  const int n = round_up(end - begin, kGhostGroup);
   const GhostFormat& format = kv.ghosts.format;
   const int last = (kv.kv_len - 1) / kGhostGroup;
   kv.ghosts.rope->score_centre(ghost_row(head) + begin, ghost_stride_, &queries_[head], group_,
@@ -143,13 +152,13 @@ void TieredDecode::normalise(const KvView& kv, int lane) {
 void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
   const int queries = queries_per_lane(kv), first = lane * queries;
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
-  std::vector<std::int32_t>& recalled =
-      ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range].recalled;
+  std::vector<std::int32_t>& recalled = ranges_[at(lane, range)].recalled;
   recalled.clear();
   float most = 0;  // no token's sum is more, but for rounding: e is at most 1
   for (int h = first; h < first + queries; ++h)
     most += doubt_[h] * exp_fast(ghost_state_[at(h, range)].m - total_[h].m) / total_[h].l;
   if (most < kv.recall * static_cast<float>(queries) * 0.999f) return;
+  const int n = round_up(end - begin, kGhostGroup);
   float mean[kRangeTokens] = {};
   for (int h = first; h < first + queries; ++h) {
     const SoftmaxState& state = ghost_state_[at(h, range)];
@@ -158,15 +167,38 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
         doubt_[h] * exp_fast(state.m - total_[h].m) / (total_[h].l * static_cast<float>(queries));
     const float* e = ghost_row(h) + begin;
 #pragma omp simd
-    for (int j = 0; j < kRangeTokens; ++j) mean[j] += factor * e[j];
+    for (int j = 0; j < n; ++j) mean[j] += factor * e[j];
   }
-  for (int j = 0; j < end - begin; ++j)
-    if (mean[j] >= kv.recall && mean[j] > 0) recalled.push_back(begin + j);
+  for (int t = begin; t < end; t += kGhostGroup) {
+    if (largest(mean + t - begin) < kv.recall) continue;
+    for (int i = t; i < std::min(t + kGhostGroup, end); ++i)
+      if (mean[i - begin] >= kv.recall && mean[i - begin] > 0) recalled.push_back(i);
+  }
 }
 
-// Attends the recalled tokens exactly, and silences their ghosts.
+// The recalled tokens' ghosts say nothing more. Their rows are fetched: they are far from here.
+void TieredDecode::silence(const KvView& kv, int lane, int range) {
+  const std::vector<std::int32_t>& recalled = ranges_[at(lane, range)].recalled;
+  if (recalled.empty()) return;
+  const std::size_t bytes = kv_row_bytes(kv.type, kv.head_dim);
+  for (int kv_head = lane * kv.lane_heads; kv_head < (lane + 1) * kv.lane_heads; ++kv_head)
+    for (const std::int32_t t : recalled)
+      prefetch(kv.cold.key(kv_head, t), bytes), prefetch(kv.cold.value(kv_head, t), bytes);
+  const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
+  const int queries = queries_per_lane(kv);
+  for (int head = lane * queries; head < (lane + 1) * queries; ++head) {
+    SoftmaxState& ghost = ghost_state_[at(head, range)];
+    float* e = ghost_row(head);
+    for (const std::int32_t t : recalled) {
+      if (e[t] > 0) ghost.ps -= e[t] * (std::log(e[t]) + ghost.m);
+      e[t] = 0;
+    }
+    ghost.l = sum_of_groups(e + begin, round_up(end - begin, kGhostGroup));
+  }
+}
+
 void TieredDecode::recall(const KvView& kv, int lane, int range, ExactScratch& scratch) {
-  Range& r = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range];
+  Range& r = ranges_[at(lane, range)];
   const int n = static_cast<int>(r.recalled.size()), queries = queries_per_lane(kv);
   r.scores.resize(static_cast<std::size_t>(queries) * n);
   if (n == 0) return;
@@ -188,19 +220,6 @@ void TieredDecode::recall(const KvView& kv, int lane, int range, ExactScratch& s
       const std::size_t part = at(first + g, range);
       recalled_state_[part] = states[g];
       std::copy_n(o.data() + g * dim_, dim_, recalled_o_.data() + part * dim_);
-      SoftmaxState& ghost = ghost_state_[part];
-      float* e = ghost_row(first + g);
-      for (const std::int32_t t : r.recalled) {
-        if (e[t] > 0) ghost.ps -= e[t] * (std::log(e[t]) + ghost.m);
-        e[t] = 0;
-      }
-      const int begin = range * kRangeTokens;
-      const int end =
-          std::min(begin + kRangeTokens, (kv.kv_len + kGhostGroup - 1) / kGhostGroup * kGhostGroup);
-      float l = 0;
-#pragma omp simd reduction(+ : l)
-      for (int t = begin; t < end; ++t) l += e[t];
-      ghost.l = l;
     }
   }
 }
@@ -253,8 +272,9 @@ int TieredDecode::claim_range(int lane, int thread) {
 
 void TieredDecode::answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch) {
   find_recalled(kv, lane, range);
-  recall(kv, lane, range, scratch);
+  silence(kv, lane, range);
   sum_values(kv, lane, range);
+  recall(kv, lane, range, scratch);
 }
 
 // o = (exact sums + R^T (rotated sums) + value mean * ghosts' weight) / l.
@@ -285,7 +305,7 @@ void TieredDecode::finish_head(float* o, const KvView& kv, int head) {
 void TieredDecode::fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const {
   const int queries = queries_per_lane(kv);
   for (int range = 0; range < n_ranges_; ++range) {
-    const Range& r = ranges_[static_cast<std::size_t>(lane) * n_ranges_ + range];
+    const Range& r = ranges_[at(lane, range)];
     for (std::size_t i = 0; i < r.recalled.size(); ++i) {
       float p = 0;
       for (int h = 0; h < queries; ++h) {

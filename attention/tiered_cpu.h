@@ -52,6 +52,7 @@ class TieredDecode {
   int claim_range(int lane, int thread);
   void answer_range(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void find_recalled(const KvView& kv, int lane, int range);
+  void silence(const KvView& kv, int lane, int range);
   void recall(const KvView& kv, int lane, int range, ExactScratch& scratch);
   void sum_values(const KvView& kv, int lane, int range);
   void sum_values(const KvView& kv, int head, int n, int range);
@@ -61,8 +62,8 @@ class TieredDecode {
   void finish_lane(float* o, AttentionStats& stats, const KvView& kv, int lane);
   void fill_recalled(AttentionStats::Lane& out, const KvView& kv, int lane) const;
 
-  std::size_t at(int head, int range) const {
-    return static_cast<std::size_t>(head) * n_ranges_ + range;
+  std::size_t at(int of, int range) const {  // of a query head, or a lane
+    return static_cast<std::size_t>(of) * n_ranges_ + range;
   }
   int queries_per_lane(const KvView& kv) const { return kv.lane_heads * group_; }
   float* ghost_row(int head) {

@@ -2,20 +2,41 @@
 #include "kvstore/ghost.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cmath>
 #include <cstring>
 #include <utility>
 
+#include "device/tile_cpu.h"
 #include "kvstore/ghost_code.h"
 
 namespace thaw {
 namespace {
 
+constexpr auto kSigns = [] {
+  std::array<float, GhostQuery::kMaxDim> signs = {};
+  for (int i = 0; i < GhostQuery::kMaxDim; ++i)
+    signs[static_cast<std::size_t>(i)] = rotation_sign(i);
+  return signs;
+}();
+
+// Sums and differences of numbers 1, 2 and 4 apart, within eight.
+f32x8 hadamard8(f32x8 x) {
+  constexpr f32x8 kOnes = {1, -1, 1, -1, 1, -1, 1, -1}, kTwos = {1, 1, -1, -1, 1, 1, -1, -1},
+                  kFours = {1, 1, 1, 1, -1, -1, -1, -1};
+  x = __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6) + x * kOnes;
+  x = __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5) + x * kTwos;
+  return __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3) + x * kFours;
+}
+
 // x = H x / sqrt(n) for n a power of two (Sylvester's Hadamard matrix); its own inverse.
 void hadamard(float* x, int n) {
-  for (int width = 1; width < n; width *= 2) {
+  int width = 1;
+  for (int i = 0; n >= 8 && i < n; i += 8) store8(x + i, hadamard8(load8(x + i))), width = 8;
+  for (; width < n; width *= 2) {
     for (int i = 0; i < n; i += 2 * width) {
+#pragma omp simd
       for (int j = i; j < i + width; ++j) {
         const float a = x[j], b = x[j + width];
         x[j] = a + b;
@@ -130,13 +151,13 @@ void carry_on(float* carry, const float* x, const float* c, float scale, int hea
 }  // namespace
 
 void rotate(float* x, int head_dim) {
-  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= kSigns[static_cast<std::size_t>(i)];
   hadamard_blocks(x, head_dim);
 }
 
 void rotate_back(float* x, int head_dim) {
   hadamard_blocks(x, head_dim);
-  for (int i = 0; i < head_dim; ++i) x[i] *= rotation_sign(i);
+  for (int i = 0; i < head_dim; ++i) x[i] *= kSigns[static_cast<std::size_t>(i)];
 }
 
 void widen_scales(float* out, const std::byte* scales) {

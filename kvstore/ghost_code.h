@@ -13,7 +13,7 @@
 namespace thaw {
 
 // +1 or -1 for dimension i of a rotation: a bit of a hash (the finalizer of SplitMix64).
-THAW_HOST_DEVICE inline float rotation_sign(int i) {
+THAW_HOST_DEVICE constexpr float rotation_sign(int i) {
   std::uint64_t h = static_cast<std::uint64_t>(i + 1) * 0x9e3779b97f4a7c15;
   h = (h ^ (h >> 30)) * 0xbf58476d1ce4e5b9;
   h = (h ^ (h >> 27)) * 0x94d049bb133111eb;

@@ -45,7 +45,7 @@ kvstore/residency.cpp|s/t = now.kv_len; t-- > 0;/t = 0; t < now.kv_len; ++t/|the
 model/generate.cpp|s/if (token == known_token(i)) {/if (true) {/|a draft that full would not write
 # attention over tiers
 attention/tiered_cpu.cpp|s/? lane.hot_mask\[word\] : 0/? 0 : 0/|hot tokens answer twice
-attention/tiered_cpu.cpp|s/^        e\[t\] = 0;$//|recalled tokens answer twice
+attention/tiered_cpu.cpp|s/^      e\[t\] = 0;$//|recalled tokens answer twice
 kvstore/policy.h|s/if (!(doubt > 0)) return 1;/return 1;/|sharp heads are believed
 attention/tiered_cpu.cpp|s/rotated\[i\] += ghosts.l \* mean/rotated[i] += mean/|the mean of values
 # faults
