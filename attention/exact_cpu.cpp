@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <limits>
 
 #include "device/fast_math.h"
 #include "device/prefetch_cpu.h"
@@ -74,6 +76,23 @@ void unpack_queries(ExactScratch& s, const ExactWork& w, int head_dim, int dim) 
 
 }  // namespace
 
+namespace {
+
+// body(p) for every kTilePart of n numbers, the last with -infinity behind them.
+template <class Body>
+void in_parts(float* numbers, int n, const Body& body) {
+  int i = 0;
+  for (; i + kTilePart <= n; i += kTilePart) body(numbers + i);
+  if (i == n) return;
+  float last[kTilePart];
+  std::fill_n(last, kTilePart, -std::numeric_limits<float>::infinity());
+  std::copy_n(numbers + i, n - i, last);
+  body(last);
+  std::copy_n(last, n - i, numbers + i);
+}
+
+}  // namespace
+
 int padded_dim(int head_dim) { return round_up(head_dim, kTileCols); }
 
 void ExactScratch::reserve(int n_rows, int head_dim) {
@@ -86,19 +105,17 @@ void ExactScratch::reserve(int n_rows, int head_dim) {
 }
 
 void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim) {
-  float m = state.m;
-#pragma omp simd reduction(max : m)
-  for (int j = 0; j < n; ++j) m = scores[j] > m ? scores[j] : m;
-  float l = 0, ps = 0;
-#pragma omp simd reduction(+ : l, ps)
-  for (int j = 0; j < n; ++j) {
-    const float s = scores[j], e = exp_fast(s - m);
+  const float m = std::max(state.m, largest(scores, n));
+  if (m == -std::numeric_limits<float>::infinity()) return std::fill_n(scores, n, 0.0f), void();
+  TilePart l = {}, ps = {};
+  in_parts(scores, n, [&](float* part) {
+    const TilePart below = load_part(part, 0) - m, e = exp_fast(below);
     l += e;
-    ps += e * s;
-    scores[j] = e;
-  }
-  const float scale = exp_fast(state.m - m);
-  state = {m, state.l * scale + l, state.ps * scale + ps};
+    ps += e * larger(below, TilePart{} - 86.0f);  // not 0 times infinity
+    std::memcpy(part, &e, sizeof e);
+  });
+  const float scale = exp_fast(state.m - m), sum = sum_part(l);
+  state = {m, state.l * scale + sum, state.ps * scale + (sum_part(ps) + m * sum)};
   if (scale != 1.0f)
     for (int i = 0; i < dim; ++i) o[i] *= scale;
 }

@@ -16,14 +16,6 @@ constexpr int kRangeTokens = 512;  // ghosts of one task
 constexpr int kAhead = 3;  // groups from what is scored to what is fetched: they are too far
                            // apart for the CPU to see what is next
 
-// Of a group's weights.
-float largest(const float* weights) {
-  float most = 0;
-#pragma omp simd reduction(max : most)
-  for (int j = 0; j < kGhostGroup; ++j) most = weights[j] > most ? weights[j] : most;
-  return most;
-}
-
 // Of n weights, whole groups: chains of additions side by side.
 float sum_of_groups(const float* weights, int n) {
   float sums[kGhostGroup] = {};
@@ -117,25 +109,8 @@ void TieredDecode::score_range(const KvView& kv, int kv_head, int range) {
         ghost_row(h)[t + __builtin_ctz(silent)] = -std::numeric_limits<float>::infinity();
     }
   }
-  for (int h = head; h < head + group_; ++h) {
-    float* scores = ghost_row(h) + begin;
-    float m = -std::numeric_limits<float>::infinity();
-#pragma omp simd reduction(max : m)
-    for (int j = 0; j < n; ++j) m = scores[j] > m ? scores[j] : m;
-    if (m == -std::numeric_limits<float>::infinity()) {
-      std::fill_n(scores, n, 0.0f);
-      continue;
-    }
-    float l = 0, ps = 0;
-#pragma omp simd reduction(+ : l, ps)
-    for (int j = 0; j < n; ++j) {
-      const float below = scores[j] - m, e = exp_fast(below);
-      l += e;
-      ps += e * (below > -86 ? below : -86);  // not 0 times infinity
-      scores[j] = e;
-    }
-    ghost_state_[at(h, range)] = {m, l, ps + m * l};
-  }
+  for (int h = head; h < head + group_; ++h)
+    absorb_scores(ghost_state_[at(h, range)], nullptr, ghost_row(h) + begin, n, 0);
 }
 
 // The normaliser that recalls are decided by: hot tokens and ghosts' estimates.
@@ -170,7 +145,7 @@ void TieredDecode::find_recalled(const KvView& kv, int lane, int range) {
     for (int j = 0; j < n; ++j) mean[j] += factor * e[j];
   }
   for (int t = begin; t < end; t += kGhostGroup) {
-    if (largest(mean + t - begin) < kv.recall) continue;
+    if (largest(mean + t - begin, kGhostGroup) < kv.recall) continue;
     for (int i = t; i < std::min(t + kGhostGroup, end); ++i)
       if (mean[i - begin] >= kv.recall && mean[i - begin] > 0) recalled.push_back(i);
   }
@@ -248,7 +223,7 @@ void TieredDecode::sum_values(const KvView& kv, int head, int n, int range) {
   }
   for (int t = begin; t < end; t += kGhostGroup) {
     bool speaks = false;
-    for (int i = 0; i < n; ++i) speaks |= largest(ghost_row(head + i) + t) > faint[i];
+    for (int i = 0; i < n; ++i) speaks |= largest(ghost_row(head + i) + t, kGhostGroup) > faint[i];
     if (speaks)
       sum_ghosts(sums, stride, ghost_row(head) + t, ghost_stride_, n,
                  kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,

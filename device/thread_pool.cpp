@@ -64,19 +64,22 @@ void ThreadPool::stop() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+// A release is what the acquire of the same atomic sees, and all before it: who reads a field of a
+// new loop cannot take a ticket of the last one.
 void ThreadPool::start(std::uint32_t n_tasks, int n_parts, Call call, const void* body) {
   const std::uint32_t loop = loop_.load(std::memory_order_relaxed) + 1;
   const std::uint64_t ticket = std::uint64_t{loop} << 32;
   // From here on no ticket of the last loop can be taken.
-  for (Part& part : parts_) part.ticket.store(ticket | kClosed);
-  n_tasks_.store(n_tasks);
-  n_parts_.store(n_parts);
-  call_.store(call);
-  body_.store(body);
-  done_.store(0);
+  for (Part& part : parts_) part.ticket.store(ticket | kClosed, std::memory_order_release);
+  n_tasks_.store(n_tasks, std::memory_order_release);
+  n_parts_.store(n_parts, std::memory_order_release);
+  call_.store(call, std::memory_order_release);
+  body_.store(body, std::memory_order_release);
+  done_.store(0, std::memory_order_relaxed);
   // Open: whoever reads this reads the five stores above.
   for (int part = 0; part < n_parts; ++part)
-    parts_[static_cast<std::size_t>(part)].ticket.store(ticket | first_of(part, n_parts, n_tasks));
+    parts_[static_cast<std::size_t>(part)].ticket.store(ticket | first_of(part, n_parts, n_tasks),
+                                                        std::memory_order_release);
   loop_.store(loop);
   loop_.notify_all();
   take_tasks(0);
@@ -84,30 +87,33 @@ void ThreadPool::start(std::uint32_t n_tasks, int n_parts, Call call, const void
 }
 
 void ThreadPool::take_tasks(int thread) {
-  const int n_parts = n_parts_.load();
-  for (int i = 0; i < n_parts; ++i)
-    while (take_from((thread + i) % n_parts, thread)) {
-    }
+  const int n_parts = n_parts_.load(std::memory_order_acquire);
+  for (int i = 0; i < n_parts; ++i) take_from((thread + i) % n_parts, thread);
 }
 
-// Whether there may be more. Takes several tasks at a time while many are left that all threads
-// take: threads that count in turns wait for each other's cache line.
-bool ThreadPool::take_from(int part, int thread) {
+// Takes tasks of a part while there are any, several at a time while many are left that all threads
+// take: threads that count in turns wait for each other's cache line. So they say once what they
+// have done; until then the loop cannot end.
+void ThreadPool::take_from(int part, int thread) {
   std::atomic<std::uint64_t>& ticket = parts_[static_cast<std::size_t>(part)].ticket;
-  std::uint64_t found = ticket.load();
-  const std::uint32_t task = static_cast<std::uint32_t>(found);
-  const std::uint32_t n_tasks = n_tasks_.load();
-  const int n_parts = n_parts_.load();
-  const Call call = call_.load();
-  const void* body = body_.load();
-  const std::uint32_t end = first_of(part + 1, n_parts, n_tasks);
-  if (task >= end) return false;
-  const std::uint32_t share = kShares * static_cast<std::uint32_t>(size());
-  const std::uint32_t n = n_parts > 1 ? 1 : std::max(1u, (end - task) / share);
-  if (!ticket.compare_exchange_weak(found, found + n)) return true;  // taken, or the loop is over
-  for (std::uint32_t i = task; i < task + n; ++i) call(body, i, thread);
-  done_.fetch_add(n, std::memory_order_release);
-  return true;
+  std::uint32_t n_done = 0;
+  for (;;) {
+    std::uint64_t found = ticket.load(std::memory_order_acquire);
+    const std::uint32_t task = static_cast<std::uint32_t>(found);
+    const std::uint32_t n_tasks = n_tasks_.load(std::memory_order_acquire);
+    const int n_parts = n_parts_.load(std::memory_order_acquire);
+    const Call call = call_.load(std::memory_order_acquire);
+    const void* body = body_.load(std::memory_order_acquire);
+    const std::uint32_t end = first_of(part + 1, n_parts, n_tasks);
+    if (task >= end) break;
+    const std::uint32_t share = kShares * static_cast<std::uint32_t>(size());
+    const std::uint32_t n = n_parts > 1 ? 1 : std::max(1u, (end - task) / share);
+    // It fails where somebody else takes the task, or the loop is over.
+    if (!ticket.compare_exchange_weak(found, found + n, std::memory_order_acq_rel)) continue;
+    for (std::uint32_t i = task; i < task + n; ++i) call(body, i, thread);
+    n_done += n;
+  }
+  if (n_done > 0) done_.fetch_add(n_done, std::memory_order_release);
 }
 
 void ThreadPool::work(int thread) {

@@ -66,16 +66,17 @@ class ThreadPool {
 
   void start(std::uint32_t n_tasks, int n_parts, Call call, const void* body);
   void take_tasks(int thread);
-  bool take_from(int part, int thread);
+  void take_from(int part, int thread);
   void work(int thread);
   void stop();
 
   std::vector<Part> parts_;  // one a thread; run() uses the first
   std::vector<std::thread> workers_;
   std::atomic<bool> stopping_ = false;
-  std::atomic<std::uint32_t> loop_ = 0;  // how many loops were started; workers wait for a change
+  // How many loops were started; workers wait for a change, and would slow down writes beside it.
+  alignas(64) std::atomic<std::uint32_t> loop_ = 0;
   // The four below belong to the loop, and change while all parts are closed.
-  std::atomic<std::uint32_t> n_tasks_ = 0;
+  alignas(64) std::atomic<std::uint32_t> n_tasks_ = 0;
   std::atomic<int> n_parts_ = 0;
   std::atomic<Call> call_ = nullptr;
   std::atomic<const void*> body_ = nullptr;

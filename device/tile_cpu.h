@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 namespace thaw {
@@ -53,6 +54,34 @@ inline TilePart load_part(const float* row, int part) {
 inline void store8(float* p, f32x8 v) { std::memcpy(p, &v, sizeof v); }
 inline float sum8(f32x8 v) {  // in a fixed order
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+template <class Vector>
+inline Vector larger(Vector a, Vector b) {
+  return a > b ? a : b;
+}
+inline float max8(f32x8 v) {
+  v = larger(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+  v = larger(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+  return std::max(v[0], v[1]);
+}
+// Of a part's halves, if it has two.
+template <class Join>
+inline f32x8 join_halves(const TilePart& v, const Join& join) {
+  f32x8 halves[kTilePart / 8];
+  std::memcpy(halves, &v, sizeof v);
+  return kTilePart == 8 ? halves[0] : join(halves[0], halves[kTilePart / 8 - 1]);
+}
+inline float sum_part(const TilePart& v) {
+  return sum8(join_halves(v, [](f32x8 a, f32x8 b) { return a + b; }));
+}
+inline float largest(const float* numbers, int n) {  // -infinity of none
+  TilePart most = TilePart{} - std::numeric_limits<float>::infinity();
+  int i = 0;
+  for (; i + kTilePart <= n; i += kTilePart) most = larger(most, load_part(numbers + i, 0));
+  float m = max8(join_halves(most, larger<f32x8>));
+  for (; i < n; ++i) m = std::max(m, numbers[i]);
+  return m;
 }
 
 // Element k is the sum of v[k]'s elements, in sum8()'s order.

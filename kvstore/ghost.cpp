@@ -220,18 +220,20 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const
   std::copy_n(q, f.head_dim, x);
   rope.prepare(out, q, key_mean);
   rotate(x, f.head_dim);
-  float largest = 0;
-  for (int i = 0; i < f.head_dim; ++i) largest = std::max(largest, std::fabs(x[i]));
+  f32x8 most = {};
+  for (int i = 0; i < f.padded_dim(); i += 8)
+    most = larger(most, larger(load8(x + i), -load8(x + i)));
+  const float largest = max8(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
   out.scale = largest / 127.0f;
-  const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  int sum = 0;
+  int codes[GhostQuery::kMaxDim], sum = 0;
+  for (int i = 0; i < f.padded_dim(); ++i) {
+    codes[i] = static_cast<int>(std::rint(x[i] * inverse));
+    sum += codes[i];
+  }
   for (int i = 0; i < f.padded_dim(); i += 2) {
-    const int a = static_cast<int>(std::lrint(x[i] * inverse));
-    const int b = static_cast<int>(std::lrint(x[i + 1] * inverse));
-    const std::uint32_t pair = (static_cast<unsigned>(a) & 0xff) | (static_cast<unsigned>(b) & 0xff)
-                                                                       << 8;
+    const std::uint32_t pair = (static_cast<unsigned>(codes[i]) & 0xff) |
+                               (static_cast<unsigned>(codes[i + 1]) & 0xff) << 8;
     out.pairs[i / 2] = pair | pair << 16;
-    sum += a + b;
   }
   out.offset = -(static_cast<float>(1 << (f.key_bits - 1)) - 0.5f) * static_cast<float>(sum);
   out.noise = ghost_noise(f.key_bits) * std::sqrt(product(x, x, f.head_dim));

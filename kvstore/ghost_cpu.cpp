@@ -30,17 +30,13 @@ void score_queries(float* scores, std::size_t stride, const GhostQuery* q, const
   }
 }
 
-f32x8 larger(f32x8 a, f32x8 b) { return a > b ? a : b; }
-
 void round_weights(Weights& out, const float* weights, const float* scales) {
   f32x8 w[kGhostGroup / 8], most = {};
   for (int i = 0; i < kGhostGroup / 8; ++i) {
     w[i] = load8(weights + 8 * i) * load8(scales + 8 * i);
     most = larger(most, w[i]);
   }
-  const f32x8 fours = larger(most, __builtin_shufflevector(most, most, 4, 5, 6, 7, 0, 1, 2, 3));
-  const f32x8 twos = larger(fours, __builtin_shufflevector(fours, fours, 2, 3, 0, 1, 6, 7, 4, 5));
-  const float largest = std::max(twos[0], twos[1]);
+  const float largest = max8(most);
   const float inverse = largest > 0 ? 255.0f / largest : 0.0f;
   i32x8 rounded[kGhostGroup / 8], sum = {};
   for (int i = 0; i < kGhostGroup / 8; ++i) {

@@ -102,23 +102,29 @@ void GhostRope::turn_query(float* row, const GhostQuery& query, int span) const 
   const float *sine = cosine + n, *along = query.along, *across = query.across;
   const float *unit = cubic_.data(), *linear = unit + n, *square = linear + n, *cube = square + n;
   float even[GhostQuery::kMaxDim / 2], odd[GhostQuery::kMaxDim / 2];
-  float c0 = 0, c1 = 0, c2 = 0, c3 = 0;
-#pragma omp simd reduction(+ : c0, c1, c2, c3)
-  for (int i = 0; i < n; ++i) {
-    const float a = along[i] * cosine[i] + across[i] * sine[i];
-    const float b = across[i] * cosine[i] - along[i] * sine[i];
-    even[i] = a, odd[i] = b;
-    c0 += a * unit[i];
-    c1 += b * linear[i];
-    c2 -= a * square[i];
-    c3 -= b * cube[i];
+  f32x8 c[8] = {};  // four are used
+  int i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const f32x8 cosines = load8(cosine + i), sines = load8(sine + i);
+    const f32x8 a = load8(along + i) * cosines + load8(across + i) * sines;
+    const f32x8 b = load8(across + i) * cosines - load8(along + i) * sines;
+    store8(even + i, a), store8(odd + i, b);
+    c[0] += a * load8(unit + i), c[1] += b * load8(linear + i);
+    c[2] -= a * load8(square + i), c[3] -= b * load8(cube + i);
   }
+  for (; i < n; ++i) {
+    const float a = even[i] = along[i] * cosine[i] + across[i] * sine[i];
+    const float b = odd[i] = across[i] * cosine[i] - along[i] * sine[i];
+    c[0][0] += a * unit[i], c[1][0] += b * linear[i];
+    c[2][0] -= a * square[i], c[3][0] -= b * cube[i];
+  }
+  const f32x8 powers = sums8(c);
   std::copy_n(even, n_fast_, row);
   row += n_fast_;
-  row[0] = c0, row[1] = c2;
+  row[0] = powers[0], row[1] = powers[2];
   std::copy_n(odd, n_fast_, row + 2);
   row += 2 + n_fast_;
-  row[0] = c1, row[1] = c3;
+  row[0] = powers[1], row[1] = powers[3];
 }
 
 // Places as far before the middle as behind it share both halves of their sums: even terms are the
