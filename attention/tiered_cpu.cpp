@@ -79,9 +79,9 @@ void TieredDecode::attend_hot(const KvView& kv, int kv_head, ExactScratch& scrat
   w.end = w.first_visible = lane.hot.n_rows;
   w.scores = hot_scores_.data() + first * hot_stride_;
   w.score_head_stride = static_cast<std::int64_t>(hot_stride_);
-  float* o = &hot_o_[static_cast<std::size_t>(first) * dim_];
-  std::fill_n(o, group_ * dim_, 0.0f);
-  attend_exactly(&hot_[first], o, w, kv.type, kv.head_dim, scratch);
+  std::vector<float> o(static_cast<std::size_t>(group_) * dim_);
+  attend_exactly(&hot_[first], o.data(), w, kv.type, kv.head_dim, scratch);
+  std::copy(o.begin(), o.end(), &hot_o_[static_cast<std::size_t>(first) * dim_]);
 }
 
 // Hot tokens have ghosts, too, which keep silent.
@@ -212,23 +212,24 @@ void TieredDecode::sum_values(const KvView& kv, int lane, int range) {
 void TieredDecode::sum_values(const KvView& kv, int head, int n, int range) {
   const int begin = range * kRangeTokens, end = std::min(begin + kRangeTokens, kv.kv_len);
   const int kv_head = head / group_;
-  float* sums = ghost_o_.data() + at(head, range) * dim_;
-  const std::size_t stride = static_cast<std::size_t>(n_ranges_) * dim_;
+  float sums[kJudges * GhostQuery::kMaxDim];
+  std::fill_n(sums, n * dim_, 0.0f);
   float faint[kJudges];  // as a weight, which is relative to the range's largest
   for (int i = 0; i < n; ++i) {
     const float above = total_[head + i].m - ghost_state_[at(head + i, range)].m;
     faint[i] =
         faintest(kv.recall, kv.kv_len) * total_[head + i].l * exp_fast(std::min(above, 80.0f));
-    std::fill_n(sums + i * stride, dim_, 0.0f);
   }
   for (int t = begin; t < end; t += kGhostGroup) {
     bool speaks = false;
     for (int i = 0; i < n; ++i) speaks |= largest(ghost_row(head + i) + t, kGhostGroup) > faint[i];
     if (speaks)
-      sum_ghosts(sums, stride, ghost_row(head) + t, ghost_stride_, n,
+      sum_ghosts(sums, static_cast<std::size_t>(dim_), ghost_row(head) + t, ghost_stride_, n,
                  kv.ghosts.group(kv_head, t / kGhostGroup), kv.ghosts.format,
                  kv.ghosts.centres[kv_head].value_unit);
   }
+  for (int i = 0; i < n; ++i)
+    std::copy_n(sums + i * dim_, dim_, ghost_o_.data() + at(head + i, range) * dim_);
 }
 
 // A range of the lane that nobody answers for yet, if possible one that this thread has scored. Of
@@ -337,25 +338,22 @@ void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& k
   stats.lanes.resize(kv.lanes.size());
   const int n_kv = kv.n_kv_heads, n_scores = n_kv * n_ranges_, n_answers = std::max(n_ranges_, 1);
   const int n_lanes = static_cast<int>(kv.lanes.size());
-  pool_.run(2 * n_kv + n_scores + n_lanes * n_answers, [&](std::int64_t task, int thread) {
-    int i = static_cast<int>(task);
-    if (i < n_kv) {
-      for (int g = 0; g < (n_ranges_ > 0 ? group_ : 0); ++g) prepare_head(kv, i * group_ + g);
-      waits_[static_cast<std::size_t>(i)].prepared.arrive();
-    } else if ((i -= n_kv) < n_kv) {
-      attend_hot(kv, i, scratch_[thread]);
-      count_scored(kv, i / kv.lane_heads);
-    } else if ((i -= n_kv) < n_scores) {
-      const int head = i / n_ranges_;
+  heads_.start(n_kv), scores_.start(n_scores);
+  pool_.run(n_kv + n_scores + n_lanes * n_answers, [&](std::int64_t task, int thread) {
+    if (task < n_kv) {
+      const int head = heads_.claim(thread);
+      for (int g = 0; g < (n_ranges_ > 0 ? group_ : 0); ++g) prepare_head(kv, head * group_ + g);
+      waits_[static_cast<std::size_t>(head)].prepared.arrive();
+      attend_hot(kv, head, scratch_[thread]);
+      count_scored(kv, head / kv.lane_heads);
+    } else if (task < n_kv + n_scores) {
+      const int i = scores_.claim(thread), head = i / n_ranges_, lane = head / kv.lane_heads;
       waits_[static_cast<std::size_t>(head)].prepared.wait();
       score_range(kv, head, i % n_ranges_);
-      const int lane = head / kv.lane_heads;
-      scorers_[static_cast<std::size_t>(lane) * n_ranges_ + i % n_ranges_].store(
-          thread, std::memory_order_relaxed);
+      scorers_[at(lane, i % n_ranges_)].store(thread, std::memory_order_relaxed);
       count_scored(kv, lane);
     } else {
-      i -= n_scores;
-      const int lane = i / n_answers;
+      const int lane = static_cast<int>(task - n_kv - n_scores) / n_answers;
       Waits& w = waits_[static_cast<std::size_t>(lane)];
       w.normalised.wait();
       if (n_ranges_ > 0) answer_range(kv, lane, claim_range(lane, thread), scratch_[thread]);

@@ -20,11 +20,14 @@ namespace thaw {
 //      summed in rotated space, but for groups that are faint (kvstore/policy.h).
 // Then each head's partial states are merged in a fixed order. The passes of all lanes are one loop
 // of tasks, in which a task waits for those before it that it needs, so that threads meet once a
-// layer and not once a pass; what ends a pass of a lane is done by its last task. Who has scored a
-// range of ghosts answers for it, too, if it can: its codes and scores are in that core's caches.
+// layer and not once a pass; what ends a pass of a lane is done by its last task. A thread takes the
+// same heads and ranges in each layer, if it can, and answers for ranges that it has scored: their
+// codes and scores are in its core's caches. What another reads is put together in memory of the
+// thread's own first: a core that has to ask another for a line would hold it up at each addition.
 class TieredDecode {
  public:
-  explicit TieredDecode(ThreadPool& pool) : pool_(pool), scratch_(pool.size()) {}
+  explicit TieredDecode(ThreadPool& pool)
+      : pool_(pool), scratch_(pool.size()), heads_(pool.size()), scores_(pool.size()) {}
 
   // As Attention::attend() for a view with lanes.
   void attend(float* o, const float* q, int n_heads, const KvView& kv, AttentionStats& stats);
@@ -90,6 +93,7 @@ class TieredDecode {
   std::vector<Range> ranges_;                 // lane x range
   std::vector<std::atomic<int>> scorers_;     // lane x range: a thread, or kClaimed
   std::vector<Waits> waits_;                  // per k/v head
+  Claims heads_, scores_;                     // k/v heads; k/v head x range
 };
 
 }  // namespace thaw

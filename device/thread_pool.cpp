@@ -39,6 +39,27 @@ void wait_until(const Done& done) {
 
 }  // namespace
 
+void Claims::start(int n) {
+  const int n_parts = static_cast<int>(parts_.size());
+  for (int part = 0; part < n_parts; ++part) {
+    Part& p = parts_[static_cast<std::size_t>(part)];
+    p.next.store(static_cast<int>(first_of(part, n_parts, static_cast<std::uint32_t>(n))),
+                 std::memory_order_relaxed);
+    p.end = static_cast<int>(first_of(part + 1, n_parts, static_cast<std::uint32_t>(n)));
+  }
+}
+
+int Claims::claim(int thread) {
+  const std::size_t n_parts = parts_.size();
+  for (std::size_t i = 0; i < n_parts; ++i) {
+    Part& p = parts_[(static_cast<std::size_t>(thread) + i) % n_parts];
+    if (p.next.load(std::memory_order_relaxed) >= p.end) continue;
+    const int claimed = p.next.fetch_add(1, std::memory_order_relaxed);
+    if (claimed < p.end) return claimed;
+  }
+  fail("threads: expected something that is not claimed yet, found nothing");
+}
+
 void Countdown::wait() const {
   wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
 }

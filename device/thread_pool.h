@@ -83,6 +83,23 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint32_t> done_ = 0;  // tasks of the loop that have returned
 };
 
+// Things that a loop's tasks do one of each, as run_streams() gives out tasks: a thread those of
+// its own part in order, then what others have left. The parts are the same in each loop, so that
+// what a thread has written last it also writes next, with no other core to ask for it.
+class Claims {
+ public:
+  explicit Claims(int n_threads) : parts_(static_cast<std::size_t>(n_threads)) {}
+  void start(int n);
+  int claim(int thread);  // n calls find one each; n: that of start()
+
+ private:
+  struct alignas(64) Part {
+    std::atomic<int> next = 0;
+    int end = 0;
+  };
+  std::vector<Part> parts_;
+};
+
 // What tasks of a loop wait for: so many others.
 class Countdown {
  public:

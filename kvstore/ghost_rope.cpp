@@ -86,11 +86,14 @@ void GhostRope::turn_back(float* out, const float* x, int token) const {
 // A pair of the centre, (a, b), turned by phi, meets a pair of the query, (c, d), as
 // (ca + db) cos phi + (da - cb) sin phi.
 void GhostRope::prepare(GhostQuery& query, const float* q, const float* centre) const {
+  float along[GhostQuery::kMaxDim / 2], across[GhostQuery::kMaxDim / 2];
   for (int i = 0; i < n_pairs(); ++i) {
     const Pair& p = pairs_[i];
-    query.along[i] = q[p.first] * centre[p.first] + q[p.second] * centre[p.second];
-    query.across[i] = q[p.second] * centre[p.first] - q[p.first] * centre[p.second];
+    along[i] = q[p.first] * centre[p.first] + q[p.second] * centre[p.second];
+    across[i] = q[p.second] * centre[p.first] - q[p.first] * centre[p.second];
   }
+  std::copy_n(along, n_pairs(), query.along);
+  std::copy_n(across, n_pairs(), query.across);
 }
 
 // phi is the angle of the middle of a span, plus theta s with s the place from there: both terms

@@ -111,6 +111,26 @@ TEST_CASE("thread pool: tasks wait for those before them, and see what they wrot
   }
 }
 
+TEST_CASE("thread pool: claims are a thread's own first, then what others have left, each once") {
+  Claims claims(3);
+  for (int loop = 0; loop < 2; ++loop) {
+    claims.start(8);  // parts: 0 1, 2 3 4, 5 6 7
+    std::vector<int> found;
+    for (const int thread : {2, 0, 0, 0, 1, 2, 2, 2}) found.push_back(claims.claim(thread));
+    CHECK(found == std::vector<int>{5, 0, 1, 2, 3, 6, 7, 4});
+    CHECK(testing::error_of([&] { claims.claim(1); }).find("claimed") != std::string::npos);
+  }
+  ThreadPool pool(4);
+  Claims shared(pool.size());
+  for (int loop = 0; loop < 2000; ++loop) {
+    const int n = loop % 23;
+    std::vector<int> times(23);  // plain: what is claimed twice at a time is a data race
+    shared.start(n);
+    pool.run(n, [&](std::int64_t, int thread) { ++times[shared.claim(thread)]; });
+    CHECK(std::count(times.begin(), times.end(), 1) == n);
+  }
+}
+
 TEST_CASE("thread pool: no threads is an error") {
   CHECK(testing::error_of([] { ThreadPool pool(0); }) == "threads: expected at least 1, found 0");
 }
