@@ -53,7 +53,7 @@ void TieredDecode::prepare(const float* q, const KvView& kv, int n_heads) {
   if (waits_.size() != static_cast<std::size_t>(kv.n_kv_heads))
     waits_ = std::vector<Waits>(static_cast<std::size_t>(kv.n_kv_heads));
   for (Waits& w : waits_) {
-    w.prepared.start(1), w.normalised.start(1);
+    w.prepared.clear(), w.normalised.clear();
     w.scored.start(kv.lane_heads * (1 + n_ranges_));
     w.answered.start(std::max(n_ranges_, 1));
   }
@@ -322,7 +322,7 @@ void TieredDecode::count_scored(const KvView& kv, int lane) {
   Waits& w = waits_[static_cast<std::size_t>(lane)];
   if (!w.scored.arrive()) return;
   normalise(kv, lane);
-  w.normalised.arrive();
+  w.normalised.set();
 }
 
 void TieredDecode::finish_lane(float* o, AttentionStats& stats, const KvView& kv, int lane) {
@@ -343,7 +343,7 @@ void TieredDecode::attend(float* o, const float* q, int n_heads, const KvView& k
     if (task < n_kv) {
       const int head = heads_.claim(thread);
       for (int g = 0; g < (n_ranges_ > 0 ? group_ : 0); ++g) prepare_head(kv, head * group_ + g);
-      waits_[static_cast<std::size_t>(head)].prepared.arrive();
+      waits_[static_cast<std::size_t>(head)].prepared.set();
       attend_hot(kv, head, scratch_[thread]);
       count_scored(kv, head / kv.lane_heads);
     } else if (task < n_kv + n_scores) {

@@ -20,10 +20,10 @@ namespace thaw {
 //      summed in rotated space, but for groups that are faint (kvstore/policy.h).
 // Then each head's partial states are merged in a fixed order. The passes of all lanes are one loop
 // of tasks, in which a task waits for those before it that it needs, so that threads meet once a
-// layer and not once a pass; what ends a pass of a lane is done by its last task. A thread takes the
-// same heads and ranges in each layer, if it can, and answers for ranges that it has scored: their
-// codes and scores are in its core's caches. What another reads is put together in memory of the
-// thread's own first: a core that has to ask another for a line would hold it up at each addition.
+// layer and not once a pass; what ends a pass of a lane is done by its last task. A thread takes
+// the same heads and ranges in each layer, if it can, and answers for ranges that it has scored:
+// their codes and scores are in its core's caches. What another reads is put together in memory of
+// the thread's own first: a core that asks another for a line would be held up at each addition.
 class TieredDecode {
  public:
   explicit TieredDecode(ThreadPool& pool)
@@ -43,8 +43,9 @@ class TieredDecode {
 
   // What tasks wait for, of a k/v head and of a lane. There are at most as many lanes as heads.
   struct alignas(64) Waits {
-    Countdown prepared;                      // of the head
-    Countdown scored, normalised, answered;  // of the lane
+    Flag prepared;               // of the head
+    Countdown scored, answered;  // of the lane
+    Flag normalised;             // likewise
   };
 
   void prepare(const float* q, const KvView& kv, int n_heads);

@@ -60,8 +60,8 @@ int Claims::claim(int thread) {
   fail("threads: expected something that is not claimed yet, found nothing");
 }
 
-void Countdown::wait() const {
-  wait_until([this] { return left_.load(std::memory_order_acquire) == 0; });
+void Flag::wait() const {
+  wait_until([this] { return set_.load(std::memory_order_acquire); });
 }
 
 ThreadPool::ThreadPool(int n_threads) : parts_(static_cast<std::size_t>(std::max(n_threads, 0))) {

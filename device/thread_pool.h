@@ -100,13 +100,23 @@ class Claims {
   std::vector<Part> parts_;
 };
 
-// What tasks of a loop wait for: so many others.
+// What tasks of a loop wait for: one other, which does not wait for its writes to reach anybody.
+class Flag {
+ public:
+  void clear() { set_.store(false, std::memory_order_relaxed); }
+  void set() { set_.store(true, std::memory_order_release); }
+  void wait() const;  // and sees what was written before set()
+
+ private:
+  std::atomic<bool> set_ = false;
+};
+
+// Or so many others.
 class Countdown {
  public:
   void start(int n) { left_.store(n, std::memory_order_relaxed); }
-  // Whether this was the last. Who waits, or is the last, sees what was written before.
+  // Whether this was the last, which sees what was written before.
   bool arrive() { return left_.fetch_sub(1, std::memory_order_acq_rel) == 1; }
-  void wait() const;
 
  private:
   std::atomic<int> left_ = 0;

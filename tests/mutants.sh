@@ -35,7 +35,7 @@ kvstore/tiers.cpp|s/    n += first;$//|ghosts of the first tokens
 kvstore/tiers.cpp|s/    if (!value) rope_.turn_back.*$//|a centre that does not turn with RoPE
 kvstore/tiers.cpp|s/if (is_whole && carried_to_.*== first)/if (is_whole)/|a carry outlives a rewind
 kvstore/ghost.cpp|s/fmaf(kFeedback, carry\[j\], x\[j\])/x[j]/|values that make up for nothing
-kvstore/ghost_rope.cpp|s/c3 -= b/c3 += b/|the cubic of slow pairs
+kvstore/ghost_rope.cpp|s/c\[3\] -= b/c[3] += b/|the cubic of slow pairs
 kvstore/ghost_rope.cpp|s/= even\[j\] - odd/= even[j] + odd/|places before the middle
 # policies
 kvstore/residency.cpp|s/stats.probability\[t\], n_rows)/stats.probability[t], 1)/|h2o counts a prompt once

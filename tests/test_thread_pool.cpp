@@ -86,9 +86,10 @@ TEST_CASE("thread pool: tasks wait for those before them, and see what they wrot
     ThreadPool pool(n_threads);
     for (int loop = 0; loop < 1000; ++loop) {
       constexpr int kParts = 6, kChains = 4;
-      Countdown parts[kChains], sums[kChains];
+      Countdown parts[kChains];
+      Flag sums[kChains];
       for (Countdown& c : parts) c.start(kParts);
-      for (Countdown& c : sums) c.start(1);
+      for (Flag& f : sums) f.clear();
       int written[kChains * kParts] = {}, sum[kChains] = {}, read[kChains] = {};  // plain
       pool.run(kChains * (kParts + 1), [&](std::int64_t task, int) {
         const int i = static_cast<int>(task);
@@ -97,7 +98,7 @@ TEST_CASE("thread pool: tasks wait for those before them, and see what they wrot
           const int chain = i / kParts;
           if (!parts[chain].arrive()) return;  // the last one sees all
           for (int part = 0; part < kParts; ++part) sum[chain] += written[chain * kParts + part];
-          sums[chain].arrive();
+          sums[chain].set();
         } else {
           const int chain = i - kChains * kParts;
           sums[chain].wait();
