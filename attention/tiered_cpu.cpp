@@ -327,6 +327,9 @@ void TieredDecode::count_scored(const KvView& kv, int lane) {
 
 void TieredDecode::finish_lane(float* o, AttentionStats& stats, const KvView& kv, int lane) {
   const int queries = queries_per_lane(kv);
+  for (const auto& [sums, n] : {std::pair(&hot_o_, 1), std::pair(&ghost_o_, n_ranges_)})
+    for (int i = lane * queries * n * dim_; i < (lane + 1) * queries * n * dim_; i += 16)
+      prefetch((*sums)[static_cast<std::size_t>(i)]);  // other cores may have them
   for (int head = lane * queries; head < (lane + 1) * queries; ++head)
     finish_head(o + std::int64_t{head} * kv.head_dim, kv, head);
   fill_stats(stats.lanes[static_cast<std::size_t>(lane)], kv, lane);
