@@ -74,10 +74,6 @@ void unpack_queries(ExactScratch& s, const ExactWork& w, int head_dim, int dim) 
   }
 }
 
-}  // namespace
-
-namespace {
-
 // body(p) for every kTilePart of n numbers, the last with -infinity behind them.
 template <class Body>
 void in_parts(float* numbers, int n, const Body& body) {
@@ -106,7 +102,10 @@ void ExactScratch::reserve(int n_rows, int head_dim) {
 
 void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim) {
   const float m = std::max(state.m, largest(scores, n));
-  if (m == -std::numeric_limits<float>::infinity()) return std::fill_n(scores, n, 0.0f), void();
+  if (m == -std::numeric_limits<float>::infinity()) {
+    std::fill_n(scores, n, 0.0f);
+    return;
+  }
   TilePart l = {}, ps = {};
   in_parts(scores, n, [&](float* part) {
     const TilePart below = load_part(part, 0) - m, e = exp_fast(below);

@@ -45,7 +45,8 @@ struct ExactScratch {
 void attend_exactly(SoftmaxState* states, float* o, const ExactWork& work, KvType type,
                     int head_dim, ExactScratch& scratch);
 
-// Adds n scores to a state: scores become e^(s - m), o (dim) is rescaled to the new maximum.
+// Adds n scores to a state: scores become e^(s - m), 0 those of -infinity, and o (dim) is rescaled
+// to the new maximum.
 void absorb_scores(SoftmaxState& state, float* o, float* scores, int n, int dim);
 
 }  // namespace thaw

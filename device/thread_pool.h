@@ -83,14 +83,14 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint32_t> done_ = 0;  // tasks of the loop that have returned
 };
 
-// Things that a loop's tasks do one of each, as run_streams() gives out tasks: a thread those of
+// Numbers that a loop's tasks take one each, as run_streams() gives out tasks: a thread those of
 // its own part in order, then what others have left. The parts are the same in each loop, so that
 // what a thread has written last it also writes next, with no other core to ask for it.
 class Claims {
  public:
   explicit Claims(int n_threads) : parts_(static_cast<std::size_t>(n_threads)) {}
   void start(int n);
-  int claim(int thread);  // n calls find one each; n: that of start()
+  int claim(int thread);  // of [0, n), n that of start(); Error when all are taken
 
  private:
   struct alignas(64) Part {
@@ -111,7 +111,7 @@ class Flag {
   std::atomic<bool> set_ = false;
 };
 
-// Or so many others.
+// Tells the last of so many tasks that it is.
 class Countdown {
  public:
   void start(int n) { left_.store(n, std::memory_order_relaxed); }

@@ -56,7 +56,7 @@ inline float sum8(f32x8 v) {  // in a fixed order
   return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
 }
 
-template <class Vector>
+template <class Vector>  // b where a is no number
 inline Vector larger(Vector a, Vector b) {
   return a > b ? a : b;
 }
@@ -78,9 +78,9 @@ inline float sum_part(const TilePart& v) {
 inline float largest(const float* numbers, int n) {  // -infinity of none
   TilePart most = TilePart{} - std::numeric_limits<float>::infinity();
   int i = 0;
-  for (; i + kTilePart <= n; i += kTilePart) most = larger(most, load_part(numbers + i, 0));
+  for (; i + kTilePart <= n; i += kTilePart) most = larger(load_part(numbers + i, 0), most);
   float m = max8(join_halves(most, larger<f32x8>));
-  for (; i < n; ++i) m = std::max(m, numbers[i]);
+  for (; i < n; ++i) m = numbers[i] > m ? numbers[i] : m;
   return m;
 }
 

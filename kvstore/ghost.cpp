@@ -32,9 +32,8 @@ f32x8 hadamard8(f32x8 x) {
 
 // x = H x / sqrt(n) for n a power of two (Sylvester's Hadamard matrix); its own inverse.
 void hadamard(float* x, int n) {
-  int width = 1;
-  for (int i = 0; n >= 8 && i < n; i += 8) store8(x + i, hadamard8(load8(x + i))), width = 8;
-  for (; width < n; width *= 2) {
+  for (int i = 0; i + 8 <= n; i += 8) store8(x + i, hadamard8(load8(x + i)));
+  for (int width = n < 8 ? 1 : 8; width < n; width *= 2) {
     for (int i = 0; i < n; i += 2 * width) {
 #pragma omp simd
       for (int j = i; j < i + width; ++j) {
@@ -222,12 +221,14 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const
   rotate(x, f.head_dim);
   f32x8 most = {};
   for (int i = 0; i < f.padded_dim(); i += 8)
-    most = larger(most, larger(load8(x + i), -load8(x + i)));
+    most = larger(larger(load8(x + i), -load8(x + i)), most);
   const float largest = max8(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
   out.scale = largest / 127.0f;
   int codes[GhostQuery::kMaxDim], sum = 0;
   for (int i = 0; i < f.padded_dim(); ++i) {
-    codes[i] = static_cast<int>(std::rint(x[i] * inverse));
+    const float code = std::rint(x[i] * inverse);
+    codes[i] =
+        static_cast<int>(std::fabs(code) < 128 ? code : 0.0f);  // NaN: a query that overflowed
     sum += codes[i];
   }
   for (int i = 0; i < f.padded_dim(); i += 2) {
