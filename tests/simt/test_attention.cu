@@ -323,7 +323,8 @@ TEST_CASE("cuda attention: shapes that do not fit are refused") {
   const Stream stream;
   const testing::DevicePages pages(*kv, 1, stream);
   const auto attention = make_cuda_attention(stream);
-  const DeviceBuffer<float> x(8 * 128, "x");
+  DeviceBuffer<float> x(8 * 128, "x");
+  fill_device(x.data(), 0, x.bytes(), stream);
   AttentionStats stats;
   const auto run = [&](int n_rows, int n_heads, const KvView& view, int stats_rows) {
     return error_of(
