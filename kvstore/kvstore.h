@@ -7,6 +7,7 @@
 //                    kv.settle(layer, stats);
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -186,6 +187,13 @@ class KvStore {
   virtual const KvCounters& counters() const = 0;
   // Mean over layers and heads of the last step's ghost mass and attention entropy.
   virtual float ghost_mass() const = 0;
+
+  // A number that no other store of the process has had: an address can be had again.
+  std::uint64_t id() const { return id_; }
+
+ private:
+  static inline std::atomic<std::uint64_t> n_stores_ = 0;
+  const std::uint64_t id_ = ++n_stores_;
 };
 
 // Throws Error when sizes are not positive, do not fit 64 bits, or do not fit the type.

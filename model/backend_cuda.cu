@@ -83,9 +83,11 @@ void CudaBackend::send_ids(std::span<const std::int32_t> tokens, int first_posit
   ids_read_.record(stream_);
 }
 
-CudaBackend::Recording* CudaBackend::find_recording(const KvView& view) {
+CudaBackend::Recording* CudaBackend::find_recording(const KvStore& kv, const KvView& view) {
   for (Recording& r : recordings_)
-    if (r.view == *view.device && r.type == view.type && r.has_logits == has_logits_) return &r;
+    if (r.store == kv.id() && r.view == *view.device && r.type == view.type &&
+        r.has_logits == has_logits_)
+      return &r;
   return nullptr;
 }
 
@@ -93,19 +95,19 @@ void CudaBackend::run(const KvStore& kv, const std::function<void()>& pass) {
   const KvView view = kv.view(0);
   const bool waits = ops_->observed() || kv.options().check;  // for what the device has, midway
   if (!uses_graphs_ || n_rows_ != 1 || waits || view.device == nullptr) return pass();
-  Recording* recording = find_recording(view);
+  Recording* recording = find_recording(kv, view);
   if (recording == nullptr) {  // a pass that takes its memory
     if (recordings_.size() == kMaxRecordings) recordings_.erase(recordings_.begin());
-    recordings_.push_back({*view.device, view.type, has_logits_, {}});
+    recordings_.push_back({kv.id(), *view.device, view.type, has_logits_, {}});
     return pass();
   }
-  if (recording->graph) {
-    const Stream::Muted muted(stream_);
-    pass();
-  } else {
+  if (!recording->graph) {
     recording->graph = Graph(stream_, pass);
+    return recording->graph.launch(stream_);
   }
-  recording->graph.launch(stream_);
+  recording->graph.launch(stream_);  // first: the device need not wait for the host's part
+  const Stream::Muted muted(stream_);
+  pass();
 }
 
 std::span<const float> CudaBackend::fetch(const Scratch& a, std::size_t n) {

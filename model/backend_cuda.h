@@ -50,14 +50,16 @@ class CudaBackend final : public Backend {
   void use_graphs(bool use) { uses_graphs_ = use; }  // true at first
 
  private:
-  // What a graph refers to besides the weights and the activations.
+  // What a graph refers to besides the weights and the activations: all that the store has, of
+  // which what can move moves with the view.
   struct Recording {
-    DeviceView view;  // of the first layer
+    std::uint64_t store;  // its id()
+    DeviceView view;      // of the first layer
     KvType type;
     bool has_logits;
     Graph graph;  // none yet when it was seen only once
   };
-  Recording* find_recording(const KvView& view);
+  Recording* find_recording(const KvStore& kv, const KvView& view);
 
   float* grown(DeviceBuffer<float>& buffer, std::int64_t rows, std::int64_t cols, const char* what);
   void send_ids(std::span<const std::int32_t> tokens, int first_position);

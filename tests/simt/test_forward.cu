@@ -241,6 +241,25 @@ TEST_CASE("cuda forward: under two policies, by graph and without, what the CPU 
   }
 }
 
+TEST_CASE("cuda forward: a store's graph is not that of the next store, wherever that stands") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
+  Machine first(tiny.model, make_cuda_backend(tiny.model, 1));
+  const auto run = [&](Machine& m, float stay) {
+    KvOptions o;
+    o.policy.policy = Policy::kThaw;
+    o.policy.window = 4, o.policy.stay = stay, o.centre_tokens = 16;
+    m.kv.reset();  // what it had can be had again
+    m.kv = m.transformer.backend().make_kv_store(kv_shape(tiny.model.config, 300), o);
+    generate(m, prompt(20, 96), kTieredSteps);
+    return m.kv->counters().attended;
+  };
+  run(first, 0);  // by which the backend has all that it takes itself
+  const auto some = run(first, 0), more = run(first, 8);
+  Machine fresh(tiny.model, make_cuda_backend(tiny.model, 1));
+  CHECK(some != more);
+  CHECK(more == run(fresh, 8));
+}
+
 // Tolerance as above. The exact steps share a graph, which is not that of the steps around them.
 TEST_CASE("cuda forward: recovery in the middle of a text, by graph and without, as on the CPU") {
   const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
