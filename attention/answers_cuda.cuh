@@ -34,23 +34,20 @@ struct AnswerLayout {
 
 // Of each query head of the lane: m and l of the softmax that recalls are decided by, and what its
 // weights are to be multiplied by to be shares of the lane's mean, with caution.
-__device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane,
+__device__ inline void estimate_totals(float* totals, const TieredProblem& p, int lane, int kv_len,
                                        float recall) {
-  for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
-    const int head = lane * p.lane_queries() + i, n_hot = p.hot.n_splits;
-    const LaneStates parts(n_hot + p.scored.n_splits, [&](int s) {
-      return s < n_hot ? p.hot.state(head, s) : p.scored.state(head, s - n_hot);
-    });
-    const float m = parts.peak();
-    float l = 0;
-#pragma unroll
-    for (const PowerState& part : parts.of) l += part.l * power(part.m, m);
-    l = warp_sum(l);
-    if (lane_index() != 0) continue;
-    totals[3 * i] = m, totals[3 * i + 1] = l;
-    totals[3 * i + 2] = p.kv.caution.factor(p.ghost_noise[head], recall) /
-                        (l * static_cast<float>(p.lane_queries()));
-  }
+  const int n_hot = p.hot_splits(lane), first = lane * p.lane_queries();
+  sum_heads(
+      p.lane_queries(), n_hot, n_hot + p.ghost_splits(kv_len),
+      [&](int i, int part) {
+        return part < n_hot ? p.hot.state(first + i, part)
+                            : p.scored.state(first + i, part - n_hot);
+      },
+      [&](int i, const HeadSum& sum) {
+        totals[3 * i] = sum.all.m, totals[3 * i + 1] = sum.all.l;
+        totals[3 * i + 2] = p.kv.caution.factor(p.ghost_noise[first + i], recall) /
+                            (sum.all.l * static_cast<float>(p.lane_queries()));
+      });
 }
 
 // Whether the ghost of a token is probable enough, in the mean over the lane, to be recalled.
@@ -173,7 +170,7 @@ class GhostAnswerer {
     find(span);
     load_scores(span);
     find(span + 1);
-    estimate_totals(shared_ + at_.totals, p_, chunk_.lane, recall_);
+    estimate_totals(shared_ + at_.totals, p_, chunk_.lane, kv_len_, recall_);
     __syncthreads();  // the totals are there
     weigh(span, shared_);
     __syncthreads();  // so are all weights of the first span
@@ -345,7 +342,7 @@ __device__ inline void join_answers(const TieredProblem& p, float* shared, const
 // Computes  of up to kTiledQueries queries of a k/v head: who is recalled, ascending, a split,
 //           and a part of those rows; of the other ghosts, the sums of their values in rotated
 //           space, l and ps, relative to the largest score of all
-// Grid      splits of the spans x k/v heads x chunks of queries
+// Grid      k/v heads x splits of the spans x chunks of queries
 // Block     kTiledThreads; a span at a time; for decisions a thread has a token, for sums two
 //           dimensions of every n_teams-th group; then recalled rows as attend_rows() has them
 // Shared    AnswerLayout, then RowTileLayout
@@ -357,13 +354,13 @@ __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) answer_frozen(Tie
   const AnswerLayout at(p.kv.ghosts.format, p.lane_queries());
   float* shared = dynamic_shared<float>();
   const QueryChunk chunk(p);
-  const int split = static_cast<int>(blockIdx.x);
+  const int split = static_cast<int>(blockIdx.y);
   const int part = p.recalled_at(chunk.kv_head, static_cast<int>(blockIdx.z), split);
   std::int32_t* list = p.recalled_tokens + static_cast<std::int64_t>(part) * p.recalled_stride;
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int kv_len = *p.kv.kv_len, thread = static_cast<int>(threadIdx.x);
-  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
+  const Share share = share_of(p.n_ghosts(kv_len), GhostRope::kSpan, split, p.scored.n_splits);
   if (share.begin >= share.end) {
     if (thread < chunk.n) p.answered.set_state(chunk.head + thread, split, {});
     if (thread < chunk.n) p.recalled.set_state(chunk.head + thread, split, {});

@@ -10,17 +10,18 @@ namespace thaw {
 inline constexpr int kStatsBlocks = 4;   // of a lane, for its rows in turns
 inline constexpr int kPartsAtATime = 8;  // whose sums a thread loads before it adds one
 
-// All parts of a query head, numbered: those of hot rows, then of recalled ones, then of ghosts.
+// The parts of a query head, numbered: those of hot rows, then of recalled ones, then of ghosts.
 struct HeadParts {
   const TieredProblem& p;
   int head, n_hot, n_exact, n_all;
 
-  __device__ HeadParts(const TieredProblem& of, int query_head)
+  // n_frozen: splits of the ghosts.
+  __device__ HeadParts(const TieredProblem& of, int query_head, int n_hot_splits, int n_frozen)
       : p(of),
         head(query_head),
-        n_hot(of.hot.n_splits),
-        n_exact(n_hot + (of.has_ghosts() ? of.recalled.n_splits : 0)),
-        n_all(n_exact + (of.has_ghosts() ? of.answered.n_splits : 0)) {}
+        n_hot(n_hot_splits),
+        n_exact(n_hot + n_frozen),
+        n_all(n_exact + n_frozen) {}
   __device__ PowerState state(int i) const {
     return i < n_hot     ? p.hot.state(head, i)
            : i < n_exact ? p.recalled.state(head, i - n_hot)
@@ -35,8 +36,7 @@ struct HeadParts {
 
 // What the parts add up to; ghosts: l of ghosts that were not recalled.
 struct JoinedHead {
-  PowerState state;
-  float ghosts, frozen;
+  float l, ghosts;
   int n_exact, n_all;  // parts that are not empty, in their order
 };
 
@@ -51,10 +51,11 @@ struct PartWeight {
 __device__ inline JoinedHead join_states(PartWeight* weights, const HeadParts& parts) {
   const LaneStates states(parts.n_all, [&](int i) { return parts.state(i); });
   const float peak = states.peak();
-  float l = 0, ps = 0, ghosts = 0, frozen = 0;
+  float l = 0, ghosts = 0;
   int n_exact = 0, n_all = 0;
 #pragma unroll
   for (int j = 0; j < LaneStates::kEach; ++j) {
+    if (j * kWarp >= parts.n_all) break;
     const int i = lane_index() + j * kWarp;
     const PowerState& part = states.of[j];
     const float weight = part.l > 0 ? power(part.m, peak) : 0.0f;
@@ -64,11 +65,10 @@ __device__ inline JoinedHead join_states(PartWeight* weights, const HeadParts& p
       weights[n_all + __popc(present & ((1u << lane_index()) - 1))] = {i, weight};
     n_all += __popc(present), n_exact += __popc(exact);
     const float share = weight * part.l;
-    l += share, ps += weight * part.ps;
-    if (i >= parts.n_hot) frozen += share;
+    l += share;
     if (i >= parts.n_exact) ghosts += share;
   }
-  return {{peak, warp_sum(l), warp_sum(ps)}, warp_sum(ghosts), warp_sum(frozen), n_exact, n_all};
+  return {warp_sum(l), warp_sum(ghosts), n_exact, n_all};
 }
 
 // Where finish_decode() has its numbers in shared memory; numbers of floats. Blocks of a head have
@@ -143,7 +143,7 @@ __device__ inline void turn_sums_back(float* shared, const FinishLayout& at, int
 __device__ inline void finish_head(const TieredProblem& p, float* shared, const FinishLayout& at,
                                    int head) {
   const int thread = static_cast<int>(threadIdx.x), kv_head = head / p.group;
-  const HeadParts parts(p, head);
+  const HeadParts parts(p, head, p.hot.n_splits, p.has_ghosts() ? p.scored.n_splits : 0);
   if (p.has_ghosts())
     for (int d = thread; d < p.head_dim; d += kTiledThreads)
       shared[at.mean + d] = p.kv.ghosts.means[(2 * kv_head + 1) * p.head_dim + d];
@@ -155,7 +155,7 @@ __device__ inline void finish_head(const TieredProblem& p, float* shared, const 
   const bool has_ghosts = joined.ghosts > 0;
   if (has_ghosts && warp_index() == 0) turn_sums_back(shared, at, p.head_dim, joined.ghosts);
   __syncthreads();  // ghosts' values have turned back
-  const float inverse = 1.0f / joined.state.l;
+  const float inverse = 1.0f / joined.l;
   for (int d = thread; d < p.head_dim; d += kTiledThreads) {
     float sum = has_ghosts ? shared[at.turned + d] : 0.0f;
     for (int team = 0; team < at.n_teams; ++team) sum += shared[at.sums + team * at.dim + d];
@@ -252,12 +252,16 @@ __device__ inline void write_stats(const TieredProblem& p, float* shared, int la
   auto* begins = reinterpret_cast<std::int32_t*>(totals + p.lane_queries());
   int n_recalled = 0;
   if (p.has_ghosts()) n_recalled = count_recalled(warp_index() == 0 ? begins : nullptr, p, lane);
-  for (int i = warp_index(); i < p.lane_queries(); i += kTiledWarps) {
-    const JoinedHead joined = join_states(nullptr, HeadParts(p, lane * p.lane_queries() + i));
-    const float inverse = 1.0f / joined.state.l;
-    if (lane_index() == 0)
-      totals[i] = {joined.state.m, inverse, joined.state.entropy(), joined.frozen * inverse};
-  }
+  const int n_hot = p.hot_splits(lane), n_frozen = p.ghost_splits(*p.kv.kv_len);
+  sum_heads(
+      p.lane_queries(), n_hot, n_hot + 2 * n_frozen,
+      [&](int i, int part) {
+        return HeadParts(p, lane * p.lane_queries() + i, n_hot, n_frozen).state(part);
+      },
+      [&](int i, const HeadSum& sum) {
+        const float inverse = 1.0f / sum.all.l;
+        totals[i] = {sum.all.m, inverse, sum.all.entropy(), sum.frozen * inverse};
+      });
   __syncthreads();  // the totals of all heads, and where splits begin, are there
   if (stats.probability != nullptr) write_hot_stats(p, totals, lane, block);
   if (p.has_ghosts()) write_recalled(p, totals, begins, n_recalled, lane, block);

@@ -39,12 +39,9 @@ struct CodeWords {
 };
 
 // Where score_ghosts() has its queries and the rope's tables in shared memory; numbers of words.
-// What a turned query and a row of the rope's table are multiplied as stands there as f16 numbers
-// and what is left of them, also as f16. Row 2 i is the cosine of a fast pair, 2 i + 1 its sine.
+// Turned queries stand there as the rope's table does (SplitRope, kvstore/ghost_rope.h): as f16
+// numbers and what is left of them.
 struct GhostQueryLayout {
-  // f16 numbers from a row to the next: eight rows meet no bank twice.
-  static constexpr int kStride = GhostRope::kSpan + 8;
-
   int n_rows;               // of the table, as whole steps of a product
   int codes;                // four dimensions x query
   int along, across;        // query x pair
@@ -56,7 +53,7 @@ struct GhostQueryLayout {
     return (format.head_dim + 31) / 32 * 32;
   }
   __host__ __device__ GhostQueryLayout(const GhostFormat& format, int n_fast)
-      : n_rows((2 * n_fast + 4 + 15) / 16 * 16),
+      : n_rows(SplitRope::n_rows(n_fast)),
         codes(0),
         along(codes + kTiledQueries * code_dim(format) / 4),
         across(along + kTiledQueries * format.head_dim / 2),
@@ -65,7 +62,7 @@ struct GhostQueryLayout {
         pairs(turned + 2 * turned_size),
         cubic(pairs + format.head_dim),
         rows(cubic + 2 * format.head_dim),
-        scale(rows + n_rows * kStride),
+        scale(rows + n_rows * SplitRope::kStride),
         offset(scale + kTiledQueries),
         states(offset + kTiledQueries),
         total(states + 2 * kTiledWarps * kTiledQueries) {}
@@ -73,43 +70,21 @@ struct GhostQueryLayout {
 
 inline constexpr int kPairUnits = kGhostUnits / 2;  // pairs of a lane
 
-// Powers of the place in a span become numbers of at most 1, and what they are multiplied by grows.
-__device__ inline float cubic_scale(int power) { return static_cast<float>(1 << 6 * power); }
-
-// Rows of the rope's table, split; a half of a group's tokens has those at even places first.
-__device__ inline void split_rope_rows(float* shared, const GhostQueryLayout& at,
-                                       const DeviceRope& rope) {
-  constexpr int kQuads = GhostRope::kSpan / 4;
-  auto* high = reinterpret_cast<std::uint32_t*>(shared + at.rows);
-  std::uint32_t* low = high + at.n_rows * GhostQueryLayout::kStride / 2;
-  const int n_fast = rope.n_fast;
-#pragma unroll 4
-  for (int i = static_cast<int>(threadIdx.x); i < at.n_rows * kQuads; i += kTiledThreads) {
-    const int row = i / kQuads, place = i % kQuads * 4, power = row - 2 * n_fast;
-    const int from = row / 2 + row % 2 * (n_fast + 2);
-    float4 x = make_float4(0, 0, 0, 0);
-    if (power < 4) x = reinterpret_cast<const float4*>(rope.rows)[from * kQuads + i % kQuads];
-    const float factor = power > 0 && power < 4 ? 1.0f / cubic_scale(power) : 1.0f;
-    const SplitPair even(x.x * factor, x.z * factor), odd(x.y * factor, x.w * factor);
-    const int to = (row * GhostQueryLayout::kStride + place / 16 * 16 + place % 16 / 2) / 2;
-    high[to] = even.high, low[to] = even.low;
-    high[to + 4] = odd.high, low[to + 4] = odd.low;
-  }
-}
-
-// The rope's tables that are the same for all spans and never change, which is why they may be read
-// before the previous kernel is done.
+// Begins to copy the rope's tables, which are the same for all spans and never change, and so may
+// be read before the previous kernel is done; cp_async_wait<0>() waits for them.
 __device__ inline void load_rope_tables(float* shared, const GhostQueryLayout& at,
                                         const TieredProblem& p) {
   const DeviceRope& rope = p.kv.ghosts.rope;
   if (rope.rows == nullptr) return;  // there is no ghost yet
-  const int n_pairs = p.head_dim / 4, n = n_pairs + p.head_dim / 2;
-  const auto* pairs = reinterpret_cast<const float4*>(rope.pairs);
-  const auto* cubic = reinterpret_cast<const float4*>(rope.cubic) - n_pairs;
-  auto* to = reinterpret_cast<float4*>(shared + at.pairs);  // the other follows
-  for (int i = static_cast<int>(threadIdx.x); i < n; i += kTiledThreads)
-    to[i] = (i < n_pairs ? pairs : cubic)[i];
-  split_rope_rows(shared, at, rope);
+  const auto copy = [](float* to, const void* from, int n_words) {
+#pragma unroll 4
+    for (int i = 4 * static_cast<int>(threadIdx.x); i < n_words; i += 4 * kTiledThreads)
+      cp_async_16_cached(to + i, static_cast<const float*>(from) + i);
+  };
+  copy(shared + at.pairs, rope.pairs, p.head_dim);
+  copy(shared + at.cubic, rope.cubic, 2 * p.head_dim);
+  copy(shared + at.rows, rope.rows, at.n_rows * SplitRope::kStride);
+  cp_async_commit();
   for (int i = static_cast<int>(threadIdx.x); i < 2 * at.turned_size; i += kTiledThreads)
     shared[at.turned + i] = 0;  // of rows that there are not, as of queries
 }
@@ -224,7 +199,7 @@ __device__ inline void turn_ghost_query(float* shared, const GhostQueryLayout& a
     c[0] = fmaf(a, unit[i], c[0]), c[1] = fmaf(b, linear[i], c[1]);
     c[2] = fmaf(-a, square[i], c[2]), c[3] = fmaf(-b, cube[i], c[3]);
   }
-  const float even = warp_sums(c) * cubic_scale(lane_index() / 8);
+  const float even = warp_sums(c) * SplitRope::power_scale(lane_index() / 8);
   const float odd = __shfl_xor_sync(kAllLanes, even, 8);
   if (lane_index() % 16 == 0) put(n_fast + lane_index() / 16, even, odd);
 }
@@ -309,7 +284,7 @@ struct GroupAhead {
 __device__ inline void multiply_centres(float (&sums)[4], const float* shared,
                                         const GhostQueryLayout& at, int buffer, int group,
                                         int quad) {
-  constexpr int kStride = GhostQueryLayout::kStride;
+  constexpr int kStride = SplitRope::kStride;
   const auto* high = reinterpret_cast<const __half*>(shared + at.rows) +
                      (lane_index() / 16 * 8 + lane_index() % 8) * kStride + group * kGhostGroup +
                      lane_index() / 8 % 2 * 16;

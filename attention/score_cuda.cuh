@@ -7,10 +7,6 @@
 
 namespace thaw {
 
-__device__ inline int n_ghosts(const TieredProblem& p, int kv_len) {
-  return kv_len >= p.kv.ghosts.centre_tokens ? kv_len : 0;
-}
-
 // m and l of the lanes' tokens into p.scored.
 __device__ inline void join_scores(const TieredProblem& p, float* states, const QueryChunk& chunk,
                                    int split, const float (&m)[kQuads][2],
@@ -152,15 +148,17 @@ __device__ inline void score_ghosts(const TieredProblem& p, float* shared,
   GhostScorer<kBits> scorer(p, shared, at, chunk);
   if (p.kv.ghosts.rope.rows != nullptr)
     scorer.load_query(warp_index());  // kv_len is on its way, too
-  const Share share = share_of(n_ghosts(p, kv_len), GhostRope::kSpan, split, p.scored.n_splits);
-  if (share.begin < share.end) scorer.score(share, kv_len);
+  const Share share = share_of(p.n_ghosts(kv_len), GhostRope::kSpan, split, p.scored.n_splits);
+  if (share.begin >= share.end) return;  // nobody asks for its state
+  scorer.score(share, kv_len);
   join_scores(p, shared + at.states, chunk, split, scorer.m, scorer.l);
 }
 
 // Computes  of up to kTiledQueries queries of a k/v head: scores with its lane's hot rows, and a
 //           state with sums a split; scores with the ghosts of its tokens, kLowest for hot ones,
-//           and m and l of each split; and by how much these scores err
-// Grid      splits of the hot rows, then of the spans x k/v heads x chunks of queries
+//           and m and l of each split that has any; and by how much these scores err
+// Grid      k/v heads x splits of the hot rows, then of the spans x chunks of queries: blocks that
+//           have work come first, all heads'
 // Block     kTiledThreads; a tile of rows at a time, or a span, a warp for each of its groups
 // Shared    RowTileLayout or GhostQueryLayout
 // Bytes     reads the rows' keys and values once a chunk; the rope's tables, and key codes and
@@ -170,19 +168,20 @@ template <KvType kType, int kBits>
 __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) score_tiers(TieredProblem p) {
   const GhostQueryLayout at(p.kv.ghosts.format, p.kv.ghosts.rope.n_fast);
   float* shared = dynamic_shared<float>();
-  const int split = static_cast<int>(blockIdx.x) - p.hot.n_splits;
+  const int split = static_cast<int>(blockIdx.y) - p.hot.n_splits;
   if (split >= 0) load_rope_tables(shared, at, p);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  __syncthreads();  // the rope's tables are there
+  cp_async_wait<0>();
+  __syncthreads();  // all threads' parts of the rope's tables are there
   if (split < 0)
-    attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.x));
+    attend_hot_rows<kType>(p, shared, static_cast<int>(blockIdx.y));
   else
     score_ghosts<kBits>(p, shared, at, split);
 }
 
 // Computes  what score_tiers() does of hot rows, where frozen tokens are mute
-// Grid      splits of the hot rows x k/v heads x chunks of queries
+// Grid      k/v heads x splits of the hot rows x chunks of queries
 // Block     kTiledThreads
 // Shared    RowTileLayout
 // Bytes     reads the rows' keys and values once a chunk; writes a score a query and row
@@ -190,7 +189,7 @@ template <KvType kType>
 __global__ void __launch_bounds__(kTiledThreads, kTiledBlocks) attend_hot(TieredProblem p) {
   wait_for_previous_kernel();
   let_next_kernel_start();
-  attend_hot_rows<kType>(p, dynamic_shared<float>(), static_cast<int>(blockIdx.x));
+  attend_hot_rows<kType>(p, dynamic_shared<float>(), static_cast<int>(blockIdx.y));
 }
 
 }  // namespace thaw

@@ -12,7 +12,7 @@ namespace {
 constexpr int kBlocksPerMultiprocessor = 4;  // that ghosts aim at
 
 dim3 grid_of(const TieredProblem& p, int n_splits) {
-  return dim3(static_cast<unsigned>(n_splits), static_cast<unsigned>(p.n_kv_heads),
+  return dim3(static_cast<unsigned>(p.n_kv_heads), static_cast<unsigned>(n_splits),
               static_cast<unsigned>(p.n_chunks()));
 }
 

@@ -27,7 +27,8 @@ struct LaneStates {
   template <class StateOf>
   __device__ LaneStates(int n, const StateOf& state_of) {
 #pragma unroll
-    for (int j = 0; j < kEach; ++j) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
+    for (int j = 0; j < kEach; ++j)
+      if (j * kWarp < n) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
 #pragma unroll
     for (int j = 0; j < kEach; ++j)
       if (lane_index() + j * kWarp >= n) of[j] = {};
@@ -40,6 +41,70 @@ struct LaneStates {
     return warp_max(m);
   }
 };
+
+// What the parts of a query head add up to. frozen: of l, that of tokens that are not hot.
+struct HeadSum {
+  static constexpr int kAtATime = 4;  // parts that are on their way before one is looked at
+  PowerState all;
+  float frozen = 0;
+
+  // All are scaled to a new m; returns what a part's numbers are to be multiplied by.
+  __device__ void rise(float m) {
+    const float kept = power(all.m, m);
+    all.m = m, all.l *= kept, all.ps *= kept, frozen *= kept;
+  }
+  __device__ void add(const PowerState& part, float part_frozen) {
+    const float weight = power(part.m, all.m);
+    all.l = fmaf(weight, part.l, all.l), all.ps = fmaf(weight, part.ps, all.ps);
+    frozen = fmaf(weight, part_frozen, frozen);
+  }
+  // Every `step`-th part from `first` on, of which the first n_hot are of hot tokens.
+  template <class StateOf>
+  __device__ void add_parts(int first, int step, int n_hot, int n, const StateOf& state_of) {
+    for (; first < n; first += kAtATime * step) {
+      PowerState part[kAtATime];
+#pragma unroll
+      for (int j = 0; j < kAtATime; ++j) part[j] = state_of(min(first + j * step, n - 1));
+      float m = all.m;
+#pragma unroll
+      for (int j = 0; j < kAtATime; ++j) {
+        if (first + j * step >= n || part[j].l == 0) part[j] = {};  // of no tokens
+        m = fmaxf(m, part[j].m);
+      }
+      rise(m);
+#pragma unroll
+      for (int j = 0; j < kAtATime; ++j) add(part[j], first + j * step < n_hot ? 0.0f : part[j].l);
+    }
+  }
+  // Of `threads` neighbours, a power of two.
+  __device__ void join(int threads) {
+    for (int apart = threads / 2; apart > 0; apart /= 2) {
+      const PowerState other = {__shfl_xor_sync(kAllLanes, all.m, apart),
+                                __shfl_xor_sync(kAllLanes, all.l, apart),
+                                __shfl_xor_sync(kAllLanes, all.ps, apart)};
+      const float other_frozen = __shfl_xor_sync(kAllLanes, frozen, apart);
+      rise(fmaxf(all.m, other.m));
+      add(other, other_frozen);
+    }
+  }
+};
+
+// use(i, sum) once for each of n heads, all of which are summed at the same time: neighbours share
+// a head. state_of(i, part): of n_parts, the first n_hot of hot tokens. All threads call.
+template <class StateOf, class Use>
+__device__ inline void sum_heads(int n, int n_hot, int n_parts, const StateOf& state_of,
+                                 const Use& use) {
+  int threads = kWarp;  // of a head
+  while (threads > 1 && threads * n > kTiledThreads) threads /= 2;
+  const int thread = static_cast<int>(threadIdx.x), of_head = thread % threads;
+  for (int base = 0; base < n; base += kTiledThreads / threads) {
+    const int head = base + thread / threads, i = min(head, n - 1);
+    HeadSum sum;
+    sum.add_parts(of_head, threads, n_hot, n_parts, [&](int part) { return state_of(i, part); });
+    sum.join(threads);
+    if (head < n && of_head == 0) use(head, sum);
+  }
+}
 
 struct TieredProblem : ExactProblem {
   int n_kv_heads;
@@ -57,6 +122,16 @@ struct TieredProblem : ExactProblem {
   __host__ __device__ int n_lanes() const { return kv.hot.n_lanes; }
   __host__ __device__ int lane_queries() const { return kv.hot.lane_heads * group; }
   __device__ bool has_ghosts() const { return kv.ghosts.format.present(); }
+  __device__ int n_ghosts(int kv_len) const {
+    return has_ghosts() && kv_len >= kv.ghosts.centre_tokens ? kv_len : 0;
+  }
+  // Splits that have any hot rows of a lane, or any ghosts: those behind them have none.
+  __device__ int hot_splits(int lane) const {
+    return n_shares(kv.hot.n_rows[lane], kTiledRows, hot.n_splits);
+  }
+  __device__ int ghost_splits(int kv_len) const {
+    return n_shares(n_ghosts(kv_len), GhostRope::kSpan, scored.n_splits);
+  }
   __host__ __device__ int n_chunks() const { return (group + kTiledQueries - 1) / kTiledQueries; }
   __device__ int recalled_at(int kv_head, int chunk, int split) const {
     return (kv_head * n_chunks() + chunk) * scored.n_splits + split;
@@ -68,7 +143,7 @@ struct QueryChunk {
   int kv_head, lane, first, n, head;  // head: query head of the first
 
   __device__ explicit QueryChunk(const TieredProblem& p)
-      : kv_head(static_cast<int>(blockIdx.y)),
+      : kv_head(static_cast<int>(blockIdx.x)),
         lane(kv_head / p.kv.hot.lane_heads),
         first(static_cast<int>(blockIdx.z) * kTiledQueries),
         n(min(kTiledQueries, p.group - first)),

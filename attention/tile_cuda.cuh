@@ -121,5 +121,10 @@ __device__ inline Share share_of(int n, int step, int split, int n_splits) {
   const int size = (n_steps + n_splits - 1) / n_splits * step;
   return {min(split * size, n), min(split * size + size, n)};
 }
+// Splits that have any of them; all others stand behind these.
+__device__ inline int n_shares(int n, int step, int n_splits) {
+  const int n_steps = (n + step - 1) / step, size = max(1, (n_steps + n_splits - 1) / n_splits);
+  return (n_steps + size - 1) / size;
+}
 
 }  // namespace thaw

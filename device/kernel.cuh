@@ -267,6 +267,14 @@ __device__ inline void cp_async_16(void* shared, const void* global, bool valid 
                : "memory");
 #endif
 }
+// The same of a small table that every block reads, so that caches have it: no traffic.
+__device__ inline void cp_async_16_cached(void* shared, const void* global) {
+#ifdef THAW_EMULATED
+  simt::cp_async_16(shared, global, true, false);
+#else
+  cp_async_16(shared, global);
+#endif
+}
 // The same of what is read once: see load_16_once().
 __device__ inline void cp_async_16_once(void* shared, const void* global, bool valid) {
 #ifdef THAW_EMULATED

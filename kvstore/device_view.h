@@ -45,8 +45,7 @@ struct DeviceRope {
   const float* middle = nullptr;  // span x {cos, sin} x pair: the angle of the middle of each span
   const float* within = nullptr;  // place in a span x {cos, sin} x pair: from the middle to there
   const float* cubic = nullptr;   // {1, theta, theta^2 / 2, theta^3 / 6} x pair; 0 for fast ones
-  const float* rows = nullptr;    // (2 n_fast + 4) x kSpan: what turned queries are multiplied by
-                                  // (GhostRope::score_centre)
+  const std::uint16_t* rows = nullptr;  // SplitRope: what turned queries are multiplied by
 
   bool operator==(const DeviceRope&) const = default;
 };

@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "device/error.h"
+#include "device/half.h"
 #include "device/tile_cpu.h"
 #include "kvstore/ghost.h"
 #include "kvstore/ghost_code.h"
@@ -164,6 +165,23 @@ std::int64_t GhostRope::bytes() const {
   return static_cast<std::int64_t>(
       (cubic_.capacity() + within_.capacity() + rows_.capacity() + middle_.capacity()) *
       sizeof(float));
+}
+
+std::vector<std::uint16_t> SplitRope::of(const GhostRope::Tables& tables) {
+  const int n_fast = tables.n_fast, n_rows = SplitRope::n_rows(n_fast);
+  std::vector<std::uint16_t> split(std::size_t{2} * n_rows * kStride);
+  for (int row = 0; row < 2 * n_fast + 4; ++row) {
+    const int from = row / 2 + row % 2 * (n_fast + 2), power = std::max(row - 2 * n_fast, 0);
+    for (int place = 0; place < GhostRope::kSpan; ++place) {
+      const float x = tables.rows[static_cast<std::size_t>(from * GhostRope::kSpan + place)] /
+                      power_scale(power);
+      const int to = row * kStride + place / 16 * 16 + place % 2 * 8 + place % 16 / 2;
+      const std::uint16_t high = f32_to_f16(x);
+      split[static_cast<std::size_t>(to)] = high;
+      split[static_cast<std::size_t>(n_rows * kStride + to)] = f32_to_f16(x - f16_to_f32(high));
+    }
+  }
+  return split;
 }
 
 }  // namespace thaw

@@ -9,6 +9,8 @@
 #include <span>
 #include <vector>
 
+#include "device/host_device.h"
+
 namespace thaw {
 
 struct GhostQuery;
@@ -68,6 +70,23 @@ class GhostRope {
   std::vector<float> rows_;
   std::vector<float> middle_;  // angles at the middle of each span
   int n_spans_ = 0;
+};
+
+// GhostRope::Tables::rows as kernels multiply it on tensor cores: f16 numbers, n_rows() x kStride,
+// and behind them what is left of each, also as f16. Row 2 i is the cosine of fast pair i, 2 i + 1
+// its sine; then come the powers 0 to 3 of the place, divided by power_scale() so that none is
+// above 1, and rows of zeros. Of 16 places those at even ones come first.
+struct SplitRope {
+  // From a row to the next: eight rows meet no bank of shared memory twice.
+  static constexpr int kStride = GhostRope::kSpan + 8;
+
+  THAW_HOST_DEVICE static int n_rows(int n_fast) {  // as whole steps of a product
+    return (2 * n_fast + 4 + 15) / 16 * 16;
+  }
+  THAW_HOST_DEVICE static float power_scale(int power) {
+    return static_cast<float>(1 << 6 * power);
+  }
+  static std::vector<std::uint16_t> of(const GhostRope::Tables& tables);
 };
 
 }  // namespace thaw

@@ -112,16 +112,19 @@ void CudaGhostTier::send_tables(const GhostRope& host, int capacity) {
   pairs_ = DeviceBuffer<DeviceRope::Pair>(pairs.size(), "ghosts");
   copy_to_device(pairs_.data(), pairs.data(), pairs.size(), stream_);
   std::vector<float> all;
-  for (const auto& table : {from.middle, from.within, from.cubic, from.rows})
+  for (const auto& table : {from.middle, from.within, from.cubic})
     all.insert(all.end(), table.begin(), table.end());
   tables_ = DeviceBuffer<float>(all.size(), "ghosts");
   copy_to_device(tables_.data(), all.data(), all.size(), stream_);
+  const std::vector<std::uint16_t> rows = SplitRope::of(from);
+  rows_ = DeviceBuffer<std::uint16_t>(rows.size(), "ghosts");
+  copy_to_device(rows_.data(), rows.data(), rows.size(), stream_);
   rope_.n_fast = from.n_fast;
   rope_.pairs = pairs_.data();
   rope_.middle = tables_.data();
   rope_.within = rope_.middle + from.middle.size();
   rope_.cubic = rope_.within + from.within.size();
-  rope_.rows = rope_.cubic + from.cubic.size();
+  rope_.rows = rows_.data();
 }
 
 void CudaGhostTier::reserve(int n_tokens) {
@@ -190,7 +193,8 @@ void CudaGhostTier::write_newest(const DeviceRows& cold, std::size_t cold_layer,
 
 std::int64_t CudaGhostTier::bookkeeping_bytes() const {
   return static_cast<std::int64_t>(means_.bytes() + units_.bytes() + carries_.bytes() +
-                                   carried_to_.bytes() + pairs_.bytes() + tables_.bytes()) +
+                                   carried_to_.bytes() + pairs_.bytes() + tables_.bytes() +
+                                   rows_.bytes()) +
          pages_.table_bytes();
 }
 

@@ -50,7 +50,8 @@ class CudaGhostTier {
   DeviceBuffer<float> carries_;   // layer x head x head_dim: see write_ghost()
   DeviceBuffer<int> carried_to_;  // layer x head: the token that a carry is for
   DeviceBuffer<DeviceRope::Pair> pairs_;
-  DeviceBuffer<float> tables_;  // middle, within, cubic, rows
+  DeviceBuffer<float> tables_;  // middle, within, cubic
+  DeviceBuffer<std::uint16_t> rows_;
   DeviceRope rope_;
 };
 

@@ -225,7 +225,6 @@ void* dynamic_shared() {
 
 void begin_copy(void* shared, const void* global, bool valid) {
   Fiber& f = *active->current;
-  if (valid) count_bytes(16);
   f.copies.push_back({shared, valid ? global : nullptr, f.group});
 }
 void cp_async_commit() { ++active->current->group; }

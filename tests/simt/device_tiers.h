@@ -164,7 +164,8 @@ class DeviceTiers {
     const GhostRope::Tables rope = view.ghosts.rope->tables();
     copy_to_device(tables_.data() + within_, rope.within.data(), rope.within.size(), stream_);
     copy_to_device(tables_.data() + cubic_, rope.cubic.data(), rope.cubic.size(), stream_);
-    copy_to_device(tables_.data() + rows_, rope.rows.data(), rope.rows.size(), stream_);
+    const std::vector<std::uint16_t> rows = SplitRope::of(rope);
+    copy_to_device(rows_.data(), rows.data(), rows.size(), stream_);
     copy_to_device(tables_.data(), rope.middle.data(), rope.middle.size(), stream_);
   }
 
@@ -196,15 +197,15 @@ class DeviceTiers {
     const auto spans = static_cast<std::size_t>((room_ + GhostRope::kSpan - 1) / GhostRope::kSpan);
     within_ = spans * static_cast<std::size_t>(view.head_dim);
     cubic_ = within_ + rope.within.size();
-    rows_ = cubic_ + rope.cubic.size();
-    tables_ = DeviceBuffer<float>(rows_ + rope.rows.size(), "rope");
+    tables_ = DeviceBuffer<float>(cubic_ + rope.cubic.size(), "rope");
+    rows_ = DeviceBuffer<std::uint16_t>(SplitRope::of(rope).size(), "rope");
     std::vector<DeviceRope::Pair> pairs;
     for (const GhostRope::Pair& p : rope.pairs) pairs.push_back({p.first, p.second});
     pairs_ = DeviceBuffer<DeviceRope::Pair>(pairs.size(), "pairs");
     copy_to_device(pairs_.data(), pairs.data(), pairs.size(), stream_);
     float* tables = tables_.data();
     device_.ghosts.rope = {rope.n_fast,      pairs_.data(),   tables,
-                           tables + within_, tables + cubic_, tables + rows_};
+                           tables + within_, tables + cubic_, rows_.data()};
   }
 
   static constexpr int kCentre = 16;  // as TieredScene has it
@@ -220,7 +221,8 @@ class DeviceTiers {
   DeviceBuffer<std::uint32_t> mask_;
   DeviceBuffer<float> floats_, centres_, tables_;
   DeviceBuffer<DeviceRope::Pair> pairs_;
-  std::size_t within_ = 0, cubic_ = 0, rows_ = 0;
+  std::size_t within_ = 0, cubic_ = 0;
+  DeviceBuffer<std::uint16_t> rows_;
   std::vector<std::int32_t> counts_host_;
   KvView view_;
   DeviceView device_ = {};

@@ -23,9 +23,11 @@ int barrier_sum(int value, Where where);  // __syncthreads_count and its kin
 void pause();                             // lets other threads of the block run
 
 void* dynamic_shared();
+void count_bytes(std::int64_t bytes);  // adds to counts() of the running kernel
 void begin_copy(void* shared, const void* global, bool valid);
 // The copy may land at any time from here on: until it is waited for, `shared` holds NaN.
-inline void cp_async_16(void* shared, const void* global, bool valid) {
+inline void cp_async_16(void* shared, const void* global, bool valid, bool is_traffic = true) {
+  if (valid && is_traffic) count_bytes(16);
   if (valid) static_cast<void>(*static_cast<const volatile unsigned*>(global));
   *static_cast<uint4*>(shared) = {~0u, ~0u, ~0u, ~0u};
   begin_copy(shared, global, valid);
@@ -63,7 +65,6 @@ T shuffle(unsigned mask, T value, int source, Where where) {
 }
 
 int lane();                            // of the running thread
-void count_bytes(std::int64_t bytes);  // adds to counts() of the running kernel
 
 // Lanes tell each other their rows, and each reads what it gets.
 inline void load_matrices(std::uint32_t (&registers)[4], const void* row, bool transposed,
