@@ -2,6 +2,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 #include <system_error>
 #include <utility>
 
@@ -20,11 +21,13 @@ struct Names {
   const char *embedding, *final_norm, *output;
   const char* layers;  // stands before the layer's number
   const char *attn_norm, *wq, *wk, *wv, *wo, *ffn_norm, *w_gate, *w_up, *w_down;
+  const char* frequencies;  // of RoPE: how the whole name ends
 };
 
-constexpr Names kGgufNames = {"token_embd", "output_norm", "output",  "blk.",        "attn_norm",
-                              "attn_q",     "attn_k",      "attn_v",  "attn_output", "ffn_norm",
-                              "ffn_gate",   "ffn_up",      "ffn_down"};
+constexpr Names kGgufNames = {"token_embd",  "output_norm",      "output",   "blk.",
+                              "attn_norm",   "attn_q",           "attn_k",   "attn_v",
+                              "attn_output", "ffn_norm",         "ffn_gate", "ffn_up",
+                              "ffn_down",    "rope_freqs.weight"};
 
 constexpr Names kHfNames = {"model.embed_tokens",
                             "model.norm",
@@ -38,7 +41,8 @@ constexpr Names kHfNames = {"model.embed_tokens",
                             "post_attention_layernorm",
                             "mlp.gate_proj",
                             "mlp.up_proj",
-                            "mlp.down_proj"};
+                            "mlp.down_proj",
+                            "rotary_emb.inv_freq"};
 
 struct Found {
   Tensor tensor;
@@ -46,33 +50,54 @@ struct Found {
 };
 using FindTensor = std::function<std::optional<Found>(const std::string& name)>;
 
+// The name of a tensor, and the file that holds it.
+struct Held {
+  std::string name;
+  std::string file;
+};
+
 // Demands tensors by name and shape.
 class WeightReader {
  public:
   WeightReader(const std::string& source, const Names& names, FindTensor find)
       : source_(source), names_(names), find_(std::move(find)) {}
 
-  Weights read(const Config& config) const;
+  // `all` is what the files hold.
+  Weights read(const Config& config, const std::vector<Held>& all);
 
  private:
-  LayerWeights layer(const Config& config, int index) const;
-  Tensor matrix(const std::string& name, std::int64_t rows, std::int64_t cols) const;
-  std::vector<float> vector(const std::string& name, std::int64_t n) const;
-  Found demand(const std::string& name) const;
+  LayerWeights layer(const Config& config, int index);
+  Tensor matrix(const std::string& name, std::int64_t rows, std::int64_t cols);
+  std::vector<float> vector(const std::string& name, std::int64_t n);
+  Found demand(const std::string& name);
+  void refuse_rest(const Config& config, const std::vector<Held>& all) const;
 
   const std::string source_;
   const Names& names_;
   const FindTensor find_;
+  std::set<std::string> taken_;
 };
 
-Found WeightReader::demand(const std::string& name) const {
+Found WeightReader::demand(const std::string& name) {
   std::optional<Found> found = find_(name + ".weight");
   require(found.has_value(), source_, ": tensor ", name, ".weight: expected it, found none");
-  require(!find_(name + ".bias"), source_, ": tensor ", name, ".bias: expected none, found one");
+  taken_.insert(name + ".weight");
   return *std::move(found);
 }
 
-Tensor WeightReader::matrix(const std::string& name, std::int64_t rows, std::int64_t cols) const {
+// A tensor that nobody took stands for something that is not computed: without it, the text would
+// be wrong. Only what the config says already may be left.
+void WeightReader::refuse_rest(const Config& c, const std::vector<Held>& all) const {
+  for (const Held& held : all) {
+    const bool repeats = held.name.ends_with(names_.frequencies) ||
+                         (c.tied_output && held.name == join(names_.output, ".weight"));
+    require(repeats || taken_.contains(held.name), held.file, ": tensor ", printable(held.name),
+            ": expected none of this name in a LLaMA with layers 0 to ", c.n_layers - 1,
+            ", found one");
+  }
+}
+
+Tensor WeightReader::matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
   Found found = demand(name);
   const Tensor& t = found.tensor;
   require(t.rows == rows && t.cols == cols, found.file, ": tensor ", name,
@@ -80,7 +105,7 @@ Tensor WeightReader::matrix(const std::string& name, std::int64_t rows, std::int
   return std::move(found.tensor);
 }
 
-std::vector<float> WeightReader::vector(const std::string& name, std::int64_t n) const {
+std::vector<float> WeightReader::vector(const std::string& name, std::int64_t n) {
   const Found found = demand(name);
   const Tensor& t = found.tensor;
   require(t.rows == 1 && t.cols == n, found.file, ": tensor ", name, ".weight: shape: expected ", n,
@@ -90,7 +115,7 @@ std::vector<float> WeightReader::vector(const std::string& name, std::int64_t n)
   return out;
 }
 
-LayerWeights WeightReader::layer(const Config& c, int index) const {
+LayerWeights WeightReader::layer(const Config& c, int index) {
   const std::string prefix = join(names_.layers, index, ".");
   LayerWeights w;
   w.index = index;
@@ -106,12 +131,13 @@ LayerWeights WeightReader::layer(const Config& c, int index) const {
   return w;
 }
 
-Weights WeightReader::read(const Config& c) const {
+Weights WeightReader::read(const Config& c, const std::vector<Held>& all) {
   Weights weights;
   weights.embedding = matrix(names_.embedding, c.vocab_size, c.dim);
   for (int i = 0; i < c.n_layers; ++i) weights.layers.push_back(layer(c, i));
   weights.final_norm = vector(names_.final_norm, c.dim);
   weights.output = c.tied_output ? weights.embedding : matrix(names_.output, c.vocab_size, c.dim);
+  refuse_rest(c, all);
   return weights;
 }
 
@@ -125,7 +151,9 @@ Model load_gguf(const std::filesystem::path& path) {
     const Tensor* tensor = model.gguf->find_tensor(name);
     return tensor ? std::optional(Found{*tensor, source}) : std::nullopt;
   };
-  model.weights = WeightReader(source, kGgufNames, find).read(model.config);
+  std::vector<Held> all;
+  for (const Tensor& tensor : model.gguf->tensors()) all.push_back({tensor.name, source});
+  model.weights = WeightReader(source, kGgufNames, find).read(model.config, all);
   return model;
 }
 
@@ -145,6 +173,7 @@ class Checkpoint {
  public:
   explicit Checkpoint(const std::filesystem::path& directory);
   std::optional<Found> find(const std::string& name) const;
+  std::vector<Held> all() const;
   std::vector<MappedFile> take_files() { return std::move(files_); }
 
  private:
@@ -208,6 +237,14 @@ std::optional<Found> Checkpoint::find(const std::string& name) const {
   return Found{shard.tensor(name), shard.source()};
 }
 
+std::vector<Held> Checkpoint::all() const {
+  std::vector<Held> out;
+  for (const Safetensors& shard : shards_) {
+    for (const std::string& name : shard.names()) out.push_back({name, shard.source()});
+  }
+  return out;
+}
+
 Model load_directory(const std::filesystem::path& path) {
   const auto config_path = path / "config.json";
   require(is_there(config_path), path.string(),
@@ -220,7 +257,7 @@ Model load_directory(const std::filesystem::path& path) {
   model.config.name = printable(path.lexically_normal().filename().string());
   Checkpoint checkpoint(path);
   const auto find = [&](const std::string& name) { return checkpoint.find(name); };
-  model.weights = WeightReader(path.string(), kHfNames, find).read(model.config);
+  model.weights = WeightReader(path.string(), kHfNames, find).read(model.config, checkpoint.all());
   model.shards = checkpoint.take_files();
   return model;
 }
