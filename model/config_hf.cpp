@@ -97,6 +97,24 @@ void demand_llama(const Fields& fields) {
   for (const char* key : {"attention_bias", "mlp_bias"}) {
     require(!fields.boolean(key, false), source, ": ", key, ": expected false, found true");
   }
+  for (const char* key : {"partial_rotary_factor", "logits_scaling", "attention_multiplier",
+                          "embedding_multiplier", "residual_multiplier"}) {
+    const double factor = fields.real(key, 1);
+    require(factor == 1, source, ": ", key, ": expected 1, found ", factor);
+  }
+  const json* quantized = fields.find("quantization_config");
+  require(!quantized, source, ": quantization_config: expected none, found ",
+          quantized ? shown(*quantized) : "");
+}
+
+// Demands that every token attends to the whole context.
+void demand_no_window(const Fields& fields, int context_length) {
+  const json* window = fields.find("sliding_window");
+  if (!window || *window == false || !fields.boolean("use_sliding_window", true)) return;
+  const int size = fields.size("sliding_window");
+  require(size >= context_length, fields.source(),
+          ": sliding_window: expected none, or at least max_position_embeddings ", context_length,
+          ", found ", size);
 }
 
 // `rope` holds rope_type ("type" in older files) and the numbers that belong to it.
@@ -147,6 +165,7 @@ Config read_hf_config(std::string_view text, const std::string& source) {
   c.ffn_dim = fields.size("intermediate_size");
   c.vocab_size = fields.size("vocab_size");
   c.context_length = fields.size("max_position_embeddings", 2048);
+  demand_no_window(fields, c.context_length);
   c.norm_eps = static_cast<float>(fields.real("rms_norm_eps", 1e-6));
   c.tied_output = fields.boolean("tie_word_embeddings", false);
   c.rope_pairing = RopePairing::kHalves;

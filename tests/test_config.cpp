@@ -190,6 +190,33 @@ TEST_CASE("config: what is not a LLaMA, or one of another kind, is refused by na
   CHECK(error_in(document) == "config.json: model_type: expected llama, found none");
 }
 
+TEST_CASE("config: what would change the result and is not computed is refused by name") {
+  for (const char* key : {"partial_rotary_factor", "logits_scaling", "attention_multiplier",
+                          "embedding_multiplier", "residual_multiplier"}) {
+    CHECK(error_with(key, 0.5) == join("config.json: ", key, ": expected 1, found 0.5"));
+    CHECK(error_with(key, "x") == join("config.json: ", key, ": expected a number, found \"x\""));
+    CHECK(error_with(key, 1.0) == "");
+    CHECK(error_with(key, nullptr) == "");
+  }
+  CHECK(error_with("quantization_config", {{"quant_method", "fp8"}}) ==
+        "config.json: quantization_config: expected none, found {\"quant_method\":\"fp8\"}");
+  CHECK(error_with("quantization_config", nullptr) == "");
+
+  CHECK(error_with("sliding_window", 4096) ==
+        "config.json: sliding_window: expected none, or at least max_position_embeddings 131072, "
+        "found 4096");
+  CHECK(error_with("sliding_window", "all") ==
+        "config.json: sliding_window: expected an integer from 1 to 16777216, found \"all\"");
+  for (const json& harmless : {json(nullptr), json(false), json(131072)}) {
+    CHECK(error_with("sliding_window", harmless) == "");
+  }
+  json unused = llama32();
+  unused["sliding_window"] = 4096, unused["use_sliding_window"] = false;
+  CHECK(error_in(unused) == "");
+  unused["use_sliding_window"] = true;
+  CHECK(error_in(unused) != "");
+}
+
 TEST_CASE("config: sizes that are missing, zero, negative, no integers or too large are errors") {
   for (const char* key :
        {"hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
