@@ -109,8 +109,8 @@ void TieredKvStore::make_lanes() {
 
 void TieredKvStore::check_options() const {
   require(shape_.head_dim <= GhostQuery::kMaxDim || !bounds_.has_ghosts(),
-          "--ghost: expected a head_dim of at most ", GhostQuery::kMaxDim, ", found ",
-          shape_.head_dim);
+          "--ghost: expected a head_dim of at most ", GhostQuery::kMaxDim,
+          ", or --ghost off or --policy full, found a head_dim of ", shape_.head_dim);
 }
 
 std::span<Residency> TieredKvStore::lanes(int layer) {

@@ -141,12 +141,26 @@ Weights WeightReader::read(const Config& c, const std::vector<Held>& all) {
   return weights;
 }
 
+bool is_there(const std::filesystem::path& path) {
+  std::error_code unreadable;
+  return std::filesystem::exists(path, unreadable);
+}
+
+// Whether `path` is named as what a Hugging Face directory holds.
+bool is_part_of_directory(const std::filesystem::path& path) {
+  const auto extension = path.extension();
+  return is_there(path) && (extension == ".safetensors" || extension == ".json");
+}
+
 Model load_gguf(const std::filesystem::path& path) {
+  const std::string source = path.string();
+  require(!is_part_of_directory(path), source,
+          ": expected a .gguf file or a directory, found a file of the directory ",
+          path.has_parent_path() ? path.parent_path().string() : ".");
   Model model;
   model.path = path;
   model.gguf = std::make_shared<const Gguf>(path);
   model.config = read_gguf_config(*model.gguf);
-  const std::string source = path.string();
   const auto find = [&](const std::string& name) -> std::optional<Found> {
     const Tensor* tensor = model.gguf->find_tensor(name);
     return tensor ? std::optional(Found{*tensor, source}) : std::nullopt;
@@ -155,11 +169,6 @@ Model load_gguf(const std::filesystem::path& path) {
   for (const Tensor& tensor : model.gguf->tensors()) all.push_back({tensor.name, source});
   model.weights = WeightReader(source, kGgufNames, find).read(model.config, all);
   return model;
-}
-
-bool is_there(const std::filesystem::path& path) {
-  std::error_code unreadable;
-  return std::filesystem::exists(path, unreadable);
 }
 
 std::string_view json_text(const MappedFile& file) {

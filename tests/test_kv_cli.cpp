@@ -53,6 +53,23 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"--kv-type", "q8_0", "--policy", "thaw"}, 1), "head_dim"));
 }
 
+TEST_CASE("kv flags: heads that are too wide for ghosts are told what runs without") {
+  const std::string wide = TinyCli::get().path("wide-heads.gguf");
+  write_file(wide, tiny_gguf(make_tiny_model({.head_dim = 258})).bytes());
+  const auto run = [&](const std::vector<std::string>& kv_args) {
+    std::vector<std::string> args = {"generate", "-m", wide, "-p", "abc", "-n", "3", "-q"};
+    args.insert(args.end(), kv_args.begin(), kv_args.end());
+    return run_thaw(args);
+  };
+  const RunResult refused = run({"--policy", "thaw"});
+  CHECK(refused.exit_code == 1);
+  CHECK(contains(refused.err,
+                 "--ghost: expected a head_dim of at most 256, or --ghost off or "
+                 "--policy full, found a head_dim of 258\n"));
+  CHECK(run({"--policy", "thaw", "--ghost", "off"}).exit_code == 0);
+  CHECK(run({"--policy", "full"}).exit_code == 0);
+}
+
 TEST_CASE("kv flags: a preset has its own caution, which --caution replaces") {
   KvFlags flags;
   flags.policy = "thaw";

@@ -294,6 +294,18 @@ TEST_CASE("loader: a path that is no model says what is there") {
   }
 }
 
+TEST_CASE("loader: a file of a Hugging Face directory is answered with the directory to give") {
+  HfDirectory hf;
+  save(hf.directory.path(), hf.files);
+  for (const char* name : {"model.safetensors", "config.json", "tokenizer.json"}) {
+    CHECK(error_of([&] { load_model(hf.path(name)); }) ==
+          hf.path(name) + ": expected a .gguf file or a directory, found a file of the directory " +
+              hf.path());
+  }
+  CHECK(error_of([&] { load_model(hf.path("no.safetensors")); }) ==
+        hf.path("no.safetensors") + ": cannot open: No such file or directory");
+}
+
 TEST_CASE("loader: config.json and the index that are something else are called by name") {
   HfDirectory hf(2);
   const auto with = [&](const char* name, const std::string& text) {
