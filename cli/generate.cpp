@@ -1,6 +1,7 @@
 // thaw generate: streams a completion, or the answer to a message.
 #include "model/generate.h"
 
+#include <cmath>
 #include <iostream>
 #include <random>
 
@@ -202,6 +203,9 @@ void print_statistics(const Options& o, const Generation& g, const Recovery& rec
   if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
 }
 
+// A count that is a mean of lanes, and so a sum of fractions.
+double six_decimals(double value) { return std::round(value * 1e6) / 1e6; }
+
 std::string to_json(const Options& o, const Generation& g, const Recovery& recovery,
                     const std::string& text) {
   return json_line({
@@ -226,8 +230,8 @@ std::string to_json(const Options& o, const Generation& g, const Recovery& recov
       {"policy", o.common.kv.policy},
       {"attended_pct",
        g.counters.visible > 0 ? 100 * g.counters.attended / g.counters.visible : 100},
-      {"recalled_tokens", g.counters.recalled},
-      {"thawed_tokens", g.counters.thawed},
+      {"recalled_tokens", six_decimals(g.counters.recalled)},
+      {"thawed_tokens", six_decimals(g.counters.thawed)},
       {"cold_bytes_read", g.counters.cold_bytes_read},
       {"kv_type", o.common.kv.type_name},
       {"checks", g.checks},

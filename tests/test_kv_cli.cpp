@@ -70,6 +70,23 @@ TEST_CASE("kv flags: heads that are too wide for ghosts are told what runs witho
   CHECK(run({"--policy", "full"}).exit_code == 0);
 }
 
+TEST_CASE("generate: --json says counts that are means of lanes with at most six decimals") {
+  const std::string three = TinyCli::get().path("three-lanes.gguf");
+  const TinyOptions options = {.dim = 96, .n_heads = 6, .n_kv_heads = 3};
+  write_file(three, tiny_gguf(make_tiny_model(options)).bytes());
+  const RunResult result = run_thaw({"generate", "-m", three, "-p", std::string(200, 'a'), "-n",
+                                     "60", "--policy", "thaw", "--window", "8", "--sinks", "2",
+                                     "--epsilon", "0.0001", "--ignore-eos", "--json"});
+  const nlohmann::json json = nlohmann::json::parse(result.out);
+  for (const char* key : {"recalled_tokens", "thawed_tokens"}) {
+    CAPTURE(key);
+    const std::string shown = json[key].dump();
+    CAPTURE(shown);
+    CHECK(json[key] > 0);
+    CHECK(shown.size() - shown.find('.') <= 7);
+  }
+}
+
 TEST_CASE("kv flags: a preset has its own caution, which --caution replaces") {
   KvFlags flags;
   flags.policy = "thaw";
