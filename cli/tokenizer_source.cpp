@@ -90,19 +90,34 @@ TokenizerSpec directory_spec(const std::filesystem::path& directory) {
   fail(directory.string(), ": expected tokenizer.json or tokenizer.model in it, found neither");
 }
 
-TokenizerSpec spec_at(const std::filesystem::path& path) {
-  if (std::error_code none; std::filesystem::is_directory(path, none)) {
-    return directory_spec(path);
-  }
+enum class Format { kGguf, kJson, kTiktoken };
+
+// Of the file at `path`, which is mapped no longer than this looks: who reads it maps it again.
+Format format_of(const std::filesystem::path& path) {
   const MappedFile file(path);
   const std::string_view mistake = mistaken_for(file.bytes());
   require(mistake.empty(), path.string(), ": expected a tokenizer, found ", mistake);
   const std::string_view bytes(reinterpret_cast<const char*>(file.bytes().data()),
                                file.bytes().size());
-  if (bytes.starts_with("GGUF")) return tokenizer_spec(Gguf(path));
+  if (bytes.starts_with("GGUF")) return Format::kGguf;
   const std::size_t first = bytes.find_first_not_of(" \t\r\n");
   const bool json = first != std::string_view::npos && bytes[first] == '{';
-  return json ? read_tokenizer_json(path) : read_tiktoken(path);
+  return json ? Format::kJson : Format::kTiktoken;
+}
+
+TokenizerSpec spec_at(const std::filesystem::path& path) {
+  if (std::error_code none; std::filesystem::is_directory(path, none)) {
+    return directory_spec(path);
+  }
+  switch (format_of(path)) {
+    case Format::kGguf:
+      return tokenizer_spec(Gguf(path));
+    case Format::kJson:
+      return read_tokenizer_json(path);
+    case Format::kTiktoken:
+      break;
+  }
+  return read_tiktoken(path);
 }
 
 }  // namespace

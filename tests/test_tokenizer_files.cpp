@@ -1,7 +1,11 @@
 // Tokenizers from GGUF metadata, tokenizer.json and tiktoken files: good ones agree, bad ones are
 // an error that names the file and the field.
 #include <doctest/doctest.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
+#include <filesystem>
+#include <fstream>
 #include <functional>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -10,6 +14,8 @@
 #include "cli/tokenizer_source.h"
 #include "device/error.h"
 #include "tests/gguf_writer.h"
+#include "tests/limited_memory.h"
+#include "tests/sanitized.h"
 #include "tests/tiny_files.h"
 
 namespace thaw {
@@ -133,6 +139,21 @@ TEST_CASE("a GGUF vocabulary and a tokenizer.json give the same tokenizer") {
   CHECK(gguf.encode("a", {.add_special = true}).size() == 1);
   files.put("tokenizer.json", small_json().dump());
   check_small(load_tokenizer(files.path()));
+}
+
+TEST_CASE("a tokenizer takes the addresses of its file once") {
+  const Files files;
+  const auto path = files.put("large.gguf", small_gguf().bytes());
+  constexpr std::uintmax_t kSize = 512 << 20;
+  std::filesystem::resize_file(path, kSize);  // a hole, as long as weights are
+  CHECK(testing::holds_in_64mb([&] {
+    std::size_t pages = 0;
+    std::ifstream("/proc/self/statm") >> pages;
+    const rlim_t room = pages * static_cast<std::size_t>(::getpagesize()) + kSize * 3 / 2;
+    const rlimit addresses{room, room};
+    if (!testing::sanitized()) ::setrlimit(RLIMIT_AS, &addresses);
+    return load_tokenizer(path).is_eog(5);
+  }));
 }
 
 TEST_CASE("the files beside tokenizer.json give bos, end tokens and the chat template") {
