@@ -44,7 +44,7 @@ struct GenerateOptions {
   // every token exactly; their keys and values are then exact, too. (Drafts from a sparse or
   // quantised cache that the whole cache verifies: MagicDec, 2408.11049; QuantSpec, 2502.10424.)
   // Nats; thaw: they do when the sampler's lead() is less; 0: never. Where leads are more than 2
-  // nats in the mean, so much more: ghosts shift them by 2 to 4 % of that.
+  // nats in the mean, so much more: ghosts shift them by 2 to 5 % of that.
   float second_look = 0;
   int verify = 0;  // they do when there are so many, and their draws are repeated; the first
                    // that differs is taken back with all behind it, so that the text is that
