@@ -31,11 +31,11 @@ bool parse(const Args& args, Options& o) {
       "bench", "-m MODEL [flags]",
       "Times a prompt and a decode, after one run that is not counted, and prints tokens a second: "
       "mean, standard deviation and median of the repetitions. GB/s counts what a decoded token "
-      "reads: the weights, and hot tokens, ghosts and recalls of the cache (of ghosts also the values "
-      "of faint ones, which are not read); peak is the read bandwidth measured just before with the "
-      "same threads. Policies take turns, repetition by "
-      "repetition; what a policy reads depends on the text, so give it one with -f. With --op, ops of "
-      "decode steps are timed instead, each call alone and from cold caches.");
+      "reads: the weights, and hot tokens, ghosts and recalls of the cache (of ghosts also the "
+      "values of faint ones, which are not read); peak is the read bandwidth measured just before "
+      "with the same threads. Policies take turns, repetition by repetition; what a policy reads "
+      "depends on the text, so give it one with -f. With --op, ops of decode steps are timed "
+      "instead, each call alone and from cold caches.");
   flags.section("What is timed");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
   std::vector<std::string> shapes;
@@ -50,15 +50,16 @@ bool parse(const Args& args, Options& o) {
   flags.choice(o.weights, "--weights", kFormats,
                "format of the random weights");
   flags.text(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
-  flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0, 1 << 24);
+  flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0,
+                 1 << 24);
   flags.integer(o.decode, "-n, --tokens",
-                "tokens decoded one by one; 0 leaves it out (default 128; with --op 8)", 0, 1 << 24);
+                "tokens decoded one by one; 0 leaves it out (default 128; with --op 8)", 0,
+                1 << 24);
   flags.integers(o.depths, "-d, --depth", "tokens already in the cache before each; a list", 0,
                  1 << 24);
   flags.integer(o.repetitions, "-r, --repetitions", "times that each is run", 1, 1000);
   flags.choices(o.ops, "--op", kTimedOps,
                 "time these ops of each decoded token; GB/s counts weights and cached tokens");
-  flags.section("How it is computed");
   add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need",
                &o.policies);
   add_run_flags(flags, o.common);
@@ -124,7 +125,8 @@ class Bench {
       }
       if (o_.decoded() > 0) {
         time(results, "tg", o_.decoded(), depth, [&](std::span<const TokenId> tokens, KvStore& kv) {
-          for (const TokenId& token : tokens) transformer_.forward({&token, 1}, kv, 1, Phase::kDecode);
+          for (const TokenId& token : tokens)
+            transformer_.forward({&token, 1}, kv, 1, Phase::kDecode);
         });
       }
     }
@@ -136,9 +138,10 @@ class Bench {
   template <class Work>
   void time(std::vector<Result>& results, const std::string& name, int n_tokens, int depth,
             const Work& work) {
-    const std::span<const TokenId> before = std::span(tokens_).first(static_cast<std::size_t>(depth));
-    const std::span<const TokenId> timed = std::span(tokens_).subspan(
-        static_cast<std::size_t>(depth), static_cast<std::size_t>(n_tokens));
+    const auto n_before = static_cast<std::size_t>(depth);
+    const std::span<const TokenId> before = std::span(tokens_).first(n_before);
+    const std::span<const TokenId> timed =
+        std::span(tokens_).subspan(n_before, static_cast<std::size_t>(n_tokens));
     std::vector<KvCounters> warm;
     const std::size_t first = results.size();
     for (std::size_t p = 0; p < stores_.size(); ++p) {

@@ -136,7 +136,8 @@ std::vector<DecodeWindow> decode_windows(const DecodeWindows& w, int n_tokens) {
   const int n_bos = w.bos >= 0;
   std::vector<DecodeWindow> plan;
   for (int begin = 0; static_cast<int>(plan.size()) < w.most; begin += w.stride) {
-    const int end = std::min(begin + w.context - n_bos, n_tokens - 1);  // the last is only predicted
+    const int end =
+        std::min(begin + w.context - n_bos, n_tokens - 1);  // the last is only predicted
     if (end - begin + n_bos <= w.prefill) break;
     plan.push_back({begin, end});
   }

@@ -131,8 +131,8 @@ void Flags::choices(std::vector<std::string>& values, Text names,
                     const std::vector<std::string>& choices, Text help) {
   const std::string list = joined(choices, "|");
   const std::string shown = values.empty() ? "" : " (default " + joined(values, ",") + ")";
-  add(names, "LIST", help + shown,
-      "some of " + list + " between commas", [&values, choices](Text s) {
+  add(names, "LIST", help + shown, "some of " + list + " between commas",
+      [&values, choices](Text s) {
         values = split(s, ',');
         return std::all_of(values.begin(), values.end(), [&](const std::string& value) {
           return std::find(choices.begin(), choices.end(), value) != choices.end();
@@ -144,7 +144,8 @@ void Flags::integers(std::vector<int>& values, Text names, Text help, int min, i
   std::vector<std::string> shown;
   for (const int value : values) shown.push_back(std::to_string(value));
   add(names, "LIST", help + " (default " + joined(shown, ",") + ")",
-      join("whole numbers from ", min, " to ", max, " between commas"), [&values, min, max](Text s) {
+      join("whole numbers from ", min, " to ", max, " between commas"),
+      [&values, min, max](Text s) {
         values.clear();
         for (const std::string& part : split(s, ',')) {
           const auto number = parse_number<int>(part);

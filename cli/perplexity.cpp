@@ -124,7 +124,8 @@ Score score(const PerplexityOptions& o, const Model& model, const Tokenizer& tok
   Score result;
   const int most = o.windows.value_or(n_tokens);
   int done = 1 - w.bos;  // tokens before this one count already, or cannot
-  for (int begin = 0; done < n_tokens && !interrupted && result.windows < most; begin += w.stride, ++result.windows) {
+  for (int begin = 0; done < n_tokens && !interrupted && result.windows < most;
+       begin += w.stride, ++result.windows) {
     const int end = std::min(begin + w.length, n_tokens);
     std::vector<TokenId> window(ids.begin() + begin,
                                 ids.begin() + end - 1);  // the last predicts nothing
@@ -151,7 +152,8 @@ Score score(const PerplexityOptions& o, const Model& model, const Tokenizer& tok
   return result;
 }
 
-std::string report(const PerplexityOptions& o, const Score& score, const Windows& w, double seconds) {
+std::string report(const PerplexityOptions& o, const Score& score, const Windows& w,
+                   double seconds) {
   const Mean nll = mean_of(score.nll), perplexity = exp_of(nll);
   if (!o.common.json) {
     return join("perplexity  ", fixed(perplexity.mean, 4), " \u00b1 ", fixed(perplexity.se, 4),
@@ -177,7 +179,8 @@ std::string report(const PerplexityOptions& o, const Score& score, const Windows
 }  // namespace
 
 bool PerplexityOptions::compares() const {
-  return common.kv.policy != "full" || common.kv.type_name != "f16" || !sweeps.empty() || csv || plot;
+  return common.kv.policy != "full" || common.kv.type_name != "f16" || !sweeps.empty() || csv ||
+         plot;
 }
 
 int run_perplexity(const Args& args) {

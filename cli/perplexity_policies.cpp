@@ -106,8 +106,9 @@ std::string html_page(const std::string& svg, const std::vector<nlohmann::ordere
   return join("<!doctype html>\n<html lang='en'><meta charset='utf-8'>\n"
               "<meta name='viewport' content='width=device-width'>\n<title>KV policies</title>\n"
               "<style>body { font: 13px sans-serif; margin: 16px } svg { max-width: 100%; height: "
-              "auto } div { overflow-x: auto } table { border-collapse: collapse } th, td { padding: "
-              "3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: nowrap }"
+              "auto } div { overflow-x: auto } table { border-collapse: collapse } th, td { "
+              "padding: 3px 8px; border-bottom: 1px solid #ddd; text-align: right; white-space: "
+              "nowrap }"
               "</style>\n", svg, "<div><table>\n<tr>", head, "</tr>\n", body,
               "</table></div>\n</html>\n");
 }

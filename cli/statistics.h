@@ -7,8 +7,8 @@
 
 namespace thaw {
 
-// `sd`: standard deviation of one value (n - 1 in the denominator); `se`: of the mean, sd / sqrt(n),
-// values taken as independent. Both 0 for a single value.
+// `sd`: standard deviation of one value (n - 1 in the denominator); `se`: of the mean,
+// sd / sqrt(n), values taken as independent. Both 0 for a single value.
 struct Mean {
   double mean = 0;
   double sd = 0;
