@@ -1,7 +1,5 @@
 #include "cli/heat.h"
 
-#include <algorithm>
-#include <cmath>
 #include <string_view>
 
 #include "device/error.h"

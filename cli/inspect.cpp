@@ -1,7 +1,6 @@
 // thaw inspect: what a model is made of, and what fits in this machine.
 #include <algorithm>
 #include <fstream>
-#include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
 

@@ -1,7 +1,6 @@
 #include "cli/needle_text.h"
 
 #include <algorithm>
-#include <array>
 #include <random>
 #include <string_view>
 

@@ -19,11 +19,9 @@ class NpyWriter {
   // Throws Error unless all rows were appended.
   void finish();
 
-  std::int64_t missing() const { return missing_; }  // elements still to be appended
-
  private:
   OutputFile file_;
-  std::int64_t missing_;
+  std::int64_t missing_;  // elements still to be appended
 };
 
 }  // namespace thaw

@@ -29,8 +29,6 @@ class TextStream {
   // Emits what is held back, as it is: a character cut in the middle stays cut.
   void finish();
 
-  bool stopped() const { return stopped_; }
-
  private:
   void emit_front(std::size_t n);
   std::size_t longest_stop_at_end() const;

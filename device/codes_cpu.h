@@ -1,6 +1,10 @@
 // Exact integer products of 16-bit activation codes with the small codes of weight blocks that a
 // tile holds unpacked, for AVX-512 VNNI, for AVX2, and portably; the sums are integers, so all give
 // the same bits. device/dots_cpu.h has those with blocks as stored.
+//
+// The order of codes: of a block of 32 first the even elements, then the odd ones, activations and
+// weights alike. A 16-bit lane of stored bytes holds an even element and the odd one after it, so
+// this needs shifts and masks alone, no shuffles.
 #pragma once
 
 #include <cstddef>
@@ -34,11 +38,6 @@ inline i16x16 load_two(const void* first, const void* second) {
   return both;
 #endif
 }
-
-// Where element i of a block of 32 stands among its codes, activations and weights alike: a 16-bit
-// lane of stored bytes holds an even element and the odd one after it, so this order needs shifts
-// and masks alone, no shuffles.
-constexpr int code_position(int i) { return i / 2 + i % 2 * 16; }
 
 // The f32 values of the two halves at rows[0] + at, then of those at rows[1] + at, and so on.
 inline f32x8 load_halves(const std::byte* const* rows, std::int64_t at) {

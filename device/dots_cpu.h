@@ -133,7 +133,7 @@ f32x8 spread(f32x8 v) {
 }
 
 // A block of 32 codes of two weight rows, widened to 16 bits: part p holds the eight codes from
-// position 8 p on (code_position()) of the first row, then of the second.
+// position 8 p on, in the order of codes, of the first row, then of the second.
 struct BlockCodes {
   i16x16 parts[4];
 };

@@ -1,9 +1,5 @@
 // What attention computes from ghosts, on the CPU: sums of 8-bit integer products over a group of
 // 32 tokens.
-#include <algorithm>
-#include <cmath>
-#include <cstring>
-
 #include "device/codes_cpu.h"
 #include "device/tile_cpu.h"
 #include "kvstore/ghost.h"

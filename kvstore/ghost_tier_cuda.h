@@ -21,7 +21,6 @@ class CudaGhostTier {
                 int centre_tokens, const Stream& stream);
 
   bool present() const { return format_.present(); }
-  int centre_tokens() const { return centre_tokens_; }
   void reserve(int n_tokens);  // throws Error when memory is refused
   // Queues the ghosts of the n tokens at *place, and of all before them if they make centre_tokens
   // full. cold: every token of the layer.

@@ -27,7 +27,6 @@ class HotArena {
   void reserve(std::int64_t n);
   std::byte* take();  // null when the promise is reached, or memory is refused
   void give(std::byte* page) { free_.push_back(page); }
-  std::size_t row_bytes() const { return row_bytes_; }
   std::int64_t bytes() const;
   std::int64_t free_pages() const { return static_cast<std::int64_t>(free_.size()); }
   std::int64_t pages() const { return pages_; }

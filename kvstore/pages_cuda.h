@@ -23,7 +23,6 @@ class PageTable {
   // At least n pages are in the table, for work on `stream` that comes later. Throws Error when
   // memory is refused; pages that were taken until then stay for the next call.
   void reserve(std::size_t n, const Stream& stream);
-  std::size_t n_pages() const { return n_pages_; }
   std::size_t page_bytes() const { return page_bytes_; }
   const std::byte* const* on_device() const { return table_.data(); }
   const std::byte* const* on_host() const { return host_table_.data(); }  // the same addresses

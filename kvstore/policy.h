@@ -44,13 +44,8 @@ THAW_HOST_DEVICE inline bool froze_recently(int stamp, int step) {
   return stamp > 0 && stamp > step - kWakeSteps;
 }
 
-// A token that policies never freeze: a sink or one of the newest.
-THAW_HOST_DEVICE inline bool always_hot(const PolicyParams& p, int token, int kv_len) {
-  return token < p.sinks || token >= kv_len - p.window;
-}
-
-// Tokens from here on are always hot; bound: most hot tokens of the lane. h2o keeps half of its
-// room for the newest (2306.14048), window all of it.
+// Tokens from here on are always hot, as sinks are; bound: most hot tokens of the lane. h2o keeps
+// half of its room for the newest (2306.14048), window all of it.
 THAW_HOST_DEVICE inline int first_recent(const PolicyParams& p, int kv_len, int bound) {
   int recent = p.window;
   if (p.policy == Policy::kWindow) recent = bound - p.sinks;

@@ -1,8 +1,6 @@
 #include "kvstore/tiers.h"
 
 #include <algorithm>
-#include <cmath>
-#include <cstring>
 
 #include "device/error.h"
 #include "kvstore/ghost_code.h"

@@ -23,8 +23,8 @@ constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot product
 // The largest code: split into two bytes with signs, 127 and 127.
 constexpr float kPeakCode = 127 * 256 + 127;
 
-// Codes of one block, round(x / scale), and its two scales. In code_position() order; as planes,
-// the higher bytes c1 and then the lower c0 of c = 256 c1 + c0.
+// Codes of one block, round(x / scale), and its two scales. Even elements, then odd ones; as
+// planes, the higher bytes c1 and then the lower c0 of c = 256 c1 + c0, in the order of x.
 template <bool kPlanes>
 void encode_block(std::int16_t* codes, float* scales, const float* x) {
   float peak = 0;
@@ -139,7 +139,7 @@ void dot_rows(float* out, const Activations& x, const Tensor& w, std::int64_t fi
 
 // ---- tiles: 16 weight rows unpacked, all rows of activations ----
 
-// Eight rows' words of codes, as they stand in a block, to pairs of codes in code_position() order:
+// Eight rows' words of codes, as they stand in a block, to pairs of codes in the order of codes:
 // of the word's every part, `stride` codes from one to the next.
 template <DType kType>
 void expand_words(std::int16_t* to, std::int64_t stride, f32x8 words) {

@@ -31,10 +31,10 @@ class Activations {
   std::int64_t rows() const { return rows_; }
   std::int64_t cols() const { return cols_; }
   const float* row(std::int64_t t) const { return x_ + t * cols_; }
-  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + code_position(i)], where codes are not planes
-  // of bytes (kDotPlanes and T <= kDotRows: 32 higher bytes, then 32 lower ones, each with a sign);
-  // scales(t)[2 b + 1] is the scale times the sum of the block's codes: what a format's offset is
-  // multiplied with.
+  // x[t][32 b + i] ~ scales(t)[2 b] * codes(t)[32 b + i / 2 + i % 2 * 16], where codes are not
+  // planes of bytes (kDotPlanes and T <= kDotRows: 32 higher bytes, then 32 lower ones, each with a
+  // sign); scales(t)[2 b + 1] is the scale times the sum of the block's codes: what a format's
+  // offset is multiplied with.
   const std::int16_t* codes(std::int64_t t) const { return codes_.data() + t * cols_; }
   const float* scales(std::int64_t t) const { return scales_.data() + t * (cols_ / 16); }
 

@@ -221,8 +221,10 @@ class History {
                    !same(lane.hot.value(h, row), v_[layer][at]);
         }
       }
-      for (int t = 0; t < view.kv_len; ++t)
-        wrong += is_hot(lane, t) != hot[t] || (!hot[t] && (all || always_hot(p, t, view.kv_len)));
+      for (int t = 0; t < view.kv_len; ++t) {
+        const bool must = all || t < p.sinks || t >= view.kv_len - p.window;
+        wrong += is_hot(lane, t) != hot[t] || (!hot[t] && must);
+      }
       CHECK(wrong == 0);
     }
   }

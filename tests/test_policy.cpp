@@ -13,13 +13,21 @@
 using namespace thaw;
 using namespace thaw::testing;
 
-TEST_CASE("policy: sinks and the window are always hot") {
+TEST_CASE("policy: the window is always hot; of h2o half the room, of window all but the sinks") {
   PolicyParams p;
+  p.policy = Policy::kThaw;
   p.sinks = 2, p.window = 3;
-  for (int t = 0; t < 10; ++t) CHECK(always_hot(p, t, 10) == (t < 2 || t >= 7));
-  p.sinks = p.window = 0;
-  CHECK_FALSE(always_hot(p, 0, 10));
-  CHECK_FALSE(always_hot(p, 9, 10));
+  CHECK(first_recent(p, 20, 12) == 17);
+  p.policy = Policy::kH2o;
+  CHECK(first_recent(p, 20, 12) == 14);
+  CHECK(first_recent(p, 20, 5) == 17);  // half the room is less than the window
+  p.sinks = 7;
+  CHECK(first_recent(p, 20, 12) == 15);  // and here sinks leave less than half
+  p.policy = Policy::kWindow;
+  CHECK(first_recent(p, 20, 12) == 15);
+  p.policy = Policy::kThaw;
+  p.window = 0;
+  CHECK(first_recent(p, 20, 12) == 20);
 }
 
 TEST_CASE("policy: hits keep hot for floor(kappa sqrt(c)) steps, low scores send to sleep") {

@@ -23,10 +23,9 @@ Run run(const std::vector<std::string>& chunks, std::vector<std::string> stops =
   Run result;
   TextStream stream(std::move(stops), [&](std::string_view s) { result.pieces.emplace_back(s); });
   for (const std::string& chunk : chunks) {
-    if (!stream.feed(chunk)) break;
+    if ((result.stopped = !stream.feed(chunk))) break;
   }
   stream.finish();
-  result.stopped = stream.stopped();
   return result;
 }
 
