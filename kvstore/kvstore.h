@@ -135,7 +135,8 @@ struct KvCounters {
   double cold_bytes_visible = 0;     // what reading the whole context each step would have been
 };
 
-// Everything that can be chosen. At most one hot_* is above 0; none: no bound.
+// Everything that can be chosen. At most one hot_* is above 0; none: no bound, except that
+// window then keeps its sinks and its window alone.
 struct KvOptions {
   PolicyParams policy;
   double hot_fraction = 0;     // most tokens of a layer that are hot, as a share of the context

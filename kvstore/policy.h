@@ -33,10 +33,12 @@ struct PolicyParams {
 enum class Rung : std::uint8_t { kNone, kSoft, kWindow, kFull, kRewalk };
 inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "rewalk"};
 
-inline constexpr int kAlarmSteps = 16;          // decode steps that a rung's help lasts
-inline constexpr float kAlarmEpsilon = 0.25f;   // soft, under thaw: what epsilon is multiplied by
-inline constexpr int kWakeSteps = 64;           // window: how far back it wakes
-inline constexpr float kLeastRecall = 0.0625f;  // the same for whom caution still recalls
+inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts
+inline constexpr float kAlarmEpsilon = 0.25f;  // soft, under thaw: what epsilon is multiplied by
+inline constexpr int kWakeSteps = 64;          // window: how far back it wakes
+
+// thaw: the share of epsilon below which no ghost is recalled, however much its score may err.
+inline constexpr float kLeastRecall = 0.0625f;
 
 // Whether a frozen token froze in the last kWakeSteps steps. stamp: the step in which it froze
 // last, plus 1; 0: it never did.
@@ -87,9 +89,10 @@ THAW_HOST_DEVICE inline int stay_steps(const PolicyParams& p, int hits) {
   return steps < 65535.0f ? static_cast<int>(steps) : 65535;
 }
 
-// thaw: frozen tokens of at most this probability are faint: well below a recall, and below an even
-// share. A group of ghosts that are all faint to the queries of a k/v head, kJudges of them at a
-// time, speaks through the mean value alone.
+// thaw: frozen tokens of at most this probability are faint: a tenth of a recall's, of no more than
+// the default epsilon's (from about 3e-4 on KL grows: docs/kvstore.md), and below an even share. A
+// group of ghosts that are all faint to the queries of a k/v head, kJudges of them at a time,
+// speaks through the mean value alone.
 inline constexpr int kJudges = 8;
 THAW_HOST_DEVICE inline float faintest(float recall, int kv_len) {
   const float even = 0.3f / static_cast<float>(kv_len);
