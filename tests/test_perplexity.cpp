@@ -14,6 +14,7 @@
 #include "cli/statistics.h"
 #include "cli/tokenizer_source.h"
 #include "model/forward.h"
+#include "tests/compare.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
 
@@ -90,8 +91,8 @@ struct Library {
         result.push_back(row);
       }
     };
-    if (prefill > 0) add(transformer.forward({tokens.data(), std::size_t(prefill)}, kv, prefill,
-                                             Phase::kPrefill));
+    if (prefill > 0)
+      add(transformer.forward({tokens.data(), std::size_t(prefill)}, kv, prefill, Phase::kPrefill));
     for (std::size_t i = prefill; i < tokens.size(); ++i)
       add(transformer.forward({&tokens[i], 1}, kv, 1, Phase::kDecode));
     return result;
@@ -105,6 +106,12 @@ struct Library {
   }
 };
 
+// Batches other than one round otherwise in f32, which moves a key or value now and then to the
+// next f16: by 2^-10 of itself, 3e-3 at most. In two heads' output that is 4e-3 of the residual
+// stream, whose root mean square is 1.5, and weights of the head are 0.25: 7e-4 of a logit, and a
+// third of that in the mean of ten NLLs, its standard error and the logarithm of perplexity.
+constexpr double kNllError = 2.5e-4;
+
 TEST_CASE("perplexity: exp of the mean NLL, with its standard error") {
   Library library;
   const std::vector<TokenId> ids = library.tokenizer.encode("Xbqkz-Jvwxy");
@@ -114,9 +121,9 @@ TEST_CASE("perplexity: exp of the mean NLL, with its standard error") {
   const Mean mean = mean_of(nll);
   for (const std::string prefill : {"0", "4", "1000"}) {
     const json j = perplexity_json({"-p", "Xbqkz-Jvwxy", "--prefill", prefill});
-    CHECK(j["nll_nats"].get<double>() == doctest::Approx(mean.mean).epsilon(1e-4));
-    CHECK(j["nll_se_nats"].get<double>() == doctest::Approx(mean.se).epsilon(1e-4));
-    CHECK(j["perplexity"].get<double>() == doctest::Approx(std::exp(mean.mean)).epsilon(1e-4));
+    CHECK(std::fabs(j["nll_nats"].get<double>() - mean.mean) <= kNllError);
+    CHECK(std::fabs(j["nll_se_nats"].get<double>() - mean.se) <= kNllError);
+    CHECK(testing::within(j["perplexity"].get<double>(), std::exp(mean.mean), kNllError));
     CHECK(j["tokens"] == ids.size() - 1);
     CHECK(j["windows"] == 1);
   }
@@ -141,11 +148,11 @@ TEST_CASE("perplexity: windows count each token once, from the context its windo
   const json j = perplexity_json(args);
   CHECK(j["windows"] == 3);
   CHECK(j["tokens"] == 11);
-  CHECK(j["nll_nats"].get<double>() == doctest::Approx(sum / 11).epsilon(1e-4));
+  CHECK(std::fabs(j["nll_nats"].get<double>() - sum / 11) <= kNllError);
   std::vector<std::string> two = args;
   two.insert(two.end(), {"--windows", "2"});
   CHECK(perplexity_json(two)["tokens"] == 9);
-  CHECK(perplexity_json(two)["nll_nats"].get<double>() == doctest::Approx(of_two / 9).epsilon(1e-4));
+  CHECK(std::fabs(perplexity_json(two)["nll_nats"].get<double>() - of_two / 9) <= kNllError);
 }
 
 // The figures of windows of 200 tokens every 50, of which the first 150 are prefilled, in a text of
@@ -181,7 +188,8 @@ struct Expected {
     nll.push_back(-row[next]);
     difference.push_back(full[next] - row[next]);
     kl.push_back(0);
-    for (std::size_t i = 0; i < row.size(); ++i) kl.back() += std::exp(full[i]) * (full[i] - row[i]);
+    for (std::size_t i = 0; i < row.size(); ++i)
+      kl.back() += std::exp(full[i]) * (full[i] - row[i]);
     same += std::max_element(row.begin(), row.end()) - row.begin() ==
             std::max_element(full.begin(), full.end()) - full.begin();
   }
@@ -263,7 +271,8 @@ TEST_CASE("perplexity: full beside itself is full") {
 TEST_CASE("perplexity: a store in another type is compared with f16, policy full or not") {
   testing::TinyOptions wide;
   wide.head_dim = 32;  // a block of q8_0 and q4_0
-  testing::write_file(file("wide.gguf"), testing::tiny_gguf(testing::make_tiny_model(wide)).bytes());
+  testing::write_file(file("wide.gguf"),
+                      testing::tiny_gguf(testing::make_tiny_model(wide)).bytes());
   const json j = perplexity_json({"-m", file("wide.gguf"), "-p", letters(), "--prefill", "60",
                                   "--policy", "full", "--sweep", "kv-type=f32,bf16,q8_0,q4_0"});
   REQUIRE(j["results"].size() == 4);
@@ -286,8 +295,9 @@ TEST_CASE("perplexity: half of a window is prefilled unless --prefill says other
   CHECK(r.exit_code == 0);
   CHECK(contains(r.err, "prefill  59 tokens, half of a window, and then 60 one by one"));
   CHECK(contains(r.out, "\nwith full   "));
-  CHECK(contains(r.out, "tokens      60 decoded one by one in 1 window of 119, each after a prefill "
-                        "of 59\n"));
+  CHECK(contains(r.out,
+                 "tokens      60 decoded one by one in 1 window of 119, each after a prefill "
+                 "of 59\n"));
   CHECK(perplexity({"-p", letters(), "--policy", "window", "-q"}).err.empty());
 }
 
@@ -308,8 +318,8 @@ TEST_CASE("perplexity: a sweep runs every combination as it would run alone") {
   const std::string csv = file("sweep.csv"), svg = file("sweep.svg"), page = file("sweep.html");
   const std::vector<std::string> base = {"-p", letters(), "--policy", "window", "--prefill", "60"};
   std::vector<std::string> args = base;
-  args.insert(args.end(), {"--sweep", "window=4,16", "--sweep", "sinks=0,2", "--csv", csv, "--plot",
-                           svg});
+  args.insert(args.end(),
+              {"--sweep", "window=4,16", "--sweep", "sinks=0,2", "--csv", csv, "--plot", svg});
   const json j = perplexity_json(args);
   REQUIRE(j["results"].size() == 4);
   const json third = j["results"][2];

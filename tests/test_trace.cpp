@@ -65,9 +65,6 @@ TEST_CASE("Spans of a trace follow each other, and ops lie within their phase") 
   const std::vector<json> q = named(events, "q");
   REQUIRE(q.size() == 2);
   constexpr double kRounding = .002;
-  for (const json& event : events) {
-    if (event["ph"] == "X") CHECK(event["dur"] >= 0);
-  }
   CHECK(embed["dur"] >= kWork);
   CHECK(q[0]["dur"] >= kWork);
   CHECK(prefill["dur"] >= 2 * kWork);

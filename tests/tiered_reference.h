@@ -5,10 +5,10 @@
 // How close an answer must come. A score is a sum of head_dim products that are added in f32: of
 // magnitude |q| |k| / sqrt(head_dim), here at most 40, with a rounding of 2^-24 of it an addition,
 // which add up as a random walk: for 128 dimensions 3e-5, and a probability errs by as much of
-// itself, once for its score and once for the normaliser. So 1e-4 for probabilities, and what is
-// made of them; decisions are bound to the threshold but for 1e-4 of it. o averages errors of
-// many tokens that are independent: 1e-5 of its norm; ghosts' weights have 8 bits, whose bound is
-// Head::rounding.
+// itself, once for its score and once for the normaliser. So 1e-4 (kError) of themselves for
+// probabilities and sums of them, 1e-4 for scores and for entropy, a mean of scores; decisions are
+// bound to the threshold but for 1e-4 of it. o averages errors of many tokens that are
+// independent: 1e-5 of its norm; ghosts' weights have 8 bits, whose bound is Head::rounding.
 #pragma once
 
 #include <doctest/doctest.h>
@@ -21,6 +21,7 @@
 #include "attention/attention.h"
 #include "kvstore/ghost_code.h"
 #include "kvstore/row.h"
+#include "tests/compare.h"
 #include "tests/tiny_model.h"
 
 namespace thaw::testing {
@@ -119,6 +120,8 @@ struct TieredScene {
 };
 
 using Row = std::vector<double>;
+
+inline constexpr double kError = 1e-4;
 
 inline Row load(const std::byte* from, const KvView& view) {
   std::vector<float> x(static_cast<std::size_t>(view.head_dim));
@@ -242,7 +245,7 @@ inline void answer(Head& h, const TieredScene& s, const KvView& view, int head,
       const double loud = loudest[t / kGhostGroup] / faintest(view.recall, view.kv_len);
       double power = 0;
       for (const float x : ghost) power += double{x} * x;
-      if (std::fabs(loud - 1) < 1e-4) h.rounding += h.p[t] * std::sqrt(power);  // it may speak
+      if (std::fabs(loud - 1) < kError) h.rounding += h.p[t] * std::sqrt(power);  // it may speak
       if (loud <= 1)
         std::fill(ghost.begin(), ghost.end(), 0.0f);
       else
@@ -289,21 +292,21 @@ inline void check_lane(const TieredScene& s, const KvView& view, const Attention
   REQUIRE(stats.probability.size() == lane.tokens.size());
   for (std::size_t row = 0; row < lane.tokens.size(); ++row) {
     const std::size_t t = static_cast<std::size_t>(lane.tokens[row]);
-    CHECK(stats.probability[row] == doctest::Approx(p[t]).epsilon(1e-4));
-    CHECK(stats.relevance[row] == doctest::Approx(relevance[t]).epsilon(1e-4));
+    CHECK(within(stats.probability[row], p[t], kError));
+    CHECK(std::fabs(stats.relevance[row] - relevance[t]) <= kError);
   }
   for (const AttentionStats::Recall& r : stats.recalled)
-    CHECK(r.probability == doctest::Approx(p[static_cast<std::size_t>(r.token)]).epsilon(1e-4));
+    CHECK(within(r.probability, p[static_cast<std::size_t>(r.token)], kError));
   int wrong = 0;  // unless so close to the threshold that rounding decides
   for (int t = 0; t < view.kv_len; ++t) {
     const bool is = std::binary_search(recalled.begin(), recalled.end(), t);
     const bool frozen = !is_hot(lane, t) && view.ghosts.present();
-    wrong += is && (!frozen || estimate[t] < view.recall * 0.9999);
-    wrong += !is && frozen && estimate[t] > view.recall * 1.0001;
+    wrong += is && (!frozen || estimate[t] < view.recall * (1 - kError));
+    wrong += !is && frozen && estimate[t] > view.recall * (1 + kError);
   }
   CHECK(wrong == 0);
-  CHECK(stats.entropy == doctest::Approx(entropy).epsilon(1e-4));
-  CHECK(stats.ghost_mass == doctest::Approx(ghost_mass).epsilon(1e-4));
+  CHECK(std::fabs(stats.entropy - entropy) <= kError);
+  CHECK(within(stats.ghost_mass, ghost_mass, kError));
 }
 
 }  // namespace thaw::testing
