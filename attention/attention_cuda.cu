@@ -11,9 +11,9 @@
 namespace thaw {
 namespace {
 
-constexpr int kDecodeRows = 8;    // more go through tensor cores
-constexpr int kMaxDim = 256;      // of decode_attention
-constexpr int kMaxTileDim = 128;  // of prefill_attention
+constexpr int kDecodeRows = 8;             // more go through tensor cores
+constexpr int kMaxDim = kWarp * kRowUnit;  // of decode_attention: a warp has a head
+constexpr int kMaxTileDim = 128;           // of prefill_attention
 
 class CudaAttention final : public Attention {
  public:

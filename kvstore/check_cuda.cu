@@ -79,8 +79,7 @@ void GhostCheck::check(int layer, const KvRows& cold, const DeviceGhosts& ghosts
   host_.write(layer, cold, last - 1, 1);  // fixes the centre, where there is none yet
   const GhostView view = host_.view(layer);
   const int n_heads = static_cast<int>(view.centres.size());
-  std::vector<const std::byte*> pages(
-      static_cast<std::size_t>((last + kTierTokens - 1) / kTierTokens));
+  std::vector<const std::byte*> pages(static_cast<std::size_t>(tier_pages(last)));
   copy_to_host(pages.data(), ghosts.pages, pages.size(), stream);
   for (std::size_t page = static_cast<std::size_t>(first / kTierTokens); page < pages.size();
        ++page)

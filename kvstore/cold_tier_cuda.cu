@@ -8,8 +8,7 @@ CudaColdTier::CudaColdTier(const KvShape& shape, bool hashed, const Stream& stre
     : stream_(stream),
       source_(make_pinned_pages()),
       host_(*source_, shape, hashed),
-      table_(static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens),
-             "KV store"),
+      table_(static_cast<std::size_t>(tier_pages(shape.capacity)), "KV store"),
       host_table_(table_.size(), "KV store") {}
 
 void CudaColdTier::reserve(int n_tokens) {

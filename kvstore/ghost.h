@@ -30,6 +30,7 @@ namespace thaw {
 inline constexpr int kGhostGroup = 32;  // tokens whose codes are interleaved
 inline constexpr int kTierShift = 7;
 inline constexpr int kTierTokens = 1 << kTierShift;  // of a page of a tier
+constexpr int tier_pages(int n_tokens) { return (n_tokens + kTierTokens - 1) / kTierTokens; }
 inline constexpr int kChainTokens = 8;     // of a group, whose values' errors are fed back
 inline constexpr int kCentreTokens = 128;  // tokens whose mean is mu; all are hot until then
 

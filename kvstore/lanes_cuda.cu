@@ -58,8 +58,7 @@ CudaLanes::CudaLanes(PageSource& source, const KvShape& shape, const PolicyParam
       n_lanes_(shape.n_layers * (shape.n_kv_heads / lane_heads)),
       arena_(source, 2 * kv_row_bytes(shape.type, shape.head_dim) * lane_heads, max_pages),
       token_pages_(source, static_cast<std::size_t>(n_lanes_) * kTierTokens * kTokenStateBytes,
-                   static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens),
-                   "KV store"),
+                   static_cast<std::size_t>(tier_pages(shape.capacity)), "KV store"),
       pages_(static_cast<std::size_t>(n_lanes_)) {
   lanes_.params = params;
   lanes_.lane_heads = lane_heads;
@@ -112,8 +111,7 @@ void CudaLanes::make_statistics() {
 }
 
 void CudaLanes::reserve_tokens(int n_tokens) {
-  token_pages_.reserve(static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens),
-                       stream_);
+  token_pages_.reserve(static_cast<std::size_t>(tier_pages(n_tokens)), stream_);
 }
 
 void CudaLanes::reserve_statistics(int n_tokens) {
@@ -259,7 +257,7 @@ LaneSnapshot CudaLanes::snapshot(int lane, int kv_len) const {
   read(out.from, lanes_.from, lanes_.room, n_rows);
   read(out.mask, lanes_.mask, lanes_.mask_words, (kv_len + kWarp - 1) / kWarp);
   if (lanes_.asleep) read(out.asleep, lanes_.asleep, lanes_.room, state.n_asleep);
-  const auto n = static_cast<std::size_t>((kv_len + kTierTokens - 1) / kTierTokens) * kTierTokens;
+  const auto n = static_cast<std::size_t>(tier_pages(kv_len)) * kTierTokens;
   out.score.resize(n), out.stamp.resize(n), out.hits.resize(n), out.timer.resize(n);
   for (std::size_t t = 0; t < n; t += kTierTokens) {
     const std::byte* page = token_pages_.on_host()[t / kTierTokens] +

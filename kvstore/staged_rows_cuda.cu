@@ -9,8 +9,6 @@ namespace {
 
 constexpr int kGrowth = 4096;  // tokens: memory is taken for so many at a time
 
-int pages_of(int n_tokens) { return (n_tokens + kTierTokens - 1) / kTierTokens; }
-
 std::size_t table_bytes(int n_pages) {
   constexpr std::size_t kAligned = 256;
   return (2 * static_cast<std::size_t>(n_pages) * sizeof(void*) + kAligned - 1) / kAligned *
@@ -44,10 +42,10 @@ void CudaStagedRows::take_memory(int n_pages) {
 bool CudaStagedRows::begin(int first, int kv_len) {
   first_ = first, kv_len_ = kv_len;
   std::fill(std::begin(in_buffer_), std::end(in_buffer_), -1);
-  if (pages_of(kv_len) > n_pages_) {
+  if (tier_pages(kv_len) > n_pages_) {
     const int room = (kv_len + kGrowth - 1) / kGrowth * kGrowth;
     try {
-      take_memory(pages_of(std::min(room, shape_.capacity)));
+      take_memory(tier_pages(std::min(room, shape_.capacity)));
     } catch (const Error& error) {
       if (n_pages_ > 0) throw;  // memory was there
       if (!has_warned_)
@@ -65,7 +63,7 @@ bool CudaStagedRows::begin(int first, int kv_len) {
 
 void CudaStagedRows::copy_in(int layer) {
   const KvRows from = cold_.host().rows(layer, first_);
-  for (int i = 0; i < pages_of(first_); ++i)
+  for (int i = 0; i < tier_pages(first_); ++i)
     copy_to_device(page(layer, i), from.pages[static_cast<std::size_t>(i)] + from.offset,
                    layer_bytes(), side_);
   fetched_[layer % 2].record(side_);
@@ -82,7 +80,7 @@ void CudaStagedRows::save(int layer) {
   side_.wait(ready_);  // the new rows are there, and the layer before is done with its buffer
   if (layer + 1 < shape_.n_layers) copy_in(layer + 1);
   const KvRows to = cold_.host().rows(layer, kv_len_);
-  for (int i = first_ / kTierTokens; i < pages_of(kv_len_); ++i)
+  for (int i = first_ / kTierTokens; i < tier_pages(kv_len_); ++i)
     copy_to_host(const_cast<std::byte*>(to.pages[static_cast<std::size_t>(i)]) + to.offset,
                  page(layer, i), layer_bytes(), side_);
   saved_.record(side_);

@@ -19,7 +19,7 @@ std::int64_t ColdTier::bytes() const {
 }
 
 void ColdTier::reserve(int n_tokens) {
-  const auto pages = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  const auto pages = static_cast<std::size_t>(tier_pages(n_tokens));
   pages_.reserve(pages);
   if (hashed_)
     hashes_.resize(pages * kTierTokens * static_cast<std::size_t>(shape_.n_layers) *
@@ -109,7 +109,7 @@ std::int64_t GhostTier::bookkeeping_bytes() const {
 
 void GhostTier::reserve(int n_tokens) {
   if (!format_.present()) return;
-  const auto pages = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  const auto pages = static_cast<std::size_t>(tier_pages(n_tokens));
   pages_.reserve(pages);
   rope_.grow(n_tokens);
   while (pages_.size() < pages) pages_.push_back(source_.take(page_bytes(), "ghosts"));

@@ -50,8 +50,7 @@ class DeviceTiers {
         format_(view.ghosts.format),
         kv_row_(kv_row_bytes(view.type, view.head_dim)),
         lane_pages_((capacity + kPageRows - 1) / kPageRows),
-        cold_((capacity + kTierTokens - 1) / kTierTokens,
-              2 * kTierTokens * view.n_kv_heads * kv_row_, stream),
+        cold_(tier_pages(capacity), 2 * kTierTokens * view.n_kv_heads * kv_row_, stream),
         hot_(n_lanes_ * lane_pages_, kHotOffset + 2 * kPageRows * lane_heads_ * kv_row_, stream),
         ghosts_(format_.present() ? (capacity - 1) / kGhostGroup / kPageGroups + 1 : 0,
                 kGhostOffset + kPageGroups * view.n_kv_heads * format_.group_bytes(), stream) {

@@ -28,7 +28,7 @@ class BothLanes {
         memory_(make_memory_pages()),
         device_(make_device_pages(stream_)),
         cold_(*pinned_, kShape, false),
-        table_((kCapacity + kTierTokens - 1) / kTierTokens, "table"),
+        table_(tier_pages(kCapacity), "table"),
         arena_(*memory_, 2 * 16 * static_cast<std::size_t>(n_heads_), 100000),
         cuda_(*device_, kShape, params_, n_heads_, cold_rows(), 100000, stream_),
         moment_(1, "moment"),

@@ -35,7 +35,7 @@ class BothTiers {
         cold_(*pinned_, shape, false),
         cpu_(*plain_, shape, format, centre_tokens),
         cuda_(*on_device_, shape, format, centre_tokens, stream),
-        table_(static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens), "table"),
+        table_(static_cast<std::size_t>(tier_pages(shape.capacity)), "table"),
         place_(1, "place") {}
 
   // n tokens: keys around a centre that turns a little, some of them equal, zero or huge.
@@ -75,8 +75,7 @@ class BothTiers {
       if (cpu.present() != (length_ >= cuda.centre_tokens)) return -1;
       if (!cpu.present()) continue;
       const std::size_t bytes = cpu.format.group_bytes();
-      std::vector<const std::byte*> pages(
-          static_cast<std::size_t>((length_ + kTierTokens - 1) / kTierTokens));
+      std::vector<const std::byte*> pages(static_cast<std::size_t>(tier_pages(length_)));
       copy_to_host(pages.data(), cuda.pages, pages.size(), stream);
       for (int head = 0; head < shape_.n_kv_heads; ++head) {
         n += centre_differs(cpu.centres[head], cuda, head);
