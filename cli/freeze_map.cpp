@@ -92,7 +92,7 @@ void FreezeMap::forget(std::int32_t position) {
 void FreezeMap::step(const KvStep& step) {
   for (auto t = static_cast<std::int32_t>(tokens_.size()); all_hot_ && t < step.length; ++t) {
     for (int l = 0; l < n_layers(); ++l) {
-      event({KvEvent::kAppend, steps_, static_cast<std::int16_t>(l), -1, t, 0, 0, 0});
+      event({KvEvent::kAppend, steps_, l, -1, t, 0, 0, 0});
     }
   }
   grow(static_cast<std::size_t>(step.length));

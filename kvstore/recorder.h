@@ -17,8 +17,8 @@ struct KvEvent {
   };
   Kind kind;
   std::int32_t step;  // decode steps since the store was made
-  std::int16_t layer;
-  std::int16_t head;   // the KV head; -1: all heads of the layer
+  std::int32_t layer;
+  std::int32_t head;   // the KV head; -1: all heads of the layer
   std::int32_t token;  // position in the context
   float probability;   // mean attention probability that led to it; 0 where none did
   std::int32_t hits;   // thaw: times needed; asr: times of low relevance

@@ -50,8 +50,7 @@ void Residency::tell(const Moment& now, KvEvent::Kind kind, std::int32_t token,
   if (!now.recorder) return;
   const auto t = static_cast<std::size_t>(token);
   const int head = params_.per_head && params_.policy == Policy::kThaw ? first_head_ : -1;
-  now.recorder->event({kind, now.step, static_cast<std::int16_t>(layer_),
-                       static_cast<std::int16_t>(head), token, probability, hits_[t], timer_[t]});
+  now.recorder->event({kind, now.step, layer_, head, token, probability, hits_[t], timer_[t]});
 }
 
 bool Residency::thaw(const Moment& now, std::int32_t token, KvEvent::Kind why, float probability) {

@@ -256,6 +256,16 @@ TEST_CASE("Long runs have at most so many columns") {
   CHECK(map.columns() == 63);
 }
 
+TEST_CASE("A map has as many layers as a model may have") {
+  constexpr int kLayers = 1 << 16;
+  FreezeMap map(kLayers, 1);
+  map.keep_all_hot();
+  map.step({0, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
+  CHECK(map.tokens()[0].hot_steps == 0);
+  map.step({1, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
+  CHECK(map.tokens()[0].hot_steps == kLayers);
+}
+
 TEST_CASE("A token's time in the hot tier is counted exactly") {
   FreezeMap map(History::kLayers, History::kHeads, 5000);  // whatever happens to columns
   const History history(map, 20, 100, 3);

@@ -108,6 +108,31 @@ TEST_CASE("kv store: a full store refuses tokens and keeps what it has") {
   CHECK(kv->view(0).kv_len == 3);
 }
 
+TEST_CASE("kv store: a recorder hears of as many layers and heads as a model may have") {
+  struct Log final : KvRecorder {
+    void event(const KvEvent& e) override { layers.push_back(e.layer), heads.push_back(e.head); }
+    void step(const KvStep&) override {}
+    std::vector<int> layers, heads;
+  };
+  constexpr int kMany = 1 << 16;
+  for (const bool in_layers : {true, false}) {
+    const KvShape many{in_layers ? kMany : 1, in_layers ? 1 : kMany, 2, 2, KvType::kF16};
+    KvOptions options;
+    options.policy.policy = Policy::kThaw;
+    auto kv = make_kv_store(many, options);
+    Log log;
+    kv->record(&log);
+    const std::vector<float> x(static_cast<std::size_t>(many.n_kv_heads) * many.head_dim, 1.0f);
+    kv->begin(1, Phase::kDecode);
+    for (int layer = 0; layer < many.n_layers; ++layer) kv->append(layer, x.data(), x.data(), 1);
+    REQUIRE(log.layers.size() == kMany);
+    for (const int i : {0, 32767, 32768, kMany - 1}) {
+      CHECK(log.layers[i] == (in_layers ? i : 0));
+      CHECK(log.heads[i] == (in_layers ? 0 : i));
+    }
+  }
+}
+
 TEST_CASE("kv store: shapes that are not sane are refused before any allocation") {
   CHECK_THROWS_AS(make_kv_store(shape(KvType::kF16, 0)), Error);
   CHECK_THROWS_AS(make_kv_store({-1, 1, 1, 1, KvType::kF16}), Error);
