@@ -5,6 +5,7 @@
 #include "kvstore/append_cuda.cuh"
 #include "kvstore/device_view.h"
 #include "kvstore/full_store_cuda.h"
+#include "kvstore/step_order.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
 
@@ -26,7 +27,7 @@ class CudaKvStore final : public KvStore {
   void check() const override;
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
-  int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
+  int length() const override { return order_.length(); }
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
@@ -49,8 +50,7 @@ class CudaKvStore final : public KvStore {
   PinnedBuffer<const std::byte*> host_table_;  // the same, which copies read
   DeviceBuffer<StepPlace> place_;
   std::vector<DeviceView> views_;  // a layer
-  std::vector<int> appended_;      // tokens held, a layer
-  std::vector<char> unsettled_;    // a layer: appended, and not settled yet
+  StepOrder order_;
   Phase phase_ = Phase::kPrefill;
   KvCounters counters_;
   KvStep line_;  // of the running decode step
@@ -69,8 +69,7 @@ CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const S
       options_(options),
       stream_(stream),
       place_(1, "KV store"),
-      appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)) {
+      order_(shape.n_layers) {
   const auto n_pages = static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens);
   table_ = DeviceBuffer<const std::byte*>(n_pages, "KV store");
   host_table_ = PinnedBuffer<const std::byte*>(n_pages, "KV store");
@@ -110,19 +109,18 @@ void CudaKvStore::reserve(int n_tokens) {
 
 void CudaKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
-  check_step(shape_, appended_, n_tokens, phase);
+  order_.prepare(shape_, n_tokens, phase);
   reserve(first + n_tokens);
   launch_overlapping("begin", set_place<StepPlace>, 1, kWarp, 0, stream_, place_.data(),
                      StepPlace{first, first + n_tokens});
-  phase_ = phase;
+  phase_ = phase, order_.begin(n_tokens);
   const int kv_len = first + n_tokens;
   line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
 }
 
 void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
-  int& n = appended_.at(static_cast<std::size_t>(layer));
-  require(n + n_tokens <= room(), "KV store: append without begin");
+  order_.check_append(layer, n_tokens);
   const DeviceRows& rows = views_[static_cast<std::size_t>(layer)].rows;
   with_kv_type(shape_.type, [&](auto type) {
     launch_overlapping(
@@ -130,14 +128,13 @@ void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens
         dim3(static_cast<unsigned>(n_tokens), static_cast<unsigned>(shape_.n_kv_heads)),
         kAppendThreads, 0, stream_, rows, k, v, place_.data(), shape_.head_dim);
   });
-  n += n_tokens;
-  unsettled_[static_cast<std::size_t>(layer)] = 1;
+  order_.append(layer);
 }
 
 KvView CudaKvStore::view(int layer) const {
   KvView view;
   view.type = shape_.type;
-  view.kv_len = appended_.at(static_cast<std::size_t>(layer));
+  view.kv_len = order_.tokens(layer);
   view.n_kv_heads = view.lane_heads = shape_.n_kv_heads;
   view.head_dim = shape_.head_dim;
   view.device = &views_[static_cast<std::size_t>(layer)];
@@ -145,15 +142,14 @@ KvView CudaKvStore::view(int layer) const {
 }
 
 void CudaKvStore::settle(int layer, const AttentionStats&) {
-  const auto i = static_cast<std::size_t>(layer);
-  require(unsettled_.at(i) != 0, "KV store: layer ", layer, ": settled without an append");
-  unsettled_[i] = 0;
+  order_.settle(layer);
   if (phase_ == Phase::kDecode) {
-    counters_.visible += appended_[i];
-    counters_.attended += appended_[i];
-    counters_.cold_bytes_visible += static_cast<double>(appended_[i]) *
+    const int kv_len = order_.tokens(layer);
+    counters_.visible += kv_len;
+    counters_.attended += kv_len;
+    counters_.cold_bytes_visible += static_cast<double>(kv_len) *
                                     static_cast<double>(shape_.bytes_per_token()) / shape_.n_layers;
-    line_.layers[i].hot = static_cast<float>(appended_[i]);
+    line_.layers[static_cast<std::size_t>(layer)].hot = static_cast<float>(kv_len);
   }
   if (layer + 1 == shape_.n_layers) finish_step();
 }
@@ -170,16 +166,15 @@ void CudaKvStore::finish_step() {
 void CudaKvStore::rewind(int position) {
   require(position >= 0 && position <= length(), "KV store: rewind: expected a position from 0 to ",
           length(), ", found ", position);
-  for (int& n : appended_) n = position;
-  std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  order_.rewind(position);
   if (recorder_)
     recorder_->event(
         {KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1, position, 0, 0, 0});
 }
 
 void CudaKvStore::check() const {
-  for (const int n : appended_)
-    require(n <= room(), "KV check: expected at most ", room(), " tokens, found ", n);
+  require(order_.most() <= room(), "KV check: expected at most ", room(), " tokens, found ",
+          order_.most());
   std::vector<const std::byte*> table(pages_.size());
   copy_to_host(table.data(), table_.data(), table.size(), stream_);
   for (std::size_t i = 0; i < table.size(); ++i)

@@ -1,7 +1,5 @@
 #include "kvstore/kvstore.h"
 
-#include <algorithm>
-
 #include "device/error.h"
 
 namespace thaw {
@@ -24,16 +22,6 @@ void check_shape(const KvShape& s) {
   require((s.type != KvType::kQ8_0 && s.type != KvType::kQ4_0) || s.head_dim % 32 == 0,
           "KV store: ", kv_type_name(s.type), ": expected a head_dim that 32 divides, found ",
           s.head_dim);
-}
-
-void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase) {
-  const int first = *std::min_element(appended.begin(), appended.end());
-  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
-          n_tokens);
-  require(n_tokens <= shape.capacity - first, "KV store: expected at most ", shape.capacity,
-          " tokens, found ", std::int64_t{first} + n_tokens);
-  for (const int n : appended)
-    require(n == first, "KV store: the last step reached only some layers; rewind first");
 }
 
 }  // namespace thaw

@@ -151,12 +151,13 @@ class KvStore {
  public:
   virtual ~KvStore() = default;
 
-  // Opens a step of n_tokens (1 in decode) and takes the memory it needs. Throws Error, with
-  // nothing changed, when the tokens do not fit the capacity or memory is refused.
+  // Opens a step of n_tokens (1 in decode) and takes the memory it needs. Throws Error, with no
+  // token lost, when the tokens do not fit the capacity, memory is refused, or the step before is
+  // not settled in every layer: then rewind() comes first.
   virtual void begin(int n_tokens, Phase phase) = 0;
 
   // Appends the step's tokens to `layer`: k and v are T x kv_dim f32, rounded to the store's type
-  // here. Every layer must receive the same tokens before the next step.
+  // here. Once a layer and step, and all of them: throws Error otherwise.
   virtual void append(int layer, const float* k, const float* v, int n_tokens) = 0;
 
   // The tokens of `layer`; valid until the next append, settle, rewind, reset or clear.
@@ -165,7 +166,8 @@ class KvStore {
   // How many of the step's last rows the policy wants statistics of; 0: none at all.
   virtual int stats_rows(int n_tokens) const = 0;
 
-  // Takes the attention of this step into account: the policy freezes and thaws.
+  // Takes the attention of this step into account: the policy freezes and thaws. Throws Error
+  // unless the layer was appended to since it was last settled.
   virtual void settle(int layer, const AttentionStats& stats) = 0;
 
   // Forgets every token at `position` and after it, in all layers. 0 <= position <= length().
@@ -198,8 +200,6 @@ class KvStore {
 
 // Throws Error when sizes are not positive, do not fit 64 bits, or do not fit the type.
 void check_shape(const KvShape& shape);
-// Throws Error when a step of n_tokens cannot begin; appended: tokens that each layer holds.
-void check_step(const KvShape& shape, std::span<const int> appended, int n_tokens, Phase phase);
 
 // Throws Error when shape and options do not fit each other. The second form takes its memory from
 // the sources given: fast for the hot tier and ghosts, cold for the cold tier. pool: whose threads

@@ -10,6 +10,7 @@
 #include "kvstore/recovery.h"
 #include "kvstore/residency.h"
 #include "kvstore/step_counter.h"
+#include "kvstore/step_order.h"
 #include "kvstore/tiers.h"
 
 namespace thaw {
@@ -34,7 +35,7 @@ class TieredKvStore final : public KvStore {
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
-  int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
+  int length() const override { return order_.length(); }
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
@@ -68,11 +69,9 @@ class TieredKvStore final : public KvStore {
   std::optional<HotArena> arena_;
   std::vector<Residency> lanes_;  // layer x lane; none for full
   std::vector<float> entropy_;    // budget: of each layer's attention to the prompt
-  std::vector<int> appended_;     // tokens held, per layer
-  std::vector<char> unsettled_;   // per layer: appended, and not settled yet
-  bool owes_ghosts_ = false;      // those of the running step's token, in all layers that have it
+  StepOrder order_;
+  bool owes_ghosts_ = false;  // those of the running step's token, in all layers that have it
   Phase phase_ = Phase::kPrefill;
-  int step_first_ = 0;   // first token of the step
   bool seeded_ = false;  // residency has been decided since the last exact step
   Relief relief_;
   StepCounter counter_;
@@ -90,8 +89,7 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
       cold_(*slow_, shape, options.check),
       ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), pool),
       entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
-      appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)),
+      order_(shape.n_layers),
       counter_(shape_, options_.policy, lane_heads()) {
   check_options();
   make_lanes();
@@ -163,7 +161,7 @@ void TieredKvStore::make_residency(int kv_len) {
 
 void TieredKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
-  check_step(shape_, appended_, n_tokens, phase);
+  order_.prepare(shape_, n_tokens, phase);
   write_owed_ghosts();
   const int kv_len = first + n_tokens;
   cold_.reserve(kv_len);
@@ -171,32 +169,31 @@ void TieredKvStore::begin(int n_tokens, Phase phase) {
   for (Residency& lane : lanes_) lane.grow(kv_len);
   if (phase == Phase::kDecode && !full()) make_residency(first);
   phase_ = phase;
-  step_first_ = first;
+  order_.begin(n_tokens);
   counter_.begin(kv_len);
   for (int layer = 0; !exact() && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, kv_len), 1);
 }
 
 void TieredKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
-  int& n = appended_.at(static_cast<std::size_t>(layer));
-  require(n + n_tokens <= cold_.room(), "KV store: append without begin");
+  order_.check_append(layer, n_tokens);
+  const int first = order_.first(), n = first + n_tokens;
   const int width = shape_.n_kv_heads * shape_.head_dim;
   for (int t = 0; t < n_tokens; ++t)
-    cold_.write(layer, n + t, k + std::int64_t{t} * width, v + std::int64_t{t} * width);
-  n += n_tokens;
+    cold_.write(layer, first + t, k + std::int64_t{t} * width, v + std::int64_t{t} * width);
+  order_.append(layer);
   if (!exact() && ghosts_.has_centre(layer))
     owes_ghosts_ = true;
   else
-    ghosts_.write(layer, cold_.rows(layer, n), n - n_tokens, n_tokens);
+    ghosts_.write(layer, cold_.rows(layer, n), first, n_tokens);
   if (!exact())
     for (Residency& lane : lanes(layer)) lane.append(moment(layer, n), n - 1);
-  unsettled_[static_cast<std::size_t>(layer)] = 1;
 }
 
 KvView TieredKvStore::view(int layer) const {
   KvView view;
   view.type = shape_.type;
-  view.kv_len = appended_.at(static_cast<std::size_t>(layer));
+  view.kv_len = order_.tokens(layer);
   view.n_kv_heads = shape_.n_kv_heads;
   view.head_dim = shape_.head_dim;
   view.cold = cold_.rows(layer, view.kv_len);
@@ -242,16 +239,14 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
     step.n_attended = static_cast<int>(seen.probability.size());
     step.n_recalled = static_cast<int>(seen.recalled.size());
   }
-  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  const int kv_len = order_.tokens(layer);
   const Moment now = moment(layer, kv_len);
   counter_.count({layer, kv_len, now.bound, exact(), now.epsilon}, steps);
 }
 
 void TieredKvStore::settle(int layer, const AttentionStats& stats) {
-  require(unsettled_.at(static_cast<std::size_t>(layer)) != 0, "KV store: layer ", layer,
-          ": settled without an append");
-  unsettled_[static_cast<std::size_t>(layer)] = 0;
-  const int kv_len = appended_[static_cast<std::size_t>(layer)];
+  order_.settle(layer);
+  const int kv_len = order_.tokens(layer);
   const bool decode = phase_ == Phase::kDecode;
   std::size_t i = 0;
   for (Residency& lane : lanes(layer)) {
@@ -268,8 +263,8 @@ void TieredKvStore::settle(int layer, const AttentionStats& stats) {
 // Of a step of decode, if every layer has its token. Nobody asks for them in the step itself, in
 // which the token is hot, and so one loop writes them all.
 void TieredKvStore::write_owed_ghosts() {
-  const auto [least, most] = std::minmax_element(appended_.begin(), appended_.end());
-  if (std::exchange(owes_ghosts_, false) && *least == *most) ghosts_.write_newest(cold_, *most - 1);
+  const int n = order_.length();
+  if (std::exchange(owes_ghosts_, false) && n == order_.most()) ghosts_.write_newest(cold_, n - 1);
 }
 
 void TieredKvStore::finish_step() {
@@ -283,7 +278,7 @@ void TieredKvStore::finish_step() {
   }
   if (!options_.check) return;
   const bool all = phase_ == Phase::kDecode && counter_.counters().steps % kCheckSteps == 0;
-  check_from(all ? 0 : step_first_);
+  check_from(all ? 0 : order_.first());
 }
 
 void TieredKvStore::rewind(int position) {
@@ -291,8 +286,7 @@ void TieredKvStore::rewind(int position) {
           length(), ", found ", position);
   write_owed_ghosts();
   ghosts_.cut(position);
-  for (int& n : appended_) n = position;
-  std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  order_.rewind(position);
   if (position == 0) {
     relief_ = {}, seeded_ = false;
     std::fill(entropy_.begin(), entropy_.end(), 1.0f);

@@ -13,6 +13,7 @@
 #include "kvstore/shadow_lanes_cuda.h"
 #include "kvstore/staged_rows_cuda.h"
 #include "kvstore/step_counter.h"
+#include "kvstore/step_order.h"
 #include "kvstore/tiered_store_cuda.h"
 #include "kvstore/tiers.h"
 
@@ -37,7 +38,7 @@ class CudaTieredStore final : public KvStore {
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
 
-  int length() const override { return *std::min_element(appended_.begin(), appended_.end()); }
+  int length() const override { return order_.length(); }
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
@@ -73,10 +74,8 @@ class CudaTieredStore final : public KvStore {
   CudaHotTier hot_;
   GhostCheck ghost_check_;
   std::vector<DeviceView> views_;  // a layer, of the running step
-  std::vector<int> appended_;      // tokens held, a layer
-  std::vector<char> unsettled_;    // a layer: appended, and not settled yet
+  StepOrder order_;
   Phase phase_ = Phase::kPrefill;
-  int n_step_ = 0;                      // tokens of the step
   bool owes_ghosts_ = false;            // of the step's token, which is hot in the step itself
   bool is_staged_ = false;              // they are written to, and read in, staged_
   mutable bool reporting_ = false;      // work is queued that writes reports
@@ -107,8 +106,7 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       hot_(*fast_, shape_, options_, bounds_, cold_.rows(0), counter_, stream),
       ghost_check_(shape, bounds_.ghost_format(), bounds_.centre_tokens()),
       views_(static_cast<std::size_t>(shape.n_layers)),
-      appended_(static_cast<std::size_t>(shape.n_layers)),
-      unsettled_(static_cast<std::size_t>(shape.n_layers)) {}
+      order_(shape.n_layers) {}
 
 int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
   switch (params().policy) {
@@ -138,7 +136,7 @@ void CudaTieredStore::catch_up() const {
 
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
   const int first = length(), kv_len = first + n_tokens;
-  check_step(shape_, appended_, n_tokens, phase);
+  order_.prepare(shape_, n_tokens, phase);
   catch_up();
   write_owed_ghosts();
   hot_.close(first);
@@ -152,7 +150,7 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   else
     hot_.begin_exact(first, kv_len);
   if (shadow_ && phase == Phase::kDecode) shadow_->begin_decode(first, seeds);
-  phase_ = phase, n_step_ = n_tokens;
+  phase_ = phase, order_.begin(n_tokens);
   make_views();
 }
 
@@ -162,7 +160,7 @@ void CudaTieredStore::make_views() {
     view.rows = is_staged_ ? staged_.rows(layer) : cold_.rows(layer);
     view.kv_len = &hot_.moment()->kv_len;
     if (exact()) {
-      if (stats_rows(n_step_) > 0) view.stats = hot_.lanes().exact_stats();
+      if (stats_rows(order_.n_tokens()) > 0) view.stats = hot_.lanes().exact_stats();
       continue;
     }
     view.hot = hot_.lanes().hot(layer);
@@ -174,8 +172,7 @@ void CudaTieredStore::make_views() {
 }
 
 void CudaTieredStore::append(int layer, const float* k, const float* v, int n_tokens) {
-  int& n = appended_.at(static_cast<std::size_t>(layer));
-  require(n + n_tokens <= cold_.host().room(), "KV store: append without begin");
+  order_.check_append(layer, n_tokens);
   const auto heads = static_cast<unsigned>(shape_.n_kv_heads);
   const DeviceRows rows = views_[static_cast<std::size_t>(layer)].rows;
   const DeviceHot hot = hot_.lanes().hot(layer);
@@ -196,14 +193,13 @@ void CudaTieredStore::append(int layer, const float* k, const float* v, int n_to
     ghosts_.write(layer, rows, hot_.moment(), n_tokens);
   else
     owes_ghosts_ = true;
-  n += n_tokens;
-  unsettled_[static_cast<std::size_t>(layer)] = 1;
+  order_.append(layer);
 }
 
 KvView CudaTieredStore::view(int layer) const {
   KvView view;
   view.type = shape_.type;
-  view.kv_len = appended_.at(static_cast<std::size_t>(layer));
+  view.kv_len = order_.tokens(layer);
   view.n_kv_heads = shape_.n_kv_heads;
   view.head_dim = shape_.head_dim;
   view.cold = cold_.host().rows(layer, view.kv_len);
@@ -214,10 +210,8 @@ KvView CudaTieredStore::view(int layer) const {
 }
 
 void CudaTieredStore::settle(int layer, const AttentionStats&) {
-  const auto i = static_cast<std::size_t>(layer);
-  require(unsettled_.at(i) != 0, "KV store: layer ", layer, ": settled without an append");
-  unsettled_[i] = 0;
-  const int n_rows = stats_rows(n_step_);
+  order_.settle(layer);
+  const int n_rows = stats_rows(order_.n_tokens());
   if (exact() && n_rows > 0) hot_.learn(layer, n_rows);
   reporting_ = true;
   if (layer + 1 == shape_.n_layers) finish_step();
@@ -226,8 +220,7 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
 // Those of a step of decode, if every layer has its token. No kernel of the step itself asks for
 // them, and so one kernel writes them all, while the token's rows are still the last ones.
 void CudaTieredStore::write_owed_ghosts() {
-  const auto [least, most] = std::minmax_element(appended_.begin(), appended_.end());
-  if (std::exchange(owes_ghosts_, false) && *least == *most)
+  if (std::exchange(owes_ghosts_, false) && order_.length() == order_.most())
     ghosts_.write_newest(cold_.rows(0), cold_.layer_bytes(), hot_.lanes().hot(0), hot_.moment());
 }
 
@@ -244,7 +237,7 @@ void CudaTieredStore::finish_step() {
   if (decode) hot_.end_decode();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
-  const int n = length(), first = n - n_step_;
+  const int n = length(), first = order_.first();
   for (int token = first; token < n; ++token)
     for (int l = 0; l < shape_.n_layers; ++l) cold_.wrote(l, token);
   catch_up();
@@ -258,7 +251,7 @@ void CudaTieredStore::count(const Ended& ended) const {
   std::vector<LaneStep> steps(static_cast<std::size_t>(n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
-    const int kv_len = appended_[static_cast<std::size_t>(layer)];
+    const int kv_len = order_.tokens(layer);
     counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
                    steps);
   }
@@ -271,9 +264,8 @@ void CudaTieredStore::rewind(int position) {
           length(), ", found ", position);
   catch_up();
   write_owed_ghosts();
-  hot_.cut(position, *std::max_element(appended_.begin(), appended_.end()));
-  for (int& n : appended_) n = position;
-  std::fill(unsettled_.begin(), unsettled_.end(), char{0});
+  hot_.cut(position, order_.most());
+  order_.rewind(position);
   ghost_check_.cut(position);
   if (!shadow_) return;
   shadow_->cut(position);

@@ -15,7 +15,10 @@ kvstore/residency.cpp|s/if (params_.policy == Policy::kAsr) sleep(token, 1);//|a
 # 3: rows, mask and free pages fit each other
 kvstore/lane.cpp|s/^  mask_.*&= .*$//|the mask of hot tokens
 kvstore/lane.cpp|s/^    arena_.give(pages_.back());$//|a page is lost
-# 4: what a step reads stays
+# 4: a step has its order, and what it reads stays
+kvstore/step_order.cpp|s/return layer.is_unsettled;/return false;/|a step before the last one is settled
+kvstore/step_order.cpp|s/tokens(layer) == first_/true/|a second append of a layer
+kvstore/step_order.cpp|s/^  n_tokens_ = 0;$//|a step outlives a rewind
 kvstore/lane.cpp|s/row_key(last, head), 2 \* kv_row_/row_key(last, head), kv_row_/|the value of a moved row
 kvstore/residency.cpp|s/token >= first_recent(now)/token > first_recent(now)/|the window
 # 5: timers and counters

@@ -118,14 +118,19 @@ class History {
     check_bound();
   }
 
-  // A step that fails in its first layer, and is taken back.
+  // A step of which the first layer is not settled or others are not reached, and is taken back.
   void broken_step() {
     if (shape_.n_layers == 1 || length_ == kCapacity) return;
     kv_->begin(1, Phase::kDecode);
     append(0, 1);
     if (one_in(2)) settle(0, 1);
     CHECK_THROWS_AS(kv_->begin(1, Phase::kDecode), Error);
+    const std::vector<float> x(static_cast<std::size_t>(heads() * shape_.head_dim), 1.0f);
+    CHECK_THROWS_AS(kv_->append(0, x.data(), x.data(), 1), Error);
+    for (int layer = 1; layer < shape_.n_layers; ++layer) append(layer, 1);
+    CHECK_THROWS_AS(kv_->begin(1, Phase::kDecode), Error);
     rewind(length_);
+    CHECK_THROWS_AS(kv_->append(0, x.data(), x.data(), 1), Error);
   }
 
   void rewind(int position) {

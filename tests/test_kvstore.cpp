@@ -7,6 +7,7 @@
 #include "device/error.h"
 #include "device/half.h"
 #include "kvstore/kvstore.h"
+#include "tests/step_order.h"
 #include "tests/tiny_model.h"
 
 using namespace thaw;
@@ -41,11 +42,10 @@ TEST_CASE("kv store: what is appended is what the view shows, rounded once to th
     const std::vector<float> k = random.normals(10 * kHeads * kDim),
                              v = random.normals(10 * kHeads * kDim);
     kv->begin(10, Phase::kPrefill);
-    for (int layer = 0; layer < 3; ++layer) {  // 7 tokens, then 3; each layer's keys differ
+    for (int layer = 0; layer < 3; ++layer) {  // each layer's keys differ
       std::vector<float> scaled = k;
       for (float& x : scaled) x *= static_cast<float>(layer * 4);
-      kv->append(layer, scaled.data(), v.data(), 7);
-      kv->append(layer, scaled.data() + 7 * kHeads * kDim, v.data() + 7 * kHeads * kDim, 3);
+      kv->append(layer, scaled.data(), v.data(), 10);
     }
     CHECK(kv->length() == 10);
     for (int layer = 0; layer < 3; ++layer) {
@@ -101,11 +101,25 @@ TEST_CASE("kv store: a full store refuses tokens and keeps what it has") {
   auto kv = make_kv_store(shape(KvType::kF16, 4));
   const std::vector<float> x(5 * kHeads * kDim, 1.0f);
   kv->begin(3, Phase::kPrefill);
-  for (int layer = 0; layer < 3; ++layer) kv->append(layer, x.data(), x.data(), 3);
+  for (int layer = 0; layer < 3; ++layer) {
+    kv->append(layer, x.data(), x.data(), 3);
+    kv->settle(layer, {});
+  }
   CHECK_THROWS_WITH_AS(kv->begin(2, Phase::kPrefill),
                        "KV store: expected at most 4 tokens, found 5", Error);
   CHECK(kv->length() == 3);
   CHECK(kv->view(0).kv_len == 3);
+}
+
+TEST_CASE("kv store: calls that are out of order are refused, and a rewind begins anew") {
+  const std::vector<float> x(3 * kHeads * kDim, 1.0f);
+  for (const Policy policy : {Policy::kFull, Policy::kWindow}) {
+    KvOptions options;
+    options.policy.policy = policy;
+    options.check = true;
+    auto kv = make_kv_store({2, kHeads, kDim, 40, KvType::kF16}, options);
+    testing::check_step_order(*kv, x.data());
+  }
 }
 
 TEST_CASE("kv store: a recorder hears of as many layers and heads as a model may have") {
@@ -136,8 +150,8 @@ TEST_CASE("kv store: a recorder hears of as many layers and heads as a model may
 TEST_CASE("kv store: shapes that are not sane are refused before any allocation") {
   CHECK_THROWS_AS(make_kv_store(shape(KvType::kF16, 0)), Error);
   CHECK_THROWS_AS(make_kv_store({-1, 1, 1, 1, KvType::kF16}), Error);
-  CHECK_THROWS_AS(
-      make_kv_store({2000000000, 2000000000, 2000000000, 2000000000, KvType::kF32}), Error);
+  CHECK_THROWS_AS(make_kv_store({2000000000, 2000000000, 2000000000, 2000000000, KvType::kF32}),
+                  Error);
 }
 
 TEST_CASE("halves: every f16 survives the round trip, and rounding is to nearest, ties to even") {

@@ -8,6 +8,7 @@
 #include "kvstore/full_store_cuda.h"
 #include "tests/error_of.h"
 #include "tests/simt/simt.h"
+#include "tests/step_order.h"
 #include "tests/tiny_model.h"
 
 using namespace thaw;
@@ -108,8 +109,17 @@ TEST_CASE("cuda store: the bits of every type are those of the store in host mem
     }
 }
 
-TEST_CASE(
-    "cuda store: lengths, rewinds, counters and bytes are those of the CPU") {
+TEST_CASE("cuda store: calls that are out of order are refused, and a rewind begins anew") {
+  const Stream stream;
+  const DeviceBuffer<float> x(3 * 64, "x");
+  fill_device(x.data(), 0, x.bytes(), stream);
+  KvOptions options = full_options();
+  options.check = true;
+  const auto kv = make_cuda_kv_store({2, 1, 64, 40, KvType::kF16}, options, stream);
+  testing::check_step_order(*kv, x.data());
+}
+
+TEST_CASE("cuda store: lengths, rewinds, counters and bytes are those of the CPU") {
   const Stream stream;
   const KvShape shape{2, 1, 64, 300, KvType::kF16};
   KvOptions options = full_options();
@@ -143,7 +153,8 @@ TEST_CASE("cuda store: a graph of an append serves every step") {
     copy_to_device(x.data(), std::vector<float>(64, value).data(), 64, stream);
   };
   store->begin(1, Phase::kDecode);
-  const Graph graph(stream, [&] { store->append(0, x.data(), x.data(), 1); });
+  const auto pass = [&] { store->append(0, x.data(), x.data(), 1), store->settle(0, {}); };
+  const Graph graph(stream, pass);
   store->rewind(0);
   for (int token = 0; token < 130; ++token) {
     fill(static_cast<float>(token));
@@ -151,7 +162,7 @@ TEST_CASE("cuda store: a graph of an append serves every step") {
     graph.launch(stream);
     stream.synchronize();
     // What the host counts is not in the graph: a second append of the same token.
-    store->append(0, x.data(), x.data(), 1);
+    pass();
   }
   for (const int token : {0, 100, 129}) {
     float first;

@@ -2,6 +2,7 @@
 #include "tests/error_of.h"
 #include "tests/simt/both_stores.h"
 #include "tests/simt/simt.h"
+#include "tests/step_order.h"
 
 using namespace thaw;
 using testing::BothStores;
@@ -244,6 +245,17 @@ TEST_CASE("cuda tiers: while memory is refused no step begins, and nothing chang
   both.decode(simt::kIsSlow ? 1 : 10, Mood::kPlain);
   both.prefill(100, Mood::kTies);
   both.decode(1, Mood::kTies);
+}
+
+TEST_CASE("cuda tiers: calls that are out of order are refused, and a rewind begins anew") {
+  KvOptions options = thaw_options();
+  options.policy.policy = Policy::kWindow;
+  options.check = true;
+  const Stream stream;
+  const DeviceBuffer<float> x(3 * 2 * 8, "x");
+  fill_device(x.data(), 0, x.bytes(), stream);
+  const auto kv = make_cuda_tiered_store({2, 2, 8, 40, KvType::kF16, {}}, options, stream);
+  testing::check_step_order(*kv, x.data());
 }
 
 TEST_CASE("cuda tiers: a step that is given up leaves no row behind") {
