@@ -53,15 +53,21 @@ void CudaHotTier::reserve(int kv_len, int stats_of) {
 
 void CudaHotTier::begin_exact(int first, int kv_len) { send_moment(first, kv_len); }
 
-void CudaHotTier::begin_decode(int first) {
+bool CudaHotTier::seed(int first) {
   if (!seeded_ && options_.policy.policy == Policy::kBudget && first > 0)
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       entropy_[static_cast<std::size_t>(layer)] =
           std::max(1e-6f, lanes_.report(layer * lanes_.per_layer()).entropy);
   bounds_.share(first + 1, entropy_);
-  if (attends_all()) return send_moment(first, first + 1);
+  if (attends_all()) return false;
   send_limits(first);
-  if (!seeded_) seed(first);
+  if (seeded_) return false;
+  choose(first);
+  return true;
+}
+
+void CudaHotTier::begin_decode(int first) {
+  if (attends_all()) return send_moment(first, first + 1);
   open(first + 1);
 }
 
@@ -71,7 +77,7 @@ int CudaHotTier::most_rows(int n_rows, int bound, int kv_len) const {
   return std::min(bound, n_rows + std::min(lanes_.most_recalled(epsilon()), kv_len));
 }
 
-void CudaHotTier::seed(int kv_len) {
+void CudaHotTier::choose(int kv_len) {
   send_moment(kv_len, kv_len);
   work(false).choose();
   stream_.synchronize();  // how many are chosen is known

@@ -21,8 +21,9 @@ class CudaHotTier {
   // no token lost, when memory is refused; waits for the stream where hot tokens are chosen.
   void reserve(int kv_len, int stats_of);  // stats_of: tokens of which exact statistics are asked
   void begin_exact(int first, int kv_len);
-  // One of decode: hot tokens are chosen, if that is still to be done, and every lane has a row for
-  // one more. Where recovery attends every token, lanes stay as they are.
+  // Two of decode. Hot tokens are chosen, if that is still to be done; returns whether it was. Then
+  // every lane has a row for one more. Where recovery attends every token, lanes stay as they are.
+  bool seed(int first);
   void begin_decode(int first);
   // Queues what a layer's exact attention, or the end of a step of decode, teaches.
   void learn(int layer, int n_rows) const;
@@ -50,7 +51,7 @@ class CudaHotTier {
   }
   void send_moment(int first, int kv_len);
   void send_limits(int kv_len);
-  void seed(int kv_len);
+  void choose(int kv_len);
   void open(int kv_len);
   int most_rows(int n_rows, int bound, int kv_len) const;
   double wake(Rung rung, int kv_len);

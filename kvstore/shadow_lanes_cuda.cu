@@ -41,13 +41,16 @@ Moment ShadowLanes::moment(int layer, int kv_len) const {
   return now;
 }
 
-void ShadowLanes::begin_decode(int first, bool seeds) {
+void ShadowLanes::seed(int first) {
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.clear_for_seed(moment(layer, first));
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.seed(moment(layer, first));
+}
+
+void ShadowLanes::begin_decode(int first) {
   for (Residency& lane : lanes_) lane.grow(first + 1);
   if (hot_.attends_all()) return;
-  for (int layer = 0; seeds && layer < shape_.n_layers; ++layer)
-    for (Residency& lane : lanes(layer)) lane.clear_for_seed(moment(layer, first));
-  for (int layer = 0; seeds && layer < shape_.n_layers; ++layer)
-    for (Residency& lane : lanes(layer)) lane.seed(moment(layer, first));
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer)) lane.make_room(moment(layer, first + 1), 1);
 }

@@ -20,7 +20,8 @@ class ShadowLanes {
               KvRecorder& recorder, const Stream& stream);
 
   // Each follows the hot tier's call of that name, when the device is done with what was before.
-  void begin_decode(int first, bool seeds);
+  void seed(int first);  // where that chose
+  void begin_decode(int first);
   void end_exact(int kv_len);
   void end_decode(int kv_len, float epsilon);
   void cut(int position);

@@ -50,6 +50,7 @@ class CudaTieredStore final : public KvStore {
   bool exact(Phase phase) const { return phase == Phase::kPrefill || hot_.attends_all(); }
   bool exact() const { return exact(phase_); }
   int stats_rows(int n_tokens, Phase phase) const;
+  void begin_decode(int first);
   void make_views();
   void catch_up() const;
   struct Ended {
@@ -143,15 +144,20 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   cold_.reserve(kv_len);
   ghosts_.reserve(kv_len);
   hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase) > 0 ? kv_len : 0);
-  const bool seeds = !hot_.is_seeded();
   is_staged_ = phase == Phase::kPrefill && n_tokens > kUnstaged && staged_.begin(first, kv_len);
   if (phase == Phase::kDecode)
-    staged_.release(), hot_.begin_decode(first);
+    staged_.release(), begin_decode(first);
   else
     hot_.begin_exact(first, kv_len);
-  if (shadow_ && phase == Phase::kDecode) shadow_->begin_decode(first, seeds);
   phase_ = phase, order_.begin(n_tokens);
   make_views();
+}
+
+// Memory may be refused between the two: who is hot by then stays so.
+void CudaTieredStore::begin_decode(int first) {
+  if (hot_.seed(first) && shadow_) shadow_->seed(first);
+  hot_.begin_decode(first);
+  if (shadow_) shadow_->begin_decode(first);
 }
 
 void CudaTieredStore::make_views() {

@@ -247,6 +247,28 @@ TEST_CASE("cuda tiers: while memory is refused no step begins, and nothing chang
   both.decode(1, Mood::kTies);
 }
 
+TEST_CASE(
+    "cuda tiers: while memory is refused to a step that chose hot tokens, it tells of them once") {
+  for (const int cut : {0, 2}) {
+    BothStores both(kShape, thaw_options(), 3, true);
+    for (int n = 0; n < 100; n += 5) both.prefill(5, Mood::kPlain);  // as above
+    int n_refused = 0;
+    for (std::size_t more = 0;; more += 64) {
+      simt::set_memory(kMemory);
+      simt::set_memory(static_cast<std::size_t>(taken()) + more);
+      const std::string error = error_of([&] { both.cuda->begin(1, Phase::kDecode); });
+      if (error.empty()) break;
+      CHECK(error.find("out of device memory") != std::string::npos);
+      ++n_refused;
+    }
+    simt::set_memory(kMemory);
+    CHECK(n_refused > 2);
+    both.cpu->begin(1, Phase::kDecode);
+    if (cut > 0) both.rewind(100 - cut);
+    both.decode(3, Mood::kPlain);
+  }
+}
+
 TEST_CASE("cuda tiers: calls that are out of order are refused, and a rewind begins anew") {
   KvOptions options = thaw_options();
   options.policy.policy = Policy::kWindow;
