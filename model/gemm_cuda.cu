@@ -2,8 +2,8 @@
 
 #include "device/error.h"
 #include "model/gemm_cuda.h"
-#include "model/weight_unit_cuda.cuh"
 #include "model/pack_cuda.cuh"
+#include "model/weight_unit_cuda.cuh"
 
 namespace thaw {
 namespace {
@@ -83,16 +83,9 @@ __global__ void __launch_bounds__(kWidenThreads)
 // y (n x rows) of x (n x inner) and w (rows x inner), all row-major, is to cuBLAS, which is
 // column-major, y^T (rows x n) = w^T transposed (inner x rows) times x^T (inner x n).
 struct Gemm::Plan {
-  cublasLtMatrixLayout_t w = nullptr, x = nullptr, y = nullptr;
+  Owned<cublasLtMatrixLayout_t> w, x, y;
   cublasLtMatmulAlgo_t algorithm = {};
-
-  Plan() = default;
-  Plan(const Plan&) = delete;
-  Plan& operator=(const Plan&) = delete;
-  ~Plan() {
-    for (cublasLtMatrixLayout_t layout : {w, x, y})
-      if (layout != nullptr) cublasLtMatrixLayoutDestroy(layout);
-  }
+  std::size_t workspace = 0;  // bytes
 };
 
 Gemm::Gemm(const Stream& stream, std::size_t tile_bytes)
@@ -131,9 +124,9 @@ void Gemm::set_gated(const float* gate, const float* up, int n_rows, int cols) {
 
 void Gemm::pack(DType type) {
   if (is_packed_ && packed_type_ == type) return;
-  is_packed_ = true, packed_type_ = type;
   const int n_padded = padded(type, cols_);
   void* to = scratch(packed_, static_cast<std::size_t>(n_rows_) * n_padded * bytes_of(type));
+  is_packed_ = true, packed_type_ = type;
   const auto launch_pack = [&](auto* typed) {
     using T = std::remove_pointer_t<decltype(typed)>;
     const auto launch_rows = [&](auto kernel, auto... rows) {
@@ -168,20 +161,26 @@ const void* Gemm::widened(const DeviceMatrix& w, int first, int n) {
   return tile;
 }
 
+// A plan that could not be made is not kept.
 const Gemm::Plan& Gemm::plan(const Shape& shape) {
-  const auto [at, is_new] = plans_.try_emplace(shape);
-  Plan& p = at->second;
-  if (!is_new) return p;
+  const auto known = plans_.find(shape);
+  return known != plans_.end() ? known->second
+                               : plans_.emplace(shape, make_plan(shape)).first->second;
+}
+
+Gemm::Plan Gemm::make_plan(const Shape& shape) const {
+  Plan p;
   const auto [type_index, n_rows, rows, inner, stride, alignment] = shape;
   const cudaDataType_t type = cuda_type(static_cast<DType>(type_index));
-  const auto layout = [](cublasLtMatrixLayout_t* out, cudaDataType_t of, std::int64_t r,
-                         std::int64_t c, std::int64_t ld) {
-    check_blas(cublasLtMatrixLayoutCreate(out, of, static_cast<std::uint64_t>(r),
+  const auto layout = [](cudaDataType_t of, std::int64_t r, std::int64_t c, std::int64_t ld) {
+    cublasLtMatrixLayout_t made = nullptr;
+    check_blas(cublasLtMatrixLayoutCreate(&made, of, static_cast<std::uint64_t>(r),
                                           static_cast<std::uint64_t>(c), ld),
                "cublasLtMatrixLayoutCreate");
+    return Owned<cublasLtMatrixLayout_t>(made);
   };
-  layout(&p.w, type, inner, rows, inner), layout(&p.x, type, inner, n_rows, inner);
-  layout(&p.y, CUDA_R_32F, rows, n_rows, stride);
+  p.w = layout(type, inner, rows, inner), p.x = layout(type, inner, n_rows, inner);
+  p.y = layout(CUDA_R_32F, rows, n_rows, stride);
   cublasLtMatmulPreference_t preference = nullptr;
   check_blas(cublasLtMatmulPreferenceCreate(&preference), "cublasLtMatmulPreferenceCreate");
   const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t which, auto value) {
@@ -194,13 +193,13 @@ const Gemm::Plan& Gemm::plan(const Shape& shape) {
   prefer(CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES, static_cast<std::uint32_t>(alignment));
   cublasLtMatmulHeuristicResult_t found = {};
   int n_found = 0;
-  const cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
-      handle_.get(), transposed_.get(), p.w, p.x, p.y, p.y, preference, 1, &found, &n_found);
+  const cublasStatus_t status =
+      cublasLtMatmulAlgoGetHeuristic(handle_.get(), transposed_.get(), p.w.get(), p.x.get(),
+                                     p.y.get(), p.y.get(), preference, 1, &found, &n_found);
   cublasLtMatmulPreferenceDestroy(preference);
   require(status == CUBLAS_STATUS_SUCCESS && n_found == 1, "cuBLASLt: no way to multiply ", n_rows,
           " x ", inner, " and ", rows, " x ", inner, ": ", cublasLtGetStatusString(status));
-  p.algorithm = found.algo;
-  scratch(workspace_, found.workspaceSize);
+  p.algorithm = found.algo, p.workspace = found.workspaceSize;
   return p;
 }
 
@@ -221,11 +220,13 @@ void Gemm::multiply(const char* name, float* y, const DeviceMatrix& w, bool add)
     const auto address = reinterpret_cast<std::uintptr_t>(y + first) | 16;
     const auto alignment = static_cast<std::int64_t>(address & -address);
     const Plan& p = plan({static_cast<std::int64_t>(type), n_rows_, n, inner, w.rows, alignment});
+    scratch(workspace_, p.workspace);
     const ProfileRange range(name);
-    check_blas(cublasLtMatmul(handle_.get(), transposed_.get(), &one, tile, p.w, packed_.data(),
-                              p.x, &beta, y + first, p.y, y + first, p.y, &p.algorithm,
-                              workspace_.data(), workspace_.size(), stream_.get()),
-               name);
+    check_blas(
+        cublasLtMatmul(handle_.get(), transposed_.get(), &one, tile, p.w.get(), packed_.data(),
+                       p.x.get(), &beta, y + first, p.y.get(), y + first, p.y.get(), &p.algorithm,
+                       workspace_.data(), workspace_.size(), stream_.get()),
+        name);
   }
 }
 

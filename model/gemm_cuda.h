@@ -42,19 +42,23 @@ class Gemm {
   struct Destroy {
     void operator()(cublasLtHandle_t handle) const { cublasLtDestroy(handle); }
     void operator()(cublasLtMatmulDesc_t product) const { cublasLtMatmulDescDestroy(product); }
+    void operator()(cublasLtMatrixLayout_t layout) const { cublasLtMatrixLayoutDestroy(layout); }
   };
+  template <class T>
+  using Owned = std::unique_ptr<std::remove_pointer_t<T>, Destroy>;
   using Shape =
       std::array<std::int64_t, 6>;  // type, n_rows, rows, inner, stride and alignment of y
 
   void pack(DType type);
   const void* widened(const DeviceMatrix& w, int first, int n);
   const Plan& plan(const Shape& shape);
+  Plan make_plan(const Shape& shape) const;
   void* scratch(DeviceBuffer<std::byte>& buffer, std::size_t bytes);
 
   const Stream& stream_;
   const std::size_t tile_bytes_;
-  std::unique_ptr<std::remove_pointer_t<cublasLtHandle_t>, Destroy> handle_;
-  std::unique_ptr<std::remove_pointer_t<cublasLtMatmulDesc_t>, Destroy> transposed_;
+  Owned<cublasLtHandle_t> handle_;
+  Owned<cublasLtMatmulDesc_t> transposed_;
   std::map<Shape, Plan> plans_;
   DeviceBuffer<std::byte> workspace_, packed_, tile_;
 

@@ -282,6 +282,40 @@ TEST_CASE("cuda ops: the GEMM in tiles, into any address, saturated") {
     }
 }
 
+TEST_CASE("cuda ops: a GEMM of which a call failed multiplies when it is asked again") {
+  constexpr int kT = 10;
+  testing::TinyOptions o{.type = DType::kQ8_0, .n_layers = 1};
+  o.vocab_size = 40;
+  const testing::TinyModel tiny = testing::make_tiny_model(o);
+  const Stream stream;
+  const DeviceWeights device(tiny.model.weights, stream);
+  const DeviceMatrix& w = device.matrix(tiny.model.weights.output);
+  testing::Random random(4);
+  const auto x = on_device(random.normals(kT * w.cols), stream);
+  const auto y = on_device(Vector(kT * w.rows), stream);
+  const auto multiply = [&](Gemm& gemm) {
+    gemm.set_activations(x.data(), nullptr, 0, kT, w.cols);
+    gemm.multiply("y", y.data(), w, false);
+    return on_host(y, stream);
+  };
+  Gemm whole(stream);
+  const Vector expected = multiply(whole);
+  int n_failed = 0;
+  for (int call = 1;; ++call) {
+    Gemm gemm(stream);
+    simt::fail_call(call);
+    const std::string error = error_of([&] { multiply(gemm); });
+    simt::fail_call(0);
+    forget_failure();
+    if (error.empty()) break;
+    ++n_failed;
+    CAPTURE(error);
+    fill_device(y.data(), 0, y.bytes(), stream);
+    CHECK((multiply(gemm) == expected));
+  }
+  CHECK(n_failed > 8);
+}
+
 TEST_CASE("cuda ops: matrices of one op may differ in format") {
   using Types = std::pair<DType, DType>;
   for (auto [type, other_type] : {Types{DType::kQ4_0, DType::kQ8_0}, {DType::kBF16, DType::kF16}})
