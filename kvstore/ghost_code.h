@@ -61,10 +61,11 @@ THAW_HOST_DEVICE inline float grid_factor(int grid) {
   return grid == 0 ? 0.8f : grid == 1 ? 0.9f : grid == 2 ? 1.0f : grid == 3 ? 1.1f : 1.2f;
 }
 
-// The number u - 2^(b-1) + 1/2 of the cell that x lies in; inverse = 1 / step, half = 2^(b-1).
+// The number u - 2^(b-1) + 1/2 of the cell that x lies in; inverse = 1 / step, half = 2^(b-1). The
+// lowest where x * inverse is NaN.
 THAW_HOST_DEVICE inline float grid_number(float x, float inverse, float half) {
   const float cell = floorf(x * inverse);
-  return (cell < -half ? -half : cell > half - 1 ? half - 1 : cell) + 0.5f;
+  return (cell > half - 1 ? half - 1 : cell > -half ? cell : -half) + 0.5f;
 }
 
 // beta: how much of what rounding lost of the values before a token in its chain its own value

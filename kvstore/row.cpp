@@ -18,8 +18,7 @@ void store_q8_0(std::byte* out, const float* in) {
   const std::uint16_t d = f32_to_f16(largest / 127.0f);
   std::memcpy(out, &d, 2);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-  for (int i = 0; i < kBlock; ++i)
-    out[2 + i] = static_cast<std::byte>(static_cast<int>(std::lrint(in[i] * inverse)));
+  for (int i = 0; i < kBlock; ++i) out[2 + i] = static_cast<std::byte>(q8_0_code(in[i], inverse));
 }
 
 void store_q4_0(std::byte* out, const float* in) {
@@ -30,9 +29,9 @@ void store_q4_0(std::byte* out, const float* in) {
   const std::uint16_t bits = f32_to_f16(d);
   std::memcpy(out, &bits, 2);
   const float inverse = d != 0 ? 1.0f / d : 0.0f;
-  const auto code = [&](float x) { return std::min(15, static_cast<int>(x * inverse + 8.5f)); };
   for (int i = 0; i < kBlock / 2; ++i)
-    out[2 + i] = static_cast<std::byte>(code(in[i]) | code(in[i + kBlock / 2]) << 4);
+    out[2 + i] = static_cast<std::byte>(q4_0_code(in[i], inverse) |
+                                        q4_0_code(in[i + kBlock / 2], inverse) << 4);
 }
 
 float block_scale(const std::byte* in) {

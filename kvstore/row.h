@@ -1,9 +1,11 @@
 // One key or value of one head as it is stored.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 
 #include "kvstore/kvstore.h"
+#include "kvstore/policy.h"
 
 namespace thaw {
 
@@ -11,5 +13,16 @@ namespace thaw {
 // d = max|x| / 127, and of 4 bits, d = (x of largest magnitude) / -8.
 void store_row(std::byte* out, const float* in, int n, KvType type);
 void load_row(float* out, const std::byte* in, int n, KvType type);
+
+// Of a number of a block, inverse = 1 / d: q of q8_0, q + 8 of q4_0. 0 where x * inverse is
+// infinite or NaN.
+THAW_HOST_DEVICE inline int q8_0_code(float x, float inverse) {
+  const float code = rintf(x * inverse);
+  return fabsf(code) < 128 ? static_cast<int>(code) : 0;
+}
+THAW_HOST_DEVICE inline int q4_0_code(float x, float inverse) {
+  const float code = fmaf(x, inverse, 8.5f);
+  return !(fabsf(code) < 17) ? 0 : code < 16 ? static_cast<int>(code) : 15;
+}
 
 }  // namespace thaw

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "device/kernel.cuh"
-#include "kvstore/kvstore.h"
+#include "kvstore/row.h"
 
 namespace thaw {
 
@@ -104,12 +104,12 @@ __device__ inline float number_of(const std::byte* row, int i) {
   }
 }
 
-// 32 numbers, one a lane, as a block of q8_0: d = max|x| / 127.
+// 32 numbers, one a lane, as a block of q8_0: d = max|x| / 127, NaN passed over.
 __device__ inline void store_q8_0(std::byte* out, float x) {
-  const float largest = warp_max(fabsf(x));
+  const float largest = fmaxf(warp_max(fabsf(x)), 0.0f);
   const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
   const std::uint32_t d = pack2<__half>(largest / 127.0f, 0);
-  const int lane = lane_index(), code = __float2int_rn(x * inverse);
+  const int lane = lane_index(), code = q8_0_code(x, inverse);
   if (lane == 0) *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(d);
   reinterpret_cast<std::int8_t*>(out + 2)[lane] = static_cast<std::int8_t>(code);
 }
@@ -122,7 +122,7 @@ __device__ inline void store_q4_0(std::byte* out, float x) {
   const float first = __shfl_sync(kAllLanes, x, max(__ffs(static_cast<int>(where)) - 1, 0));
   const float d = (magnitude > 0 ? first : 0.0f) / -8.0f;
   const float inverse = d != 0 ? 1.0f / d : 0.0f;
-  const int code = min(15, static_cast<int>(fmaf(x, inverse, 8.5f)));
+  const int code = q4_0_code(x, inverse);
   const int other = __shfl_down_sync(kAllLanes, code, kRowBlock / 2);
   if (lane == 0)
     *reinterpret_cast<std::uint16_t*>(out) = static_cast<std::uint16_t>(pack2<__half>(d, 0));

@@ -237,6 +237,21 @@ TEST_CASE("ghost: a key on the centre, and keys of any size, give finite ghosts"
   }
 }
 
+// Nothing is kept of them: a cell of the grid, and the scale of nothing.
+TEST_CASE("ghost: a key and a value that overflowed or are no numbers have codes") {
+  for (const float x : {NAN, -NAN, INFINITY * 0})
+    CHECK(grid_number(x, 1, 4) == -3.5f);
+  testing::Random random(5);
+  for (const float odd : {INFINITY, -INFINITY, NAN, 3e38f}) {
+    CAPTURE(odd);
+    Group g(random, 3, 2, 64);
+    g.k[7] = g.v[9] = odd;
+    g.write(0);
+    CHECK(g.key(0) == std::vector<float>(64));
+    CHECK(g.value(0) == std::vector<float>(64));
+  }
+}
+
 // A query's codes err by at most half a unit, |Rq|_inf / 254, a dimension.
 TEST_CASE("ghost: scores are q.mu + (Rq).k^ within what 8 bits of a query cost") {
   testing::Random random(4);

@@ -7,6 +7,7 @@
 #include "device/error.h"
 #include "device/half.h"
 #include "kvstore/kvstore.h"
+#include "kvstore/row.h"
 #include "tests/step_order.h"
 #include "tests/tiny_model.h"
 
@@ -143,6 +144,35 @@ TEST_CASE("kv store: a recorder hears of as many layers and heads as a model may
     for (const int i : {0, 32767, 32768, kMany - 1}) {
       CHECK(log.layers[i] == (in_layers ? i : 0));
       CHECK(log.heads[i] == (in_layers ? 0 : i));
+    }
+  }
+}
+
+// Infinity and NaN, and what divides to them: code 0, as kernels write it.
+TEST_CASE("kv store: blocks of what is no number have codes, and the others keep theirs") {
+  for (const float odd : {INFINITY, -INFINITY, NAN}) {
+    CAPTURE(odd);
+    std::vector<float> x(64, 3.0f);
+    x[5] = odd, x[40] = -8;
+    std::byte row[2 * 34];
+    store_row(row, x.data(), 64, KvType::kQ8_0);
+    CHECK(row[2 + 5] == std::byte{0});
+    CHECK(row[34 + 2 + 8] == std::byte{0x81});  // -127
+    CHECK(row[2] == (std::isnan(odd) ? std::byte{127} : std::byte{0}));
+    store_row(row, x.data(), 64, KvType::kQ4_0);
+    CHECK((row[2 + 5] & std::byte{15}) == std::byte{0});
+    CHECK((row[18 + 2 + 8] & std::byte{15}) == std::byte{0});  // -8
+    CHECK((row[2] & std::byte{15}) == (std::isnan(odd) ? std::byte{0} : std::byte{8}));
+  }
+  for (const float tiny : {1e-45f, -3e-44f, 1e-40f}) {
+    CAPTURE(tiny);
+    const std::vector<float> x(32, tiny);
+    std::byte row[34];
+    float back[32];
+    for (const KvType type : {KvType::kQ8_0, KvType::kQ4_0}) {
+      store_row(row, x.data(), 32, type);
+      load_row(back, row, 32, type);
+      for (const float y : back) CHECK(y == 0);
     }
   }
 }

@@ -1,6 +1,7 @@
 // The store in device memory against the one in host memory: the same bits, and the same rules.
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <cstring>
 #include <vector>
 
@@ -63,6 +64,22 @@ std::vector<std::byte> row_of(const KvStore& store, int layer, int head, int row
   return host;
 }
 
+// Blocks of 32 with infinity, with NaN, of nothing but NaN, and of what divides to infinity.
+std::vector<float> no_numbers() {
+  testing::Random random(6);
+  std::vector<float> x = random.normals(8 * 32, 1.5f);
+  x[3] = INFINITY, x[32 + 4] = -INFINITY, x[32 + 9] = INFINITY, x[2 * 32 + 5] = NAN;
+  for (int i = 0; i < 32; ++i) {
+    x[3 * 32 + i] = NAN;
+    for (int block = 4; block < 8; ++block)
+      x[block * 32 + i] = static_cast<float>(i % 3 - 1) * (block == 4   ? 1e-45f
+                                                           : block == 5 ? -3e-44f
+                                                                        : 1e-40f);
+  }
+  x[6 * 32 + 1] = NAN, x[7 * 32] = 1e-38f;
+  return x;
+}
+
 // The same tokens into both stores, every layer; attention is left out.
 void step(KvStore& store, KvStore* other, int n, Phase phase, std::uint64_t seed,
           const Stream& stream) {
@@ -107,6 +124,27 @@ TEST_CASE("cuda store: the bits of every type are those of the store in host mem
         }
       CHECK(n_wrong == 0);
     }
+}
+
+TEST_CASE("cuda store: blocks of what is no number have the bits of the store in host memory") {
+  for (const KvType type : {KvType::kQ8_0, KvType::kQ4_0}) {
+    CAPTURE(kv_type_name(type));
+    const Stream stream;
+    const KvShape shape{1, 1, 256, 8, type};
+    const auto cuda = make_cuda_kv_store(shape, full_options(), stream);
+    const auto cpu = make_kv_store(shape, full_options());
+    const std::vector<float> x = no_numbers();
+    const DeviceBuffer<float> dx(x.size(), "x");
+    copy_to_device(dx.data(), x.data(), x.size(), stream);
+    cuda->begin(1, Phase::kPrefill), cpu->begin(1, Phase::kPrefill);
+    cuda->append(0, dx.data(), dx.data(), 1), cpu->append(0, x.data(), x.data(), 1);
+    const std::vector<std::byte> row = row_of(*cuda, 0, 0, 0, false, stream);
+    const std::byte* expected = cpu->view(0).cold.key(0, 0);
+    for (std::size_t i = 0; i < row.size(); ++i) {
+      CAPTURE(i);
+      CHECK(std::to_integer<int>(row[i]) == std::to_integer<int>(expected[i]));
+    }
+  }
 }
 
 TEST_CASE("cuda store: calls that are out of order are refused, and a rewind begins anew") {
