@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "model/divergence.h"
+#include "model/generate.h"
 
 namespace thaw {
 namespace {
@@ -77,9 +78,11 @@ class Lockstep {
       sums_.push_back(std::make_unique<LayerSums>(*stores[i], result.policies[i]));
   }
 
-  void prefill(std::span<const TokenId> tokens) {
-    if (full_) prefill(tokens, *full_);
-    for (const auto& store : stores_) prefill(tokens, *store);
+  // False when `go_on`, asked after each batch, says so; then the stores hold a part.
+  bool prefill(const std::vector<TokenId>& tokens, const std::function<bool()>& go_on) {
+    if (full_ && !prefill(tokens, *full_, go_on)) return false;
+    return std::all_of(stores_.begin(), stores_.end(),
+                       [&](const auto& store) { return prefill(tokens, *store, go_on); });
   }
 
   // Decodes `token`, which `next` follows.
@@ -118,9 +121,12 @@ class Lockstep {
   Comparison result;
 
  private:
-  void prefill(std::span<const TokenId> tokens, KvStore& store) {
+  bool prefill(const std::vector<TokenId>& tokens, KvStore& store,
+               const std::function<bool()>& go_on) {
     store.clear();
-    if (!tokens.empty()) transformer_.prefill(tokens, store);
+    const int last = static_cast<int>(tokens.size()) - 1;
+    return teacher_force(transformer_, store, tokens, {.first = last},
+                         [&](int, std::span<const float>) { return go_on(); });
   }
 
   Transformer& transformer_;
@@ -153,12 +159,15 @@ Comparison compare_policies(Transformer& transformer,
     std::vector<TokenId> tokens(ids.begin() + begin, ids.begin() + end);
     if (windows.bos >= 0) tokens.insert(tokens.begin(), windows.bos);
     const int n_tokens = static_cast<int>(tokens.size());
-    run.prefill(std::span(tokens).first(static_cast<std::size_t>(windows.prefill)));
+    const auto go_on = [&](int i) {
+      run.result.interrupted = !progress(run.result.windows, i - windows.prefill);
+      return !run.result.interrupted;
+    };
+    if (!run.prefill({tokens.begin(), tokens.begin() + windows.prefill},
+                     [&] { return go_on(windows.prefill); }))
+      return run.result;
     for (int i = windows.prefill; i < n_tokens; ++i) {
-      if (!progress(run.result.windows, i - windows.prefill)) {
-        run.result.interrupted = true;
-        return run.result;
-      }
+      if (!go_on(i)) return run.result;
       run.step(tokens[i], ids[end - n_tokens + i + 1]);
     }
     run.end_window();

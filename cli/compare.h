@@ -46,8 +46,8 @@ struct Comparison {
   bool interrupted = false;
 };
 
-// full: null to leave the comparison out. progress(window, decoded) is called before each step and
-// returns false to stop.
+// full: null to leave the comparison out. progress(window, decoded) is called after each batch of a
+// prefill and before each step, and returns false to stop.
 Comparison compare_policies(Transformer& transformer,
                             const std::vector<std::unique_ptr<KvStore>>& stores, KvStore* full,
                             std::span<const TokenId> ids, const DecodeWindows& windows,

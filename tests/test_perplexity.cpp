@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cli/compare.h"
 #include "cli/kv_flags.h"
 #include "cli/statistics.h"
 #include "cli/tokenizer_source.h"
@@ -312,6 +313,30 @@ TEST_CASE("perplexity: --no-full gives the same figures without the comparison")
   CHECK(without["resident_bytes"] == with["resident_bytes"]);
   CHECK_FALSE(without.contains("ratio"));
   CHECK_FALSE(contains(perplexity(args).out, "ratio"));
+}
+
+TEST_CASE("perplexity: a comparison can be stopped after any batch of a prefill") {
+  Library library;
+  const std::vector<TokenId> ids = library.tokenizer.encode(letters());
+  Transformer transformer(library.model, 1, 16);
+  KvFlags flags;
+  flags.policy = "window";
+  std::vector<std::unique_ptr<KvStore>> stores;
+  stores.push_back(library.store(flags, 100));
+  flags.policy = "full";
+  const std::unique_ptr<KvStore> full = library.store(flags, 100);
+  const DecodeWindows windows{.context = 100, .prefill = 50, .stride = 50, .most = 1};
+  const auto stop_after = [&](int calls) {
+    return compare_policies(transformer, stores, full.get(), ids, windows, [&](int, int decoded) {
+      CHECK(decoded == 0);
+      return --calls > 0;
+    });
+  };
+  CHECK(stop_after(2).interrupted);
+  CHECK(full->length() == 32);
+  CHECK(stop_after(7).interrupted);
+  CHECK(full->length() == 50);
+  CHECK(stores[0]->length() == 48);
 }
 
 TEST_CASE("perplexity: a sweep runs every combination as it would run alone") {
