@@ -110,6 +110,7 @@ bool parse(const Args& args, Options& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_recovery(o.recovery);
+  require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
   if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");

@@ -2,16 +2,21 @@
 #pragma once
 
 #include <filesystem>
+#include <functional>
+#include <optional>
+#include <string>
 #include <string_view>
 
 namespace thaw {
 
-// The file appears under its name only when it is complete: what is written goes to a temporary
-// file beside it, which finish() renames and the destructor otherwise removes.
+// The file appears under its name only when it is complete: what is written goes to a file without
+// a name, which is gone with the process, however that ends, and which finish() gives its name.
+// Where the file system has no such files, it has a name of its own until then. A link is followed:
+// the file that it names is the one that is written.
 class OutputFile {
  public:
-  // Throws Error when the path names something that is no regular file, or the temporary file
-  // cannot be made.
+  // Throws Error when the path names something that is no regular file, or no file can be made
+  // where it leads.
   explicit OutputFile(std::filesystem::path path);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
@@ -23,8 +28,18 @@ class OutputFile {
   const std::filesystem::path& path() const { return path_; }
 
  private:
-  std::filesystem::path path_, temporary_;
+  [[noreturn]] void fail_to_write(int reason) const;
+  // Hands make() names beside the target that nothing has, until one is not taken meanwhile; it
+  // returns less than 0 and sets errno where it fails.
+  int make_temporary(const std::function<int(const char*)>& make);
+
+  std::filesystem::path path_, target_;  // as given, and where it leads
+  std::string temporary_;                // "" while the file has no name
   int fd_ = -1;
 };
+
+// Throws UsageError when two flags that are given name the same file.
+void require_two_files(const char* flag, const std::optional<std::string>& path, const char* other,
+                       const std::optional<std::string>& other_path);
 
 }  // namespace thaw

@@ -7,6 +7,7 @@
 
 #include "cli/commands.h"
 #include "cli/format.h"
+#include "cli/output_file.h"
 #include "cli/statistics.h"
 #include "cli/sweep.h"
 #include "cli/terminal.h"
@@ -84,6 +85,7 @@ bool parse(const Args& args, PerplexityOptions& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_sweep(o);
+  require_two_files("--csv", o.csv, "--plot", o.plot);
   return true;
 }
 

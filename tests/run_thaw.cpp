@@ -89,7 +89,7 @@ RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& optio
       if (open[i].revents == 0) continue;
       if (!receive(open[i].fd, i == 0 ? result.out : result.err)) open[i].fd = -1;
       if (!interrupted && std::ssize(result.out) > options.interrupt_after) {
-        ::kill(child, SIGINT);
+        ::kill(child, options.signal);
         interrupted = true;
       }
     }

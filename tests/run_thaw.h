@@ -1,6 +1,7 @@
 // Runs the thaw binary as a shell would.
 #pragma once
 
+#include <csignal>
 #include <string>
 #include <vector>
 
@@ -14,7 +15,8 @@ struct RunResult {
 
 struct RunOptions {
   std::string input = "";        // its standard input, then end of file; at most 64 KiB
-  int interrupt_after = -1;      // SIGINT once there are more bytes than this on standard output
+  int interrupt_after = -1;      // `signal` once there are more bytes than this on standard output
+  int signal = SIGINT;
   std::string stdout_path = "";  // "": captured; "closed": not open; else this file
 };
 
