@@ -367,6 +367,9 @@ int run_needle(const Args& args) {
                   o.contexts.back());  // what does not fit fails now
   }
 
+  std::optional<OutputFile> page;
+  if (o.html) page.emplace(*o.html);
+
   const std::atomic<bool>& interrupted = catch_interrupt();
   std::vector<NeedleRun> runs;
   for (const CommonOptions& variant : variants) {
@@ -377,12 +380,13 @@ int run_needle(const Args& args) {
       return kInterruptedExit;
     }
   }
-  if (o.html) {
-    OutputFile page(*o.html);
-    page.write(needle_page(runs, settings(o, model)));
-    page.finish();
-  }
-  write_stdout(o.common.json ? document(o, runs) : needle_text_report(runs, stdout_is_terminal()));
+  write_stdout_after(
+      [&] {
+        if (!page) return;
+        page->write(needle_page(runs, settings(o, model)));
+        page->finish();
+      },
+      o.common.json ? document(o, runs) : needle_text_report(runs, stdout_is_terminal()));
   if (!o.common.quiet) {
     for (const NeedleRun& run : runs)
       std::cerr << "took     " << fixed(run.seconds, 1) << " s under " << run.policy << "\n";

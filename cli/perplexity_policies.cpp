@@ -198,12 +198,14 @@ int run_policies(const PerplexityOptions& o, const Model& model, const Tokenizer
     points.figures.push_back(
         figures_of(comparison, i, points.options[i], model.config.n_layers));
   }
-  if (csv) write(csv, to_csv(rows_of(points)));
-  if (picture) {
-    const std::string svg = plot(points, windows, input);
-    write(picture, ending(*o.plot) == ".html" ? html_page(svg, rows_of(points)) : svg);
-  }
-  write_stdout(report(o, points, windows, seconds));
+  write_stdout_after(
+      [&] {
+        if (csv) write(csv, to_csv(rows_of(points)));
+        if (!picture) return;
+        const std::string svg = plot(points, windows, input);
+        write(picture, ending(*o.plot) == ".html" ? html_page(svg, rows_of(points)) : svg);
+      },
+      report(o, points, windows, seconds));
   if (!o.common.quiet) std::cerr << "took     " << fixed(seconds, 1) << " s\n";
   return 0;
 }

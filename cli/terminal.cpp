@@ -39,6 +39,16 @@ void write_stdout(std::string_view text) {
   }
 }
 
+void write_stdout_after(const std::function<void()>& write_files, std::string_view text) {
+  try {
+    write_files();
+  } catch (const Error&) {
+    write_stdout(text);
+    throw;
+  }
+  write_stdout(text);
+}
+
 bool stdin_is_terminal() { return ::isatty(STDIN_FILENO) == 1; }
 bool stdout_is_terminal() { return ::isatty(STDOUT_FILENO) == 1; }
 bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }

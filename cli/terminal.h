@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <functional>
 #include <string>
 #include <string_view>
 
@@ -14,6 +15,9 @@ void prepare_standard_streams();
 
 // Writes all of `text` to standard output, at once. Throws Error when it cannot.
 void write_stdout(std::string_view text);
+
+// The same after write_files(), which may throw: what was computed is shown all the same.
+void write_stdout_after(const std::function<void()>& write_files, std::string_view text);
 
 bool stdin_is_terminal();
 bool stdout_is_terminal();

@@ -11,6 +11,7 @@
 #include "cli/needle_text.h"
 #include "cli/tokenizer_source.h"
 #include "device/error.h"
+#include "tests/file_limit.h"
 #include "tests/run_thaw.h"
 #include "tests/sanitized.h"
 #include "tests/tiny_cli.h"
@@ -280,6 +281,21 @@ TEST_CASE("needle: bounds of the hot tier are for the policies that have one") {
   CAPTURE(r.err);
   REQUIRE(r.exit_code == 0);
   CHECK(json::parse(r.out)["policies"][1]["attended_pct"] < 30);
+}
+
+TEST_CASE("needle: a page that cannot be written is told first, and later costs no answers") {
+  const std::string nowhere = TinyCli::get().path("no/x.html");
+  const RunResult early = run({"--context", "10", "--html", nowhere});  // no text is so short
+  CHECK(early.exit_code == 1);
+  CHECK(early.err == "thaw: " + nowhere + ": cannot write: No such file or directory\n");
+  const std::string page = TinyCli::get().path("large.html");
+  const testing::FileLimit limit(100);
+  const RunResult late =
+      run({"--context", "400", "--depths", "1", "--policy", "full", "--html", page, "-q"});
+  CHECK(late.exit_code == 1);
+  CHECK(late.err == "thaw: " + page + ": cannot write: File too large\n");
+  CHECK(late.out.find("of 1 answer right") != std::string::npos);
+  CHECK_FALSE(std::filesystem::exists(page));
 }
 
 // Under sanitizers they take minutes, and go the ways of the small models.

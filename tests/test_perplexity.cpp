@@ -16,6 +16,7 @@
 #include "cli/tokenizer_source.h"
 #include "model/forward.h"
 #include "tests/compare.h"
+#include "tests/file_limit.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
 
@@ -369,6 +370,15 @@ TEST_CASE("perplexity: a sweep runs every combination as it would run alone") {
   CHECK(r.out.starts_with("| window | resident % | attended % |"));
   CHECK(slurp(page).starts_with("<!doctype html>"));
   CHECK(contains(slurp(page), "<td>16</td>"));
+}
+
+TEST_CASE("perplexity: a file that cannot be completed costs no figures") {
+  const testing::FileLimit limit(20);
+  const std::string csv = file("large.csv");
+  const RunResult r = perplexity({"-p", letters(), "--policy", "window", "--csv", csv});
+  CHECK(r.exit_code == 1);
+  CHECK(contains(r.err, "thaw: " + csv + ": cannot write: File too large\n"));
+  CHECK(contains(r.out, "\nwith full   "));
 }
 
 TEST_CASE("perplexity: flags of policies that make no sense are told before anything is computed") {
