@@ -47,8 +47,8 @@ bool parse(const Args& args, Options& o) {
              },
              "tiny, 135m, 1b or 8b");
   flags.choice(o.weights, "--weights", kFormats,
-               "format of the random weights");
-  flags.text(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
+               "format of the random weights (default q4_0)");
+  flags.path(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
   flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0,
                  1 << 24);
   flags.integer(o.decode, "-n, --tokens",
@@ -72,7 +72,9 @@ bool parse(const Args& args, Options& o) {
     if (o.file) throw UsageError("-f: expected a model that has a tokenizer, found --random");
     o.common.model = *o.random;
   }
+  if (o.weights && !o.random) throw UsageError("--weights needs --random");
   check_common(o.common);
+  check_kv(with_policies(o.common.kv, o.policies));
   if (!o.ops.empty() && o.decoded() == 0)
     throw UsageError("--op: expected at least one decoded token, found -n 0");
   return true;
@@ -102,11 +104,8 @@ class Bench {
                                             std::max({*std::max_element(o.prompts.begin(),
                                                                         o.prompts.end()),
                                                       o.decoded(), 1}));
-    for (const std::string& policy : o.policies) {
-      KvFlags flags = o.common.kv;
-      flags.policy = policy;
+    for (const KvFlags& flags : with_policies(o.common.kv, o.policies))
       stores_.push_back(make_kv_store(transformer_.backend(), flags, model.config, n_tokens));
-    }
     tokens_ = bench_tokens(o, model, n_tokens);
   }
 
@@ -221,7 +220,7 @@ std::string to_text(const Options& o, const std::vector<Result>& results,
 
 Model random_model(const Options& o) {
   ThreadPool pool(o.common.threads);
-  const auto type = std::find(kFormats.begin(), kFormats.end(), o.weights) - kFormats.begin();
+  const auto type = std::find(kFormats.begin(), kFormats.end(), o.weights.value_or("q4_0")) - kFormats.begin();
   return make_random_model(*o.random, static_cast<DType>(type), 1, pool);
 }
 

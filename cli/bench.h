@@ -14,7 +14,7 @@ struct BenchOptions {
   CommonOptions common;
   std::vector<std::string> policies = {"full"};
   std::optional<std::string> file, random;
-  std::string weights = "q4_0";  // of --random
+  std::optional<std::string> weights;  // format of those of --random
   std::vector<int> prompts = {512};
   std::optional<int> decode;
   std::vector<int> depths = {0};

@@ -30,12 +30,6 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
   return d[a.size()][b.size()];
 }
 
-std::string joined(const std::vector<std::string>& parts, const char* separator) {
-  std::string out;
-  for (const std::string& part : parts) out += join(out.empty() ? "" : separator, part);
-  return out;
-}
-
 // Appends `text` in lines that fit, each but the first indented.
 void wrap(std::string& out, const std::string& text, std::size_t indent, std::size_t column) {
   std::istringstream words(text);
@@ -66,6 +60,12 @@ std::vector<std::string> split(const std::string& text, char separator) {
     }
   }
   return parts;
+}
+
+std::string joined(const std::vector<std::string>& parts, const char* separator) {
+  std::string out;
+  for (const std::string& part : parts) out += join(out.empty() ? "" : separator, part);
+  return out;
 }
 
 std::string closest(std::string_view word, const std::vector<std::string>& candidates) {
@@ -117,6 +117,11 @@ void Flags::texts(std::vector<std::string>& value, Text names, Text placeholder,
   });
 }
 
+void Flags::path(std::optional<std::string>& value, Text names, Text placeholder, Text help) {
+  text(
+      value, names, placeholder, help, [](Text s) { return !s.empty(); }, "a path");
+}
+
 void Flags::choice(std::string& value, Text names, const std::vector<std::string>& choices,
                    Text help) {
   const std::string list = joined(choices, "|");
@@ -125,6 +130,15 @@ void Flags::choice(std::string& value, Text names, const std::vector<std::string
         value = s;
         return std::find(choices.begin(), choices.end(), s) != choices.end();
       });
+}
+
+void Flags::choice(std::optional<std::string>& value, Text names,
+                   const std::vector<std::string>& choices, Text help) {
+  const std::string list = joined(choices, "|");
+  text(
+      value, names, list, help,
+      [choices](Text s) { return std::find(choices.begin(), choices.end(), s) != choices.end(); },
+      "one of " + list);
 }
 
 void Flags::choices(std::vector<std::string>& values, Text names,

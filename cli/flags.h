@@ -30,6 +30,8 @@ std::optional<T> parse_number(std::string_view text) {
 // The parts between separators; one, empty, of an empty text.
 std::vector<std::string> split(const std::string& text, char separator);
 
+std::string joined(const std::vector<std::string>& parts, const char* separator);
+
 // The one of `candidates` that `word` is most likely a slip for, or "".
 std::string closest(std::string_view word, const std::vector<std::string>& candidates);
 
@@ -48,8 +50,11 @@ class Flags {
   void text(std::optional<std::string>& value, Text names, Text placeholder, Text help);
   void text(std::optional<std::string>& value, Text names, Text placeholder, Text help,
             const std::function<bool(Text)>& accepts, Text expected);
+  void path(std::optional<std::string>& value, Text names, Text placeholder, Text help);
   void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
   void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
+  void choice(std::optional<std::string>& value, Text names,
+              const std::vector<std::string>& choices, Text help);
   // Values between commas, one or more.
   void choices(std::vector<std::string>& values, Text names,
                const std::vector<std::string>& choices, Text help);

@@ -109,6 +109,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw generate -m model.gguf -f story.txt --stop $'\\n\\n' --seed 7 > more.txt\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  check_kv({o.common.kv});
   check_recovery(o.recovery);
   require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
   if (o.system && !o.chat) throw UsageError("--system needs --chat");

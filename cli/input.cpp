@@ -34,7 +34,7 @@ class Descriptor {
 
 void add_input_flags(Flags& flags, InputOptions& o, const std::string& what) {
   flags.text(o.text, "-p, --prompt", "TEXT", what + " itself");
-  flags.text(o.file, "-f, --file", "FILE",
+  flags.path(o.file, "-f, --file", "FILE",
              "read " + what + " from FILE; - or neither flag: from standard input");
   flags.dash(o.dash);
 }

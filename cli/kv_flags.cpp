@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <set>
 
 #include "device/error.h"
 
@@ -34,6 +35,27 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   p.stay = 0;
 }
 
+// The flags given that say what freezes and how, which is nothing to full.
+std::set<std::string> freezing_flags(const KvFlags& f) {
+  std::set<std::string> given;
+  for (const auto& [flag, is_given] : {std::pair{"--preset", f.preset != "default"},
+                                       {"--hot-fraction", f.hot_fraction.has_value()},
+                                       {"--hot-tokens", f.hot_tokens.has_value()},
+                                       {"--hot-bytes", f.hot_bytes.has_value()},
+                                       {"--window", f.window.has_value()},
+                                       {"--sinks", f.sinks.has_value()},
+                                       {"--ghost", f.ghost.has_value()},
+                                       {"--epsilon", f.epsilon.has_value()},
+                                       {"--caution", f.caution.has_value()},
+                                       {"--stay", f.stay.has_value()},
+                                       {"--select", f.select != "head"},
+                                       {"--softness", f.softness.has_value()},
+                                       {"--tau-quantile", f.quantile.has_value()}}) {
+    if (is_given) given.insert(flag);
+  }
+  return given;
+}
+
 }  // namespace
 
 std::string ghost_name(const PolicyParams& p) {
@@ -52,15 +74,15 @@ KvOptions KvFlags::options() const {
   p.policy = policy_named(policy);
   if (hot_fraction.has_value() + hot_tokens.has_value() + hot_bytes.has_value() > 1)
     throw UsageError("expected at most one of --hot-fraction, --hot-tokens and --hot-bytes");
-  if (p.policy == Policy::kFull && (hot_fraction || hot_tokens || hot_bytes))
-    throw UsageError("--policy full keeps every token; --hot-* bounds the other policies");
   if (p.policy == Policy::kBudget)
     p.window = 24;  // worth 4 % of perplexity; h2o keeps half its room
   if (p.policy == Policy::kAsr) p.sinks = 0, p.window = 32;  // the paper's: no sinks
   apply_preset(preset, p);
-  o.hot_fraction = hot_fraction.value_or(0);
-  o.hot_tokens = hot_tokens.value_or(0);
-  o.hot_bytes = hot_bytes.value_or(0);
+  if (p.policy != Policy::kFull) {
+    o.hot_fraction = hot_fraction.value_or(0);
+    o.hot_tokens = hot_tokens.value_or(0);
+    o.hot_bytes = hot_bytes.value_or(0);
+  }
   if ((p.policy == Policy::kH2o || p.policy == Policy::kBudget) && !hot_tokens && !hot_bytes &&
       !hot_fraction)
     o.hot_fraction = 1.0 / 3;
@@ -76,6 +98,24 @@ KvOptions KvFlags::options() const {
   o.cold_file = cold_file.value_or("");
   o.check = check;
   return o;
+}
+
+std::vector<KvFlags> with_policies(const KvFlags& kv, const std::vector<std::string>& policies) {
+  std::vector<KvFlags> variants;
+  for (const std::string& policy : policies) variants.emplace_back(kv).policy = policy;
+  return variants;
+}
+
+void check_kv(const std::vector<KvFlags>& variants) {
+  const auto full = [](const KvFlags& f) { return f.policy == "full"; };
+  const bool freezes = !std::all_of(variants.begin(), variants.end(), full);
+  for (const KvFlags& f : variants) {
+    const std::set<std::string> given = freezing_flags(f);
+    if (!freezes && !given.empty())
+      throw UsageError(*given.begin() +
+                       ": expected another --policy than full, which never freezes");
+    f.options();
+  }
 }
 
 void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies) {
@@ -132,7 +172,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.real(kv.quantile, "--tau-quantile",
              "asr: share of the context's tokens that count as of low relevance (default 0.5)",
              "a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });
-  flags.text(
+  flags.path(
       kv.cold_file, "--cold-file", "PATH",
       "keep the cold tier in a new file instead of memory; it is gone when the program ends");
   flags.toggle(kv.check, "--check-kv",

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -25,10 +26,17 @@ struct KvFlags {
   bool check = false;
 
   KvType type() const;
-  // What the flags say, a policy's own defaults for those not given. Throws UsageError for what
-  // contradicts itself.
+  // What the flags say, a policy's own defaults for those not given; bounds of the hot tier are not
+  // for full. Throws UsageError for what contradicts itself.
   KvOptions options() const;
 };
+
+// The flags with each of the policies in turn.
+std::vector<KvFlags> with_policies(const KvFlags& kv, const std::vector<std::string>& policies);
+
+// Throws UsageError where flags say what freezes and all of these are full, and for what
+// contradicts itself.
+void check_kv(const std::vector<KvFlags>& variants);
 
 // policies: for a command that takes several, which go there instead of to `kv`.
 void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies = nullptr);

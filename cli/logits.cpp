@@ -64,7 +64,7 @@ bool parse(const Args& args, Options& o) {
   flags.section("Model and tokens");
   add_model_flag(flags, o.common, "a .gguf file or a Hugging Face directory");
   add_input_flags(flags, o.input, "the text");
-  flags.text(o.tokens, "--tokens", "FILE",
+  flags.path(o.tokens, "--tokens", "FILE",
              "token ids instead of a text, as 'thaw tokenize' prints them");
   flags.toggle(o.special, "--special",
                "read control tokens such as <|im_start|> in the text as such");
@@ -89,6 +89,7 @@ bool parse(const Args& args, Options& o) {
       "  thaw logits -m model.gguf -p \"Once upon a time\" --dump q,attn_out --layer 3 -o out/\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  check_kv({o.common.kv});
   if (o.output.value_or("").empty())
     throw UsageError("expected where to write: -o FILE.npy, or -o DIRECTORY with --dump");
   if (o.layer && !o.dump) throw UsageError("--layer needs --dump");

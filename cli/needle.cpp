@@ -21,6 +21,7 @@ namespace thaw {
 namespace {
 
 constexpr int kMaxContext = 1 << 24;
+constexpr int kPrefill = 128;
 constexpr int kPreface = 24;  // tokens that an answer may spend before its number
 
 struct Options {
@@ -33,11 +34,11 @@ struct Options {
   int needles = 1;
   int distractors = 0;
   bool second = false;
-  std::string filler = "sentences";
+  std::optional<std::string> filler;  // else of sentences
   std::optional<std::string> file;
   bool chat = false;
   std::optional<std::uint64_t> seed = 1;
-  int prefill = 128;
+  std::optional<int> prefill;
   bool prefill_all = false;
   bool prefill_question = false;
   std::optional<std::string> html;
@@ -63,8 +64,8 @@ void add_question_flags(Flags& flags, Options& o) {
                "after each answer ask for the next key of the text, or again for its only one");
   flags.choice(o.filler, "--filler", {"sentences", "repeat"},
                "what stands around the keys: sentences made up at random, or five sentences "
-               "repeated");
-  flags.text(o.file, "-f, --file", "FILE", "take the text around the keys from FILE");
+               "repeated (default sentences)");
+  flags.path(o.file, "-f, --file", "FILE", "take the text around the keys from FILE");
   flags.toggle(o.chat, "--chat", "ask in the model's chat template");
   flags.seed(o.seed, "--seed", "of texts and keys (default 1)");
 }
@@ -72,9 +73,11 @@ void add_question_flags(Flags& flags, Options& o) {
 void add_reading_flags(Flags& flags, Options& o) {
   flags.section("How it is read");
   flags.integer(o.prefill, "--prefill",
-                "tokens of the text that are read exactly, in batches; the rest is decoded one by "
-                "one under the policy, which thus has frozen the key before it is asked for. "
-                "Under full, where it makes no difference, all is read in batches",
+                join("tokens of the text that are read exactly, in batches; the rest is decoded "
+                     "one by one under the policy, which thus has frozen the key before it is "
+                     "asked for. Under full, where it makes no difference, all is read in batches "
+                     "(default ",
+                     kPrefill, ")"),
                 0, kMaxContext);
   flags.toggle(o.prefill_all, "--prefill-all", "read the whole text exactly, in batches");
   flags.toggle(o.prefill_question, "--prefill-question",
@@ -108,13 +111,17 @@ bool parse(const Args& args, Options& o) {
   add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
-  flags.text(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
+  flags.path(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
   flags.examples(
       "  thaw needle -m model.gguf --context 1500,4096 --depths 5\n"
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");
   if (!flags.parse(args)) return false;
   check_common(o.common);
+  check_kv(with_policies(o.common.kv, o.policies));
   check_recovery(o.recovery);
+  if (o.file && o.filler) throw UsageError("expected -f or --filler, found both");
+  if (o.prefill && o.prefill_all)
+    throw UsageError("expected --prefill or --prefill-all, found both");
   o.places = places(o.depths);
   std::sort(o.contexts.begin(), o.contexts.end());
   o.contexts.erase(std::unique(o.contexts.begin(), o.contexts.end()), o.contexts.end());
@@ -133,9 +140,9 @@ std::vector<NeedleSpec> plan_texts(const Options& o, int context) {
     spec.digits = o.digits;
     for (int i = t; i < n_depths; i += n_texts) spec.depths.push_back(o.places[i]);
     spec.distractors = o.distractors;
-    spec.filler = o.file                    ? Filler::kText
-                  : o.filler == "sentences" ? Filler::kSentences
-                                            : Filler::kRepeated;
+    spec.filler = o.file                 ? Filler::kText
+                  : o.filler == "repeat" ? Filler::kRepeated
+                                         : Filler::kSentences;
     spec.text = o.text;
     spec.chat = o.chat;
     spec.seed = *o.seed + static_cast<std::uint64_t>(context) * 1000 + t;
@@ -226,7 +233,8 @@ class Reader {
     const int n_tokens = static_cast<int>(tokens.size());
     const bool exact = common_.kv.policy == "full" || o_.prefill_all;
     teacher_force(
-        transformer_, kv, tokens, {exact ? n_tokens : o_.prefill, n_tokens, o_.recovery.verify},
+        transformer_, kv, tokens,
+        {exact ? n_tokens : o_.prefill.value_or(kPrefill), n_tokens, o_.recovery.verify},
         [&](int row, std::span<const float>) {
           progress_.show(join(place_, ": token ", row, " of ", n_tokens));
           return !interrupted_;
@@ -325,14 +333,14 @@ std::string document(const Options& o, const std::vector<NeedleRun>& runs) {
   return json_line({{"digits", o.digits},
                     {"needles", o.needles},
                     {"distractors", o.distractors},
-                    {"filler", o.file ? "file" : o.filler},
+                    {"filler", o.file ? "file" : o.filler.value_or("sentences")},
                     {"chat", o.chat},
-                    {"prefill_tokens", o.prefill},
+                    {"prefill_tokens", o.prefill.value_or(kPrefill)},
                     {"prefill_all", o.prefill_all},
                     {"prefill_question", o.prefill_question},
                     {"seed", *o.seed},
                     {"kv_type", o.common.kv.type_name},
-                    {"recovery", o.recovery.highest},
+                    {"recovery", o.recovery.rung()},
                     {"policies", policies}});
 }
 
@@ -358,11 +366,8 @@ int run_needle(const Args& args) {
   o.common.context = o.contexts.back();
   context_tokens(o.common, model.config);
   std::vector<CommonOptions> variants;
-  for (const std::string& policy : o.policies) {
-    variants.push_back(o.common);
-    KvFlags& kv = variants.back().kv;
-    kv.policy = policy;
-    if (policy == "full") kv.hot_fraction = {}, kv.hot_tokens = {}, kv.hot_bytes = {};
+  for (const KvFlags& kv : with_policies(o.common.kv, o.policies)) {
+    variants.emplace_back(o.common).kv = kv;
     make_kv_store(*make_cpu_backend(model, 1), kv, model.config,
                   o.contexts.back());  // what does not fit fails now
   }

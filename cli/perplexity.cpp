@@ -24,7 +24,10 @@ constexpr int kBatch = 128;  // rows whose logits are in memory at once
 // Whether the flags of policies make sense together, and every value of the sweep.
 void check_sweep(const PerplexityOptions& o) {
   const Sweep sweep = parse_sweep(o.sweeps);
-  for (std::size_t i = 0; i < sweep.points.size(); ++i) at_point(o.common, sweep, i).kv.options();
+  std::vector<KvFlags> variants;
+  for (std::size_t i = 0; i < sweep.points.size(); ++i)
+    variants.push_back(at_point(o.common, sweep, i).kv);
+  check_kv(variants);
   if (!o.plot) return;
   if (o.no_full) throw UsageError("--plot: expected the comparison with full, found --no-full");
   if (!o.plot->ends_with(".svg") && !o.plot->ends_with(".html"))
@@ -66,8 +69,8 @@ bool parse(const Args& args, PerplexityOptions& o) {
   flags.texts(o.sweeps, "--sweep", "NAME=V,V,...",
               "run once for each value of the flag --NAME, any of those below; repeated: for each "
               "combination. All run side by side, each with a KV store in memory");
-  flags.text(o.csv, "--csv", "FILE", "write every figure, a line for each combination");
-  flags.text(o.plot, "--plot", "FILE",
+  flags.path(o.csv, "--csv", "FILE", "write every figure, a line for each combination");
+  flags.path(o.plot, "--plot", "FILE",
              "draw KL against resident bytes, with the frontier: a .svg picture, or a .html page "
              "that has the figures, too");
   add_kv_flags(flags, o.common,

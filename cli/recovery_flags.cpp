@@ -11,23 +11,28 @@ namespace thaw {
 RecoveryParams RecoveryFlags::params(const std::string& policy) const {
   RecoveryParams p;
   if (policy == "full") return p;
-  const auto* found = std::find(std::begin(kRungNames), std::end(kRungNames), highest);
+  const auto* found = std::find(std::begin(kRungNames), std::end(kRungNames), rung());
   p.highest = static_cast<Rung>(found - std::begin(kRungNames));
-  p.z = z;
-  p.rewalk_tokens = rewalk_tokens;
+  p.z = z.value_or(p.z);
+  p.rewalk_tokens = rewalk_tokens.value_or(p.rewalk_tokens);
   return p;
 }
 
 void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
+  const RecoveryParams defaults;
   flags.choice(r.highest, "--recovery", {"off", "soft", "window", "full", "rewalk"},
                "highest rung to climb when the entropy of the output, or the attention on frozen "
                "tokens, jumps: thaw what sleeps long; what froze lately; all; all, and write the "
-               "last tokens again");
-  flags.real(r.z, "--recovery-z", "a jump is X standard deviations above the recent mean",
-             "a number above 0", [](double x) { return x > 0; });
+               "last tokens again (default off)");
+  flags.real(
+      r.z, "--recovery-z",
+      join("a jump is X standard deviations above the recent mean (default ", defaults.z, ")"),
+      "a number above 0", [](double x) { return x > 0; });
   flags.integer(r.rewalk_tokens, "--rewalk-tokens",
-                "tokens that a rewalk writes again; text appears so much later where it may", 1,
-                1024);
+                join("tokens that a rewalk writes again; text appears so much later where it may "
+                     "(default ",
+                     defaults.rewalk_tokens, ")"),
+                1, 1024);
   flags.real(
       r.second_look, "--second-look",
       "thaw, greedy: when the most probable token leads the next by less than X nats (more where "
@@ -42,7 +47,10 @@ void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
 }
 
 void check_recovery(const RecoveryFlags& r) {
-  if (r.verify > 0 && r.highest != "off")
+  if (r.z && !r.highest) throw UsageError("--recovery-z needs --recovery");
+  if (r.rewalk_tokens && r.rung() != "rewalk")
+    throw UsageError("--rewalk-tokens needs --recovery rewalk");
+  if (r.verify > 0 && r.rung() != "off")
     throw UsageError("--verify leaves nothing to recover: expected it without --recovery");
 }
 

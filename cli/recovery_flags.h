@@ -2,6 +2,7 @@
 #pragma once
 
 #include <nlohmann/json_fwd.hpp>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -11,13 +12,13 @@
 namespace thaw {
 
 struct RecoveryFlags {
-  std::string highest = "off";
-  RecoveryParams defaults;
-  float z = defaults.z;
-  int rewalk_tokens = defaults.rewalk_tokens;
+  std::optional<std::string> highest;
+  std::optional<float> z;
+  std::optional<int> rewalk_tokens;
   float second_look = 0.15f;  // nats
-  int verify = 0;            // tokens
+  int verify = 0;             // tokens
 
+  std::string rung() const { return highest.value_or("off"); }
   RecoveryParams params(const std::string& policy) const;  // off where full has nothing to thaw
 };
 

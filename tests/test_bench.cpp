@@ -70,6 +70,14 @@ TEST_CASE("bench: GB/s counts the weights and the tokens that the policy reads")
   CHECK(kv_bytes(list[1]) == doctest::Approx(token * (8 + 2 + 1)));
 }
 
+TEST_CASE("bench: bounds of the hot tier are for the policies that have one") {
+  const json list = results({"-p", "0", "-n", "4", "-d", "64", "--policy", "full,h2o",
+                             "--hot-tokens", "30"});
+  REQUIRE(list.size() == 2);
+  CHECK(list[0]["gb_s"].get<double>() / list[0]["tok_s"].get<double>() >
+        list[1]["gb_s"].get<double>() / list[1]["tok_s"].get<double>());
+}
+
 TEST_CASE("bench: the text shows mean, deviation, median and the ratio to the first policy") {
   const RunResult one = bench({"-p", "8", "-n", "4"});
   CHECK(one.out.starts_with("backend cpu, memory "));

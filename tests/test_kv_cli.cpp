@@ -42,7 +42,8 @@ TEST_CASE("kv flags: a budget that cannot be is refused in one line") {
   CHECK(contains(run_out({"--hot-fraction", "1.5", "--policy", "thaw"}, 2), "--hot-fraction"));
   CHECK(contains(run_out({"--hot-tokens", "64", "--hot-bytes", "1M", "--policy", "thaw"}, 2),
                  "at most one"));
-  CHECK(contains(run_out({"--hot-tokens", "64", "--policy", "full"}, 2), "--policy full"));
+  CHECK(contains(run_out({"--hot-tokens", "64", "--policy", "full"}, 2),
+                 "--hot-tokens: expected another --policy than full"));
   CHECK(contains(run_out({"-c", "64", "--window", "65", "--policy", "thaw"}, 2),
                  "--window: expected at most the context of 64 tokens, found 65"));
   CHECK(contains(run_out({"-c", "64", "--sinks", "65", "--policy", "thaw"}, 2), "--sinks"));

@@ -270,6 +270,13 @@ TEST_CASE("perplexity: full beside itself is full") {
   CHECK(window["kl_mean_nats"].get<double>() > 1e-4);
 }
 
+TEST_CASE("perplexity: bounds of the hot tier are for the policies that have one") {
+  const json j = perplexity_json({"-p", letters(), "--sweep", "policy=full,asr", "--prefill", "100",
+                                  "--hot-fraction", "0.6"});
+  CHECK(j["results"][0]["attended_pct"] == 100);
+  CHECK(j["results"][1]["attended_pct"].get<double>() < 65);
+}
+
 TEST_CASE("perplexity: a store in another type is compared with f16, policy full or not") {
   testing::TinyOptions wide;
   wide.head_dim = 32;  // a block of q8_0 and q4_0

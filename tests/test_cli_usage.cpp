@@ -1,0 +1,73 @@
+// Flags that are refused before anything is computed, and what is told of the input.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "tests/run_thaw.h"
+#include "tests/tiny_cli.h"
+
+namespace thaw {
+namespace {
+
+using testing::run_thaw;
+using testing::RunResult;
+using testing::TinyCli;
+
+std::string tiny() { return TinyCli::get().model(); }
+std::string file(const std::string& name) { return TinyCli::get().path(name); }
+
+// One line that contains `message`, nothing on standard output, and exit code 2.
+void check_usage(const std::vector<std::string>& args, const std::string& message) {
+  const RunResult r = run_thaw(args);
+  CAPTURE(r.err);
+  CAPTURE(message);
+  CHECK(r.exit_code == 2);
+  CHECK(r.out.empty());
+  CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
+  CHECK(r.err.find(message) != std::string::npos);
+}
+
+TEST_CASE("cli: a flag that nothing would read is wrong usage") {
+  const std::string m = tiny();
+  const std::string never = ": expected another --policy than full, which never freezes";
+  check_usage({"generate", "-m", m, "-p", "a", "--policy", "full", "--epsilon", "1e-3"},
+              "--epsilon" + never);
+  check_usage({"logits", "-m", m, "-p", "a", "-o", "x", "--policy", "full", "--window", "9"},
+              "--window" + never);
+  check_usage({"perplexity", "-m", m, "-p", "abc", "--sweep", "epsilon=1e-3,3e-3"},
+              "--epsilon" + never);
+  check_usage({"perplexity", "-m", m, "-p", "abc", "--preset", "economy"}, "--preset" + never);
+  check_usage({"bench", "-m", m, "--softness", "1"}, "--softness" + never);
+  check_usage({"needle", "-m", m, "--policy", "full", "--hot-tokens", "40"},
+              "--hot-tokens" + never);
+  check_usage({"bench", "-m", m, "--weights", "q8_0"}, "--weights needs --random");
+  check_usage({"generate", "-m", m, "-p", "a", "--recovery-z", "2"},
+              "--recovery-z needs --recovery");
+  check_usage({"generate", "-m", m, "-p", "a", "--recovery", "soft", "--rewalk-tokens", "2"},
+              "--rewalk-tokens needs --recovery rewalk");
+  check_usage({"needle", "-m", m, "-f", "x", "--filler", "repeat"},
+              "expected -f or --filler, found both");
+  check_usage({"needle", "-m", m, "--prefill-all", "--prefill", "3"},
+              "expected --prefill or --prefill-all, found both");
+}
+
+TEST_CASE("cli: an empty path is wrong usage, and the flag is named") {
+  const std::string m = tiny();
+  for (const auto& [command, flag] : {std::pair{"generate", "--cold-file"},
+                                      {"generate", "--file"},
+                                      {"generate", "--report"},
+                                      {"generate", "--trace"},
+                                      {"perplexity", "--csv"},
+                                      {"perplexity", "--plot"},
+                                      {"needle", "--html"},
+                                      {"needle", "--file"},
+                                      {"bench", "--file"},
+                                      {"logits", "--tokens"}}) {
+    check_usage({command, "-m", m, flag, ""}, std::string(flag) + ": expected a path, found \"\"");
+  }
+}
+
+}  // namespace
+}  // namespace thaw
