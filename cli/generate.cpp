@@ -33,6 +33,7 @@ struct Options {
   std::optional<std::string> system;
   bool special = false;
   bool echo = false;
+  bool verbose = false;
 };
 
 void add_prompt_flags(Flags& flags, Options& o) {
@@ -101,6 +102,7 @@ bool parse(const Args& args, Options& o) {
   add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
+  flags.toggle(o.verbose, "-v, --verbose", "more about the run on standard error");
   add_watch_flags(flags, o.watch);
   add_heat_flag(flags, o.watch);
   flags.examples(
@@ -202,7 +204,7 @@ void print_statistics(const Options& o, const Generation& g, const Recovery& rec
             << count(g.context_tokens, "token") << ", " << describe_kv(o, g, n_layers) << "\n";
   if (recovery.on()) std::cerr << "recovery " << describe(recovery) << "\n";
   std::cerr << "seed     " << o.sampler.seed << "\n";
-  if (o.common.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
+  if (o.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
 }
 
 // A count that is a mean of lanes, and so a sum of fractions.
@@ -271,7 +273,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
                   const std::vector<TokenId>& prompt, int context,
                   const std::atomic<bool>& interrupted, Recovery& recovery, Sink& sink) {
   Transformer transformer(model, make_backend(o.common, model));
-  if (o.common.verbose)
+  if (o.verbose)
     std::cerr << "run      " << transformer.backend().name() << ", " << o.common.threads
               << " threads, context " << context << ", kv " << o.common.kv.type_name << "\n";
   const std::unique_ptr<KvStore> kv =
@@ -284,7 +286,7 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   GenerateOptions options;
   options.max_tokens = o.max_tokens;
   options.n_vocab = std::min(tokenizer.vocab_size(), model.config.vocab_size);
-  options.fingerprint = o.common.verbose || o.common.json;
+  options.fingerprint = o.verbose || o.common.json;
   options.interrupted = &interrupted;
   options.recovery = &recovery;
   options.second_look = o.recovery.second_look;
@@ -319,7 +321,7 @@ int run_generate(const Args& args) {
   const int context = context_tokens(o.common, model.config);
   const Input input = read_prompt(o);
   const std::vector<TokenId> prompt = encode_prompt(o, tokenizer, input, model.config, context);
-  if (o.common.verbose) std::cerr << "model    " << describe(model.config) << "\n";
+  if (o.verbose) std::cerr << "model    " << describe(model.config) << "\n";
   const std::atomic<bool>& interrupted = catch_interrupt();
   Recovery recovery(o.recovery.params(o.common.kv.policy));
   Sink sink(o.common.json);

@@ -76,7 +76,6 @@ void add_output_flags(Flags& flags, CommonOptions& o) {
   flags.section("Output");
   flags.toggle(o.json, "--json", "print one JSON document instead of text");
   flags.toggle(o.quiet, "-q, --quiet", "no progress and no statistics on standard error");
-  flags.toggle(o.verbose, "-v, --verbose", "more about the run on standard error");
 }
 
 void check_common(CommonOptions& o) {

@@ -24,7 +24,6 @@ struct CommonOptions {
   KvFlags kv;
   bool json = false;
   bool quiet = false;
-  bool verbose = false;
 
   static int default_threads();  // physical cores this process may use, within 1 .. 256
 };
@@ -34,7 +33,7 @@ void add_run_flags(Flags& flags, CommonOptions& options);  // threads, backend
 // --context and the store's flags; commands without a --context take add_kv_flags(flags, kv).
 void add_kv_flags(Flags& flags, CommonOptions& options, const std::string& context_help,
                   std::vector<std::string>* policies = nullptr);  // as in cli/kv_flags.h
-void add_output_flags(Flags& flags, CommonOptions& options);      // json, quiet, verbose
+void add_output_flags(Flags& flags, CommonOptions& options);      // json, quiet
 
 // Throws UsageError when no model is named, and Error when the backend is not in this build.
 void check_common(CommonOptions& options);

@@ -51,6 +51,8 @@ TEST_CASE("cli: a flag that nothing would read is wrong usage") {
               "expected -f or --filler, found both");
   check_usage({"needle", "-m", m, "--prefill-all", "--prefill", "3"},
               "expected --prefill or --prefill-all, found both");
+  for (const char* command : {"perplexity", "logits", "bench", "needle"})
+    check_usage({command, "-m", m, "-v"}, "unknown flag -v");
 }
 
 TEST_CASE("cli: an empty path is wrong usage, and the flag is named") {
