@@ -97,8 +97,8 @@ bool parse(const Args& args, Options& o) {
   add_prompt_flags(flags, o);
   add_sampling_flags(flags, o);
   add_kv_flags(flags, o.common,
-               "most tokens of prompt and text; by default the model's context. "
-               "Memory is taken only as tokens arrive");
+               "most tokens kept, of prompt and text, where the last one written needs no room; by "
+               "default the model's context. Memory is taken only as tokens arrive");
   add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
