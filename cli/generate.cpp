@@ -131,7 +131,7 @@ Input read_prompt(const Options& o) {
 }
 
 std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer,
-                                    const std::string& message) {
+                                    const Input& message) {
   const ChatFormat format = recognise_chat_format(tokenizer);
   require(
       format != ChatFormat::kNone, *o.common.model,
@@ -139,7 +139,9 @@ std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer
   std::vector<ChatMessage> messages;
   const std::string system = o.system ? *o.system : default_system_message(tokenizer);
   if (!system.empty()) messages.push_back({"system", system});
-  messages.push_back({"user", message});
+  messages.push_back({"user", message.text});
+  if (o.system) warn_of_missing(tokenizer, {*o.system, "--system"});
+  warn_of_missing(tokenizer, message);
   return encode_chat(tokenizer, format, messages);
 }
 
@@ -147,7 +149,7 @@ std::vector<TokenId> encode_prompt(const Options& o, const Tokenizer& tokenizer,
                                    const Input& prompt, const Config& config, int context) {
   require_room(tokenizer, prompt, context);
   std::vector<TokenId> ids =
-      o.chat ? encode_message(o, tokenizer, prompt.text)
+      o.chat ? encode_message(o, tokenizer, prompt)
              : encode_input(tokenizer, prompt, {.add_special = true, .parse_special = o.special});
   if (ids.empty() && tokenizer.bos() >= 0) ids = {tokenizer.bos()};
   require(!ids.empty(), prompt.source,

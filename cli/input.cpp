@@ -66,13 +66,17 @@ Input read_input(const InputOptions& o, const std::string& what) {
   return read_file(o.file.value_or("-"));
 }
 
-std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
-                                  Tokenizer::EncodeOptions options) {
+void warn_of_missing(const Tokenizer& tokenizer, const Input& input) {
   if (const std::size_t missing = tokenizer.count_missing(input.text)) {
     std::cerr << "warning: " << input.source << ": "
               << count(static_cast<std::int64_t>(missing), "byte")
               << " that this vocabulary cannot spell\n";
   }
+}
+
+std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
+                                  Tokenizer::EncodeOptions options) {
+  warn_of_missing(tokenizer, input);
   return tokenizer.encode(input.text, options);
 }
 

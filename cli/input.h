@@ -27,6 +27,9 @@ Input read_input(const InputOptions& options, const std::string& what);
 Input read_file(const std::string& path);  // "-" is standard input
 
 // Warns on standard error of bytes that no token of this vocabulary spells: they are lost.
+void warn_of_missing(const Tokenizer& tokenizer, const Input& input);
+
+// After that warning.
 std::vector<TokenId> encode_input(const Tokenizer& tokenizer, const Input& input,
                                   Tokenizer::EncodeOptions options);
 

@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -69,6 +70,27 @@ TEST_CASE("cli: an empty path is wrong usage, and the flag is named") {
                                       {"logits", "--tokens"}}) {
     check_usage({command, "-m", m, flag, ""}, std::string(flag) + ": expected a path, found \"\"");
   }
+}
+
+TEST_CASE("generate: bytes that no token spells are told, in a chat, too") {
+  auto files = testing::tiny_hf(testing::make_tiny_model());
+  nlohmann::json tokenizer = nlohmann::json::parse(files["tokenizer.json"]);
+  nlohmann::json& vocab = tokenizer["model"]["vocab"];
+  vocab["QQQ"] = vocab["Q"];  // in its place
+  vocab.erase("Q");
+  files["tokenizer.json"] = tokenizer.dump();
+  testing::save(file("mute"), files);
+  const auto warnings = [](std::vector<std::string> args) {
+    args.insert(args.begin(), {"generate", "-m", file("mute"), "-n", "1", "-q"});
+    const RunResult r = run_thaw(args);
+    CHECK(r.exit_code == 0);
+    return r.err;
+  };
+  const std::string lost = " that this vocabulary cannot spell\n";
+  CHECK(warnings({"-p", "aQ"}) == "warning: -p: 1 byte" + lost);
+  CHECK(warnings({"--chat", "-p", "QaQ"}) == "warning: -p: 2 bytes" + lost);
+  CHECK(warnings({"--chat", "-p", "a", "--system", "Q"}) == "warning: --system: 1 byte" + lost);
+  CHECK(warnings({"--chat", "-p", "a", "--system", ""}).empty());
 }
 
 }  // namespace
