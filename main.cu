@@ -1,6 +1,7 @@
 // The command table: parse, dispatch, print the error that ends the program.
 #include <iostream>
 #include <new>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -52,8 +53,9 @@ const Command& find_command(const std::string& name) {
     if (name == command.name) return command;
     names.emplace_back(command.name);
   }
-  const std::string guess = closest(name, names);
-  throw UsageError(join("unknown command ", printable(name),
+  const std::set<std::string> elsewhere = {"run", "gen", "chat", "complete"};
+  const std::string guess = elsewhere.contains(name) ? "generate" : closest(name, names);
+  throw UsageError(join("unknown command ", name.empty() ? "\"\"" : printable(name),
                         guess.empty() ? "" : " (did you mean " + guess + "?)"));
 }
 
@@ -65,7 +67,11 @@ int run(const Args& args) {
   if (first == "--help" || first == "-h" || (first == "help" && args.size() == 1)) {
     return write_stdout(help()), 0;
   }
-  if (first == "help") return find_command(args[1]).run({"--help"});
+  if (first == "help") {
+    const Command& command = find_command(args[1]);
+    if (args.size() > 2) throw UsageError("unexpected argument \"" + printable(args[2]) + "\"");
+    return command.run({"--help"});
+  }
   return find_command(first).run(Args(args.begin() + 1, args.end()));
 }
 

@@ -1,8 +1,10 @@
 #include "cli/flags.h"
 
 #include <algorithm>
+#include <cctype>
 #include <numeric>
 #include <sstream>
+#include <utility>
 
 #include "cli/terminal.h"
 
@@ -11,6 +13,10 @@ namespace {
 
 constexpr std::size_t kWidth = 98;       // of a help page
 constexpr std::size_t kHelpColumn = 31;  // where the help of a flag begins
+
+// Flags of llama.cpp, and what they are called here.
+constexpr std::pair<const char*, const char*> kElsewhere[] = {
+    {"--n-predict", "--max-tokens"}, {"--predict", "--max-tokens"}, {"--ctx-size", "--context"}};
 
 // Insertions, deletions, replacements and swaps of neighbours that turn a into b (optimal string
 // alignment distance).
@@ -204,7 +210,10 @@ const Flags::Flag& Flags::find(const std::string& name, const std::string& arg) 
     if (name == flag.long_name || name == flag.short_name) return flag;
     names.push_back(flag.long_name);
   }
-  const std::string guess = closest(arg.starts_with("--") ? name : "-" + arg, names);
+  std::string wanted = arg.starts_with("--") ? name : "-" + arg;
+  for (const auto& [elsewhere, here] : kElsewhere)
+    if (wanted == elsewhere) wanted = here;
+  const std::string guess = closest(wanted, names);
   throw UsageError(join("unknown flag ", printable(arg.starts_with("--") ? name : arg),
                         guess.empty() ? "" : " (did you mean " + guess + "?)"));
 }
@@ -238,6 +247,9 @@ bool Flags::parse(const std::vector<std::string>& args) {
       throw UsageError(join(arg, " needs a value: ", flag.placeholder));
     }
     if (!flag.set(value)) {
+      if (!is_long && attached && std::isalpha(static_cast<unsigned char>(value[0])))
+        throw UsageError(join("unknown flag ", printable(arg), ", and ", flag.long_name,
+                              ": expected ", flag.expected, ", found \"", printable(value), "\""));
       throw UsageError(
           join(flag.long_name, ": expected ", flag.expected, ", found \"", printable(value), "\""));
     }

@@ -91,6 +91,15 @@ TEST_CASE("cli: wrong commands and flags get a hint") {
   check_fails({"generate", "-m", "x", "Once"}, 2,
               "unexpected argument \"Once\"; usage: thaw generate -m");
   check_fails({"inspect", "-"}, 2, "unexpected argument \"-\"");
+  check_fails({""}, 2, "unknown command \"\"; see 'thaw help'");
+  check_fails({"help", "generate", "extra"}, 2, "unexpected argument \"extra\"");
+  for (const char* name : {"run", "gen", "chat"})
+    check_fails({name}, 2, "(did you mean generate?)");
+  check_fails({"generate", "--n-predict", "9"}, 2, "(did you mean --max-tokens?)");
+  check_fails({"generate", "--ctx-size=9"}, 2, "(did you mean --context?)");
+  check_fails({"bench", "--ctx-size=9"}, 2, "(did you mean --context?)");
+  check_fails({"tokenize", "--n-predict", "9"}, 2, "unknown flag --n-predict;");
+  check_fails({"generate", "-ngl", "99"}, 2, "unknown flag -ngl, and --max-tokens: expected a ");
 }
 
 TEST_CASE("cli: flags that are missing or do not go together") {
