@@ -58,17 +58,17 @@ void add_prompt_flags(Flags& flags, Options& o) {
 
 void add_sampling_flags(Flags& flags, Options& o) {
   SamplerOptions& s = o.sampler;
-  const auto any = [](double) { return true; };
+  const auto small = [](double x) { return x >= -1000 && x <= 1000; };
   const auto share = [](double x) { return x >= 0 && x <= 1; };
   flags.section("Sampling, in this order");
   flags.real(s.repeat_penalty, "--repeat-penalty",
              "seen tokens: divide logits above 0 by X, multiply "
              "those below; 1: off",
-             "a number above 0", [](double x) { return x > 0; });
+             "a number from 0.01 to 100", [](double x) { return x >= 0.01f && x <= 100; });
   flags.real(s.presence_penalty, "--presence-penalty", "subtract X from the logit of a seen token",
-             "a number", any);
+             "a number from -1000 to 1000", small);
   flags.real(s.frequency_penalty, "--frequency-penalty", "subtract X for each time it was seen",
-             "a number", any);
+             "a number from -1000 to 1000", small);
   flags.integer(s.penalty_window, "--penalty-window", "seen: among the last N tokens; -1: all", -1,
                 1 << 24);
   flags.real(s.temperature, "--temp",

@@ -168,7 +168,7 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
                "thaw: what freezes together: a KV head's tokens, or a layer's");
   flags.real(kv.softness, "--softness",
              "asr: a token of low relevance c times sleeps sqrt(c) / X steps (default 2)",
-             "a number from 0.01 to 1000", [](double x) { return x >= 0.01 && x <= 1000; });
+             "a number from 0.01 to 1000", [](double x) { return x >= 0.01f && x <= 1000; });
   flags.real(kv.quantile, "--tau-quantile",
              "asr: share of the context's tokens that count as of low relevance (default 0.5)",
              "a number from 0 to 1", [](double x) { return x >= 0 && x <= 1; });

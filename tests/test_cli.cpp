@@ -147,9 +147,9 @@ TEST_CASE("cli: every number and choice is checked, and the message names the fl
   rejects("--top-k", {"-1", "1.0"}, "a whole number from 0 to 16777216");
   rejects("--top-p", {"0", "1.1", "nan"}, "a number above 0, at most 1");
   rejects("--min-p", {"-0.1", "1.1"}, "a number from 0 to 1");
-  rejects("--repeat-penalty", {"0", "-1"}, "a number above 0");
-  rejects("--presence-penalty", {"inf", "x"}, "a number");
-  rejects("--frequency-penalty", {"nan"}, "a number");
+  rejects("--repeat-penalty", {"0", "-1", "1e-38", "100.1"}, "a number from 0.01 to 100");
+  rejects("--presence-penalty", {"inf", "x", "3e38"}, "a number from -1000 to 1000");
+  rejects("--frequency-penalty", {"nan", "-3e38"}, "a number from -1000 to 1000");
   rejects("--penalty-window", {"-2"}, "a whole number from -1 to 16777216");
   rejects("--kv-type", {"q5_0", "F16"}, "one of f16|bf16|f32|q8_0|q4_0");
   rejects("--backend", {"gpu"}, "one of auto|cpu|cuda|checked");

@@ -30,6 +30,20 @@ void check_usage(const std::vector<std::string>& args, const std::string& messag
   CHECK(r.err.find(message) != std::string::npos);
 }
 
+TEST_CASE("cli: the ends of a range are in it") {
+  for (const auto& [flag, value] : {std::pair{"--repeat-penalty", "0.01"},
+                                    {"--repeat-penalty", "100"},
+                                    {"--presence-penalty", "-1000"},
+                                    {"--frequency-penalty", "1000"},
+                                    {"--softness", "0.01"}}) {
+    CAPTURE(flag);
+    CAPTURE(value);
+    CHECK(run_thaw({"generate", "-m", tiny(), "-p", "aaa", "-n", "9", "--ignore-eos", "--policy",
+                    "asr", flag, value})
+              .exit_code == 0);
+  }
+}
+
 TEST_CASE("cli: a flag that nothing would read is wrong usage") {
   const std::string m = tiny();
   const std::string never = ": expected another --policy than full, which never freezes";
