@@ -30,6 +30,15 @@ struct Inputs {
   std::unique_ptr<KvStore> kv;
   reference::Matrix k, v, q;  // [token][n_kv_heads * head_dim] as the store rounds them; [row][...]
   std::vector<float> flat_q;
+
+  void fill() {  // the store, with all tokens in one step
+    std::vector<float> keys, values;
+    for (const auto& row : k) keys.insert(keys.end(), row.begin(), row.end());
+    for (const auto& row : v) values.insert(values.end(), row.begin(), row.end());
+    const int n = static_cast<int>(k.size());
+    kv->begin(n, Phase::kPrefill);
+    kv->append(0, keys.data(), values.data(), n);
+  }
 };
 
 Inputs make_inputs(const Case& c, std::uint64_t seed = 7) {
@@ -43,11 +52,8 @@ Inputs make_inputs(const Case& c, std::uint64_t seed = 7) {
           : c.type == KvType::kBF16 ? bf16_to_f32(f32_to_bf16(x))
                                     : x;
   };
-  in.kv->begin(c.kv_len, Phase::kPrefill);
-  for (int t = 0; t < c.kv_len; ++t) {
-    store(in.k), store(in.v);
-    in.kv->append(0, in.k[t].data(), in.v[t].data(), 1);
-  }
+  for (int t = 0; t < c.kv_len; ++t) store(in.k), store(in.v);
+  in.fill();
   for (int t = 0; t < c.n_rows; ++t) {
     in.q.push_back(random.normals(q_dim, 1.5f));
     in.flat_q.insert(in.flat_q.end(), in.q[t].begin(), in.q[t].end());
@@ -134,11 +140,9 @@ TEST_CASE("attention: scores far apart do not overflow, and the largest wins") {
   const Case c{1, 300, 1, 1, 16};
   Inputs in = make_inputs(c);
   in.kv->clear();
-  in.kv->begin(c.kv_len, Phase::kPrefill);
-  for (int t = 0; t < c.kv_len; ++t) {
+  for (int t = 0; t < c.kv_len; ++t)
     for (float& x : in.k[t]) x = t == 200 ? 100.0f : -100.0f;
-    in.kv->append(0, in.k[t].data(), in.v[t].data(), 1);
-  }
+  in.fill();
   const std::vector<float> q(16, 100.0f);
   std::vector<float> o(16);
   AttentionStats stats;

@@ -261,9 +261,9 @@ TEST_CASE("A map has as many layers as a model may have") {
   FreezeMap map(kLayers, 1);
   map.keep_all_hot();
   map.step({0, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
-  CHECK(map.tokens()[0].hot_steps == 0);
-  map.step({1, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
   CHECK(map.tokens()[0].hot_steps == kLayers);
+  map.step({1, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
+  CHECK(map.tokens()[0].hot_steps == 2 * kLayers);
 }
 
 TEST_CASE("A token's time in the hot tier is counted exactly") {
