@@ -220,7 +220,8 @@ std::string to_text(const Options& o, const std::vector<Result>& results,
 
 Model random_model(const Options& o) {
   ThreadPool pool(o.common.threads);
-  const auto type = std::find(kFormats.begin(), kFormats.end(), o.weights.value_or("q4_0")) - kFormats.begin();
+  const std::string format = o.weights.value_or("q4_0");
+  const auto type = std::find(kFormats.begin(), kFormats.end(), format) - kFormats.begin();
   return make_random_model(*o.random, static_cast<DType>(type), 1, pool);
 }
 
