@@ -30,7 +30,8 @@ Pipe make_pipe() {
   std::vector<char*> argv = {const_cast<char*>(binary.c_str())};
   for (const std::string& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
-  std::signal(SIGINT, SIG_DFL);
+  std::signal(SIGINT, SIG_DFL);  // as in a terminal, whatever this process ignores
+  std::signal(options.signal, SIG_DFL);
   std::signal(SIGPIPE, SIG_DFL);
   std::signal(SIGXFSZ, SIG_DFL);
   ::dup2(in[0], STDIN_FILENO);
