@@ -241,11 +241,11 @@ TEST_CASE("cuda attention: scores far apart do not overflow, and the largest win
     KvOptions full;
     full.policy.policy = Policy::kFull;
     const auto kv = make_kv_store({2, 1, 64, 160, KvType::kF16}, full);
+    Vector k(150 * 64, -100.0f), v;
+    std::fill_n(k.begin() + 90 * 64, 64, 100.0f);
+    for (int t = 0; t < 150; ++t) v.insert(v.end(), 64, static_cast<float>(t));
     kv->begin(150, Phase::kPrefill);
-    for (int layer = 0; layer < 2; ++layer)
-      for (int t = 0; t < 150; ++t)
-        kv->append(layer, Vector(64, t == 90 ? 100.0f : -100.0f).data(),
-                   Vector(64, static_cast<float>(t)).data(), 1);
+    for (int layer = 0; layer < 2; ++layer) kv->append(layer, k.data(), v.data(), 150);
     const Vector q(static_cast<std::size_t>(n_rows) * 64, 100.0f);
     CHECK(attend(c, *kv, q) == Vector(q.size(), 90.0f));
   }
