@@ -10,6 +10,30 @@ namespace thaw {
 inline constexpr int kStatsBlocks = 4;   // of a lane, for its rows in turns
 inline constexpr int kPartsAtATime = 8;  // whose sums a thread loads before it adds one
 
+// The states of n parts of a head, a few a lane, all of which are on their way before one is looked
+// at. Where a lane has fewer, the others are of no tokens.
+struct LaneStates {
+  static constexpr int kEach = (kMaxParts + kWarp - 1) / kWarp;
+  PowerState of[kEach];
+
+  template <class StateOf>
+  __device__ LaneStates(int n, const StateOf& state_of) {
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (j * kWarp < n) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
+#pragma unroll
+    for (int j = 0; j < kEach; ++j)
+      if (lane_index() + j * kWarp >= n) of[j] = {};
+  }
+  __device__ float peak() const {  // of the warp
+    float m = kLowest;
+#pragma unroll
+    for (const PowerState& part : of)
+      if (part.l > 0) m = fmaxf(m, part.m);
+    return warp_max(m);
+  }
+};
+
 // The parts of a query head, numbered: those of hot rows, then of recalled ones, then of ghosts.
 struct HeadParts {
   const TieredProblem& p;

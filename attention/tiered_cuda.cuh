@@ -18,37 +18,13 @@ inline constexpr int kMaxRowSplits = 16;  // hot rows are few
 inline constexpr int kMaxGhostSplits = 128;
 inline constexpr int kMaxParts = kMaxRowSplits + 2 * kMaxGhostSplits;  // of a query head
 
-// The states of n parts of a head, a few a lane, all of which are on their way before one is looked
-// at. Where a lane has fewer, the others are of no tokens.
-struct LaneStates {
-  static constexpr int kEach = (kMaxParts + kWarp - 1) / kWarp;
-  PowerState of[kEach];
-
-  template <class StateOf>
-  __device__ LaneStates(int n, const StateOf& state_of) {
-#pragma unroll
-    for (int j = 0; j < kEach; ++j)
-      if (j * kWarp < n) of[j] = state_of(min(lane_index() + j * kWarp, n - 1));
-#pragma unroll
-    for (int j = 0; j < kEach; ++j)
-      if (lane_index() + j * kWarp >= n) of[j] = {};
-  }
-  __device__ float peak() const {  // of the warp
-    float m = kLowest;
-#pragma unroll
-    for (const PowerState& part : of)
-      if (part.l > 0) m = fmaxf(m, part.m);
-    return warp_max(m);
-  }
-};
-
 // What the parts of a query head add up to. frozen: of l, that of tokens that are not hot.
 struct HeadSum {
   static constexpr int kAtATime = 4;  // parts that are on their way before one is looked at
   PowerState all;
   float frozen = 0;
 
-  // All are scaled to a new m; returns what a part's numbers are to be multiplied by.
+  // All are scaled to a new m, of at least the old one.
   __device__ void rise(float m) {
     const float kept = power(all.m, m);
     all.m = m, all.l *= kept, all.ps *= kept, frozen *= kept;

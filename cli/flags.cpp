@@ -36,6 +36,10 @@ std::size_t edit_distance(std::string_view a, std::string_view b) {
   return d[a.size()][b.size()];
 }
 
+bool is_one_of(const std::string& text, const std::vector<std::string>& choices) {
+  return std::find(choices.begin(), choices.end(), text) != choices.end();
+}
+
 // Appends `text` in lines that fit, each but the first indented.
 void wrap(std::string& out, const std::string& text, std::size_t indent, std::size_t column) {
   std::istringstream words(text);
@@ -132,18 +136,14 @@ void Flags::choice(std::string& value, Text names, const std::vector<std::string
                    Text help) {
   const std::string list = joined(choices, "|");
   add(names, list, help + " (default " + value + ")", choices.size() == 1 ? list : "one of " + list,
-      [&value, choices](Text s) {
-        value = s;
-        return std::find(choices.begin(), choices.end(), s) != choices.end();
-      });
+      [&value, choices](Text s) { return value = s, is_one_of(s, choices); });
 }
 
 void Flags::choice(std::optional<std::string>& value, Text names,
                    const std::vector<std::string>& choices, Text help) {
   const std::string list = joined(choices, "|");
   text(
-      value, names, list, help,
-      [choices](Text s) { return std::find(choices.begin(), choices.end(), s) != choices.end(); },
+      value, names, list, help, [choices](Text s) { return is_one_of(s, choices); },
       "one of " + list);
 }
 
@@ -154,9 +154,8 @@ void Flags::choices(std::vector<std::string>& values, Text names,
   add(names, "LIST", help + shown, "some of " + list + " between commas",
       [&values, choices](Text s) {
         values = split(s, ',');
-        return std::all_of(values.begin(), values.end(), [&](const std::string& value) {
-          return std::find(choices.begin(), choices.end(), value) != choices.end();
-        });
+        return std::all_of(values.begin(), values.end(),
+                           [&](const std::string& value) { return is_one_of(value, choices); });
       });
 }
 

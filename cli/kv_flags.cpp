@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
-#include <set>
+#include <utility>
 
 #include "device/error.h"
 
@@ -35,9 +35,8 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   p.stay = 0;
 }
 
-// The flags given that say what freezes and how, which is nothing to full.
-std::set<std::string> freezing_flags(const KvFlags& f) {
-  std::set<std::string> given;
+// The first flag given that says what freezes or how, which is nothing to full; null: none is.
+const char* freezing_flag(const KvFlags& f) {
   for (const auto& [flag, is_given] : {std::pair{"--preset", f.preset != "default"},
                                        {"--hot-fraction", f.hot_fraction.has_value()},
                                        {"--hot-tokens", f.hot_tokens.has_value()},
@@ -50,10 +49,9 @@ std::set<std::string> freezing_flags(const KvFlags& f) {
                                        {"--stay", f.stay.has_value()},
                                        {"--select", f.select != "head"},
                                        {"--softness", f.softness.has_value()},
-                                       {"--tau-quantile", f.quantile.has_value()}}) {
-    if (is_given) given.insert(flag);
-  }
-  return given;
+                                       {"--tau-quantile", f.quantile.has_value()}})
+    if (is_given) return flag;
+  return nullptr;
 }
 
 }  // namespace
@@ -110,10 +108,9 @@ void check_kv(const std::vector<KvFlags>& variants) {
   const auto full = [](const KvFlags& f) { return f.policy == "full"; };
   const bool freezes = !std::all_of(variants.begin(), variants.end(), full);
   for (const KvFlags& f : variants) {
-    const std::set<std::string> given = freezing_flags(f);
-    if (!freezes && !given.empty())
-      throw UsageError(*given.begin() +
-                       ": expected another --policy than full, which never freezes");
+    const char* given = freezing_flag(f);
+    if (!freezes && given != nullptr)
+      throw UsageError(join(given, ": expected another --policy than full, which never freezes"));
     f.options();
   }
 }

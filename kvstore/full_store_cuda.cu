@@ -70,7 +70,7 @@ CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const S
       stream_(stream),
       place_(1, "KV store"),
       order_(shape.n_layers) {
-  const auto n_pages = static_cast<std::size_t>((shape.capacity + kTierTokens - 1) / kTierTokens);
+  const auto n_pages = static_cast<std::size_t>(tier_pages(shape.capacity));
   table_ = DeviceBuffer<const std::byte*>(n_pages, "KV store");
   host_table_ = PinnedBuffer<const std::byte*>(n_pages, "KV store");
   pages_.reserve(n_pages);
@@ -92,7 +92,7 @@ CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const S
 // What begin() had taken when memory ran out is given back.
 void CudaKvStore::reserve(int n_tokens) {
   const std::size_t had = pages_.size();
-  const auto wanted = static_cast<std::size_t>((n_tokens + kTierTokens - 1) / kTierTokens);
+  const auto wanted = static_cast<std::size_t>(tier_pages(n_tokens));
   try {
     while (pages_.size() < wanted) {
       pages_.emplace_back(page_bytes(), "KV store");

@@ -10,6 +10,7 @@
 
 #include "device/tile_cpu.h"
 #include "kvstore/ghost_code.h"
+#include "kvstore/row.h"
 
 namespace thaw {
 namespace {
@@ -226,9 +227,7 @@ void prepare_query(GhostQuery& out, const float* q, const float* key_mean, const
   out.scale = largest / 127.0f;
   int codes[GhostQuery::kMaxDim], sum = 0;
   for (int i = 0; i < f.padded_dim(); ++i) {
-    const float code = std::rint(x[i] * inverse);
-    codes[i] =
-        static_cast<int>(std::fabs(code) < 128 ? code : 0.0f);  // NaN: a query that overflowed
+    codes[i] = q8_0_code(x[i], inverse);
     sum += codes[i];
   }
   for (int i = 0; i < f.padded_dim(); i += 2) {

@@ -76,8 +76,6 @@ __global__ void __launch_bounds__(kGhostThreads, 2) write_ghosts(GhostJob of_fir
   }
 }
 
-int pages_of(int n_tokens) { return (n_tokens + kTierTokens - 1) / kTierTokens; }
-
 }  // namespace
 
 CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const GhostFormat& format,
@@ -89,7 +87,8 @@ CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const Gho
       pages_(source,
              static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads *
                  (kTierTokens / kGhostGroup) * format.group_bytes(),
-             static_cast<std::size_t>(format.present() ? pages_of(shape.capacity) : 0), "ghosts") {
+             static_cast<std::size_t>(format.present() ? tier_pages(shape.capacity) : 0),
+             "ghosts") {
   if (!format.present()) return;
   const std::size_t heads = static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads;
   means_ = DeviceBuffer<float>(heads * 2 * shape.head_dim, "ghosts");
@@ -128,7 +127,7 @@ void CudaGhostTier::send_tables(const GhostRope& host, int capacity) {
 }
 
 void CudaGhostTier::reserve(int n_tokens) {
-  if (present()) pages_.reserve(static_cast<std::size_t>(pages_of(n_tokens)), stream_);
+  if (present()) pages_.reserve(static_cast<std::size_t>(tier_pages(n_tokens)), stream_);
 }
 
 DeviceGhosts CudaGhostTier::view(int layer) const {

@@ -4,8 +4,8 @@
 #include <cmath>
 #include <cstddef>
 
+#include "device/host_device.h"
 #include "kvstore/kvstore.h"
-#include "kvstore/policy.h"
 
 namespace thaw {
 
@@ -14,11 +14,11 @@ namespace thaw {
 void store_row(std::byte* out, const float* in, int n, KvType type);
 void load_row(float* out, const std::byte* in, int n, KvType type);
 
-// Of a number of a block, inverse = 1 / d: q of q8_0, q + 8 of q4_0. 0 where x * inverse is
-// infinite or NaN.
+// Of a number of a block, inverse = 1 / d: q of q8_0, as queries of ghosts have it, too; q + 8 of
+// q4_0. 0 where x * inverse is infinite or NaN.
 THAW_HOST_DEVICE inline int q8_0_code(float x, float inverse) {
   const float code = rintf(x * inverse);
-  return fabsf(code) < 128 ? static_cast<int>(code) : 0;
+  return static_cast<int>(fabsf(code) < 128 ? code : 0.0f);
 }
 THAW_HOST_DEVICE inline int q4_0_code(float x, float inverse) {
   const float code = fmaf(x, inverse, 8.5f);

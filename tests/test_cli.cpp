@@ -13,12 +13,14 @@
 
 #include "cli/commands.h"
 #include "cli/flags.h"
+#include "tests/check_fails.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
 
 namespace thaw {
 namespace {
 
+using testing::check_fails;
 using testing::run_thaw;
 using testing::RunResult;
 using testing::TinyCli;
@@ -28,22 +30,6 @@ std::string file(const std::string& name) { return TinyCli::get().path(name); }
 
 bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
-}
-
-// Fails with `exit_code`, nothing on standard output, and one line that contains `message`.
-void check_fails(const std::vector<std::string>& args, int exit_code, const std::string& message,
-                 const std::string& input = "") {
-  const RunResult r = run_thaw(args, {.input = input});
-  std::string line;
-  for (const std::string& arg : args) line += " " + arg;
-  CAPTURE(line);
-  CAPTURE(r.err);
-  CHECK(r.exit_code == exit_code);
-  CHECK(r.out.empty());
-  CHECK(r.err.starts_with("thaw: "));
-  CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
-  CHECK(contains(r.err, message));
-  if (exit_code == 2) CHECK(contains(r.err, "; see 'thaw "));
 }
 
 TEST_CASE("cli: every help page goes to standard output and shows an example") {

@@ -1,11 +1,11 @@
 // Flags that are refused before anything is computed, and what is told of the input.
 #include <doctest/doctest.h>
 
-#include <algorithm>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "tests/check_fails.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_cli.h"
 
@@ -19,15 +19,8 @@ using testing::TinyCli;
 std::string tiny() { return TinyCli::get().model(); }
 std::string file(const std::string& name) { return TinyCli::get().path(name); }
 
-// One line that contains `message`, nothing on standard output, and exit code 2.
 void check_usage(const std::vector<std::string>& args, const std::string& message) {
-  const RunResult r = run_thaw(args);
-  CAPTURE(r.err);
-  CAPTURE(message);
-  CHECK(r.exit_code == 2);
-  CHECK(r.out.empty());
-  CHECK(std::count(r.err.begin(), r.err.end(), '\n') == 1);
-  CHECK(r.err.find(message) != std::string::npos);
+  testing::check_fails(args, 2, message);
 }
 
 TEST_CASE("cli: the ends of a range are in it") {

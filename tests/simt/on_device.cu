@@ -24,7 +24,7 @@ constexpr LeftOut kLeftOut[] = {
     {"cuda tiers: a prompt whose staged rows are refused*", "a device with little memory"},
     {"cuda store: what does not fit is refused*", "a device with little memory"},
     {"cuda tiers: while memory is refused*", "a device with little memory"},
-    {"cuda ops: a GEMM of which a call failed*", "calls that fail when they are told to"},
+    {"cuda gemm: one of which a call failed*", "calls that fail when they are told to"},
     {"cuda tiers: bytes that are reported*", "a device that takes no more than it is asked for"},
     {"cuda ops: one row is one kernel an op*", "launches and bytes that are counted"},
     {"cuda tiered attention: ghosts and rows are read once*", "bytes that are counted"},

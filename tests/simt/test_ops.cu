@@ -1,19 +1,4 @@
 // The ops on the GPU against the definition: every format, odd shapes, both RoPE pairings.
-//
-// Tolerances are on the error's power relative to the result's (NMSE). A lane adds K / 32 products
-// and five steps join the lanes: about 20 roundings of 2^-24, each of power 2^-48 / 12, so 1e-14;
-// 1e-11 leaves room for sums that cancel. q and k add the rounding of the angle in f32: at position
-// 117 that is 117 x 2^-24 = 7e-6, squared 5e-11.
-//
-// Where weights are codes, activations are rounded to integers up to 32512, of the largest of a
-// block of 32, which is at most sqrt(32) times their rms, for normal numbers some 2.5 times: a step
-// has the power (2.5 / 32512)^2 / 12 = 5e-10 of theirs, and a sum of products that share of its
-// own. 2e-9 holds blocks whose largest number is twice that.
-//
-// With more than 8 rows, numbers are rounded to the product's format, by at most u = 2^-11 (f16) or
-// 2^-8 (bf16) of them and evenly: less than u^2 / 3 of the power; quantised weights are rounded as
-// well. Errors of different products are independent, so a sum has the same share of its power. h
-// is a product of two sums, and silu's slope adds to it: four times.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -25,32 +10,22 @@
 
 #include "device/cuda.h"
 #include "model/device_weights.h"
-#include "model/gemm_cuda.h"
 #include "model/ops_cuda.h"
 #include "tests/compare.h"
 #include "tests/error_of.h"
 #include "tests/reference.h"
+#include "tests/simt/products.h"
 #include "tests/simt/simt.h"
 #include "tests/tiny_model.h"
 
 using namespace thaw;
 using testing::error_of;
 using testing::nmse;
+using testing::on_device;
+using testing::on_host;
+using testing::Vector;
 
 namespace {
-
-using Vector = std::vector<float>;
-
-constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
-                            DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
-
-// Of a product with n_rows rows.
-double tolerance(DType type, std::int64_t n_rows) {
-  if (n_rows <= 8 && dtype_info(type).block > 1) return 2e-9;
-  if (n_rows <= 8 || type == DType::kF32) return 1e-11;
-  if (type == DType::kBF16) return 0x1p-16 / 3;
-  return (type == DType::kF16 ? 1 : 2) * 0x1p-22 / 3;
-}
 
 constexpr int kAllPairs = 16;  // of weight rows that a multiprocessor takes at a time
 
@@ -60,19 +35,6 @@ bool is_float(DType type) { return dtype_info(type).block == 1; }
 struct Results {
   Vector x, q, k, v, added, h, logits;
 };
-
-// Copies of host memory on the device.
-template <class T>
-DeviceBuffer<T> on_device(const std::vector<T>& host, const Stream& stream) {
-  DeviceBuffer<T> device(host.size(), "test");
-  copy_to_device(device.data(), host.data(), host.size(), stream);
-  return device;
-}
-Vector on_host(const DeviceBuffer<float>& device, const Stream& stream) {
-  Vector host(device.size());
-  copy_to_host(host.data(), device.data(), host.size(), stream);
-  return host;
-}
 
 std::vector<std::int32_t> tokens_of(const Config& c, std::int64_t n_rows) {
   std::vector<std::int32_t> tokens;
@@ -121,8 +83,6 @@ Results run(const testing::TinyModel& tiny, std::int64_t n_rows, const Observer&
           on_host(added, stream), on_host(h, stream), on_host(logits, stream)};
 }
 
-void append(Vector& to, const Vector& from) { to.insert(to.end(), from.begin(), from.end()); }
-
 // The same by the definition; project_add takes the q that was computed.
 Results expected(const testing::TinyModel& tiny, std::int64_t n_rows, const Vector& q) {
   const Config& c = tiny.model.config;
@@ -133,31 +93,33 @@ Results expected(const testing::TinyModel& tiny, std::int64_t n_rows, const Vect
     Vector row(c.dim);
     dequantize(row.data(), weights.embedding.row(tokens_of(c, n_rows)[t]), weights.embedding.type,
                c.dim);
-    append(r.x, row);
+    testing::append(r.x, row);
     const Vector n = reference::rms_norm(row, w.attn_norm, c.norm_eps);
     Vector rq = reference::project(w.wq, n), rk = reference::project(w.wk, n);
     reference::rope(rq, positions_of(n_rows)[t], c);
     reference::rope(rk, positions_of(n_rows)[t], c);
-    append(r.q, rq), append(r.k, rk), append(r.v, reference::project(w.wv, n));
+    testing::append(r.q, rq), testing::append(r.k, rk),
+        testing::append(r.v, reference::project(w.wv, n));
     Vector sum = row;
     reference::add(sum, reference::project(
                             w.wo, {q.begin() + t * c.q_dim(), q.begin() + (t + 1) * c.q_dim()}));
-    append(r.added, sum);
+    testing::append(r.added, sum);
     const Vector f = reference::rms_norm(row, w.ffn_norm, c.norm_eps);
     const Vector gate = reference::project(w.w_gate, f);
     Vector up = reference::project(w.w_up, f);
     for (std::size_t i = 0; i < up.size(); ++i)
       up[i] = static_cast<float>(up[i] * (gate[i] / (1 + std::exp(-double{gate[i]}))));
-    append(r.h, up);
-    append(r.logits, reference::project(weights.output,
-                                        reference::rms_norm(row, weights.final_norm, c.norm_eps)));
+    testing::append(r.h, up);
+    testing::append(r.logits,
+                    reference::project(weights.output,
+                                       reference::rms_norm(row, weights.final_norm, c.norm_eps)));
   }
   return r;
 }
 
 void check(const testing::TinyModel& tiny, std::int64_t n_rows, const Results& got) {
   const Results e = expected(tiny, n_rows, got.q);
-  const double limit = tolerance(tiny.model.weights.output.type, n_rows);
+  const double limit = testing::product_error(tiny.model.weights.output.type, n_rows);
   CHECK(got.x == e.x);
   CHECK(nmse(got.q, e.q) <= std::max(limit, 1e-10));
   CHECK(nmse(got.k, e.k) <= std::max(limit, 1e-10));
@@ -204,15 +166,15 @@ void check_project(DType type, std::int64_t n_rows, int rows, int cols) {
   for (std::int64_t t = 0; t < n_rows; ++t) {
     Vector y = reference::project(w, {h.begin() + t * cols, h.begin() + (t + 1) * cols});
     for (float& value : y) value += 1;
-    append(e, y);
+    testing::append(e, y);
   }
-  CHECK(nmse(on_host(x, stream), e) <= tolerance(type, n_rows));
+  CHECK(nmse(on_host(x, stream), e) <= testing::product_error(type, n_rows));
 }
 
 }  // namespace
 
 TEST_CASE("cuda ops: each op equals the definition, every format, both pairings") {
-  for (DType type : kTypes)
+  for (DType type : testing::kTypes)
     for (std::int64_t n_rows : {1, 2, 8, 9, 17}) {
       CAPTURE(dtype_info(type).name);
       CAPTURE(n_rows);
@@ -230,7 +192,7 @@ TEST_CASE("cuda ops: each op equals the definition, every format, both pairings"
 }
 
 TEST_CASE("cuda ops: products that are staged in several chunks, and warps of several pairs") {
-  for (DType type : kTypes) {
+  for (DType type : testing::kTypes) {
     check_project(type, 1, 6, (is_float(type) ? 16384 : 28672) + 96);
     check_project(type, 3, 5, (is_float(type) ? 4096 : 7168) + 32);
   }
@@ -240,80 +202,6 @@ TEST_CASE("cuda ops: products that are staged in several chunks, and warps of se
   check_project(DType::kQ4_0, 1, all_rows + 37, 32);
   check_project(DType::kF16, 4, 2 * all_rows + 3, 8);
   check_project(DType::kF16, 4, all_rows + 3, 4096 + 8);
-}
-
-TEST_CASE("cuda ops: the GEMM in tiles, into any address, saturated") {
-  for (DType type : kTypes)
-    for (std::size_t tile_bytes : {1, 3 * 64 * 2 + 5, 1 << 20}) {
-      CAPTURE(dtype_info(type).name);
-      CAPTURE(tile_bytes);
-      constexpr int kT = 10;
-      testing::TinyOptions o{.type = type, .n_layers = 1};
-      o.vocab_size = 40;
-      const testing::TinyModel tiny = testing::make_tiny_model(o);
-      const Tensor& w = tiny.model.weights.output;  // 40 x 64: 13 tiles of three rows, and one row
-      testing::Random random(4);
-      Vector x = random.normals(kT * w.cols), e;
-      const Stream stream;
-      const DeviceWeights device(tiny.model.weights, stream);
-      const auto dx = on_device(x, stream), y = on_device(Vector(kT * w.rows + 1, 2.0f), stream);
-      Gemm gemm(stream, tile_bytes);
-      gemm.set_activations(dx.data(), nullptr, 0, kT, static_cast<int>(w.cols));
-      gemm.multiply("y", y.data() + 1, device.matrix(w), true);
-      Vector got = on_host(y, stream);
-      CHECK(got[0] == 2);
-      got.erase(got.begin());
-      for (float& value : got) value -= 2;
-      for (int t = 0; t < kT; ++t)
-        append(e, reference::project(w, {x.begin() + t * w.cols, x.begin() + (t + 1) * w.cols}));
-      CHECK(nmse(got, e) <= tolerance(type, kT));
-
-      // Twice the same layer's plans, and activations beyond f16.
-      copy_to_device(dx.data(), Vector(x.size(), 1e6f).data(), x.size(), stream);
-      gemm.set_activations(dx.data(), nullptr, 0, kT, static_cast<int>(w.cols));
-      gemm.multiply("y", y.data(), device.matrix(w), false);
-      const float peak = type == DType::kF32 || type == DType::kBF16 ? 1e6f : 65504.0f;
-      const Vector row = reference::project(w, Vector(w.cols, peak));
-      e.clear();
-      for (int t = 0; t < kT; ++t) append(e, row);
-      got = on_host(y, stream);
-      got.pop_back();
-      CHECK(nmse(got, e) <= 2 * tolerance(type, kT) + 0x1p-18);
-    }
-}
-
-TEST_CASE("cuda ops: a GEMM of which a call failed multiplies when it is asked again") {
-  constexpr int kT = 10;
-  testing::TinyOptions o{.type = DType::kQ8_0, .n_layers = 1};
-  o.vocab_size = 40;
-  const testing::TinyModel tiny = testing::make_tiny_model(o);
-  const Stream stream;
-  const DeviceWeights device(tiny.model.weights, stream);
-  const DeviceMatrix& w = device.matrix(tiny.model.weights.output);
-  testing::Random random(4);
-  const auto x = on_device(random.normals(kT * w.cols), stream);
-  const auto y = on_device(Vector(kT * w.rows), stream);
-  const auto multiply = [&](Gemm& gemm) {
-    gemm.set_activations(x.data(), nullptr, 0, kT, w.cols);
-    gemm.multiply("y", y.data(), w, false);
-    return on_host(y, stream);
-  };
-  Gemm whole(stream);
-  const Vector expected = multiply(whole);
-  int n_failed = 0;
-  for (int call = 1;; ++call) {
-    Gemm gemm(stream);
-    simt::fail_call(call);
-    const std::string error = error_of([&] { multiply(gemm); });
-    simt::fail_call(0);
-    forget_failure();
-    if (error.empty()) break;
-    ++n_failed;
-    CAPTURE(error);
-    fill_device(y.data(), 0, y.bytes(), stream);
-    CHECK((multiply(gemm) == expected));
-  }
-  CHECK(n_failed > 8);
 }
 
 TEST_CASE("cuda ops: matrices of one op may differ in format") {
@@ -349,7 +237,7 @@ void check_feed_forward(testing::TinyOptions o, std::int64_t n_rows) {
 }
 
 TEST_CASE("cuda ops: feed_forward is gate_up and project_add, bit for bit") {
-  for (DType type : kTypes) {
+  for (DType type : testing::kTypes) {
     for (std::int64_t n_rows : {1, 8, 9, 17}) check_feed_forward(odd_shape(type), n_rows);
     testing::TinyOptions o = odd_shape(type);
     o.dim = 32, o.ffn_dim = 4 * 256 * 4 + 96;  // more than the loads that pack_rows begins with
@@ -380,7 +268,7 @@ TEST_CASE("cuda ops: the same bits whatever the order of threads, and from a gra
 }
 
 TEST_CASE("cuda ops: one row is one kernel an op, which reads each weight once") {
-  for (DType type : kTypes) {
+  for (DType type : testing::kTypes) {
     CAPTURE(dtype_info(type).name);
     testing::TinyOptions o = odd_shape(type);
     o.dim = 128, o.n_heads = 4, o.n_kv_heads = 2, o.head_dim = 32, o.ffn_dim = 64;
@@ -419,8 +307,9 @@ TEST_CASE("cuda ops: an observer gets every intermediate, in host memory") {
   CHECK(q == got.q);
   Vector e;
   for (int t = 0; t < 3; ++t)
-    append(e, reference::rms_norm({got.x.begin() + t * c.dim, got.x.begin() + (t + 1) * c.dim},
-                                  tiny.model.weights.layers[0].attn_norm, c.norm_eps));
+    testing::append(
+        e, reference::rms_norm({got.x.begin() + t * c.dim, got.x.begin() + (t + 1) * c.dim},
+                               tiny.model.weights.layers[0].attn_norm, c.norm_eps));
   CHECK(nmse(norm, e) <= 1e-13);
 }
 
