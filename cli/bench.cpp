@@ -1,5 +1,6 @@
 // thaw bench: how fast prompts are read and tokens written, beside what the memory gives.
 #include <algorithm>
+#include <cctype>
 #include <chrono>
 #include <cmath>
 
@@ -22,8 +23,15 @@ namespace {
 
 using Options = BenchOptions;
 
-// In the order of DType.
-const std::vector<std::string> kFormats = {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1"};
+// Names of weight formats as they are typed, in the order of DType.
+std::vector<std::string> typed_formats() {
+  std::vector<std::string> names;
+  for (const DTypeInfo& info : kDTypes) {
+    std::string& name = names.emplace_back(info.name);
+    for (char& c : name) c = static_cast<char>(std::tolower(c));
+  }
+  return names;
+}
 
 bool parse(const Args& args, Options& o) {
   Flags flags(
@@ -46,7 +54,7 @@ bool parse(const Args& args, Options& o) {
                return std::find(shapes.begin(), shapes.end(), s) != shapes.end();
              },
              "tiny, 135m, 1b or 8b");
-  flags.choice(o.weights, "--weights", kFormats,
+  flags.choice(o.weights, "--weights", typed_formats(),
                "format of the random weights (default q4_0)");
   flags.path(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
   flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0,
@@ -221,7 +229,8 @@ std::string to_text(const Options& o, const std::vector<Result>& results,
 Model random_model(const Options& o) {
   ThreadPool pool(o.common.threads);
   const std::string format = o.weights.value_or("q4_0");
-  const auto type = std::find(kFormats.begin(), kFormats.end(), format) - kFormats.begin();
+  const std::vector<std::string> formats = typed_formats();
+  const auto type = std::find(formats.begin(), formats.end(), format) - formats.begin();
   return make_random_model(*o.random, static_cast<DType>(type), 1, pool);
 }
 

@@ -1,7 +1,13 @@
-// Exact integer products of activation codes with weight blocks as stored: one block of 32 of four
+// Exact integer products of activation codes with weight blocks as stored: 32 codes of each of four
 // weight rows against a few rows of activations. AVX-512 VNNI multiplies bytes and takes an
 // activation's 16 bits as two; AVX2 and portable code widen weights to 16 bits.
+//
+// How codes are stored is a Layout: bytes(low, high, load) gives codes 0 .. 15 and 16 .. 31 as
+// bytes, of several rows, where load(at) is 16 bytes of each row from byte `at` on. The bytes have
+// signs if kSigned; with kGroups = 2 low and high have scales of their own.
 #pragma once
+
+#include <type_traits>
 
 #include "device/codes_cpu.h"
 
@@ -17,6 +23,62 @@ inline f32x4 sums_of_fours(f32x8 a, f32x8 b) {
   return __builtin_shufflevector(pairs, pairs, 0, 2, 4, 6) +
          __builtin_shufflevector(pairs, pairs, 1, 3, 5, 7);
 }
+
+// The byte in every byte of a vector.
+template <class Vector>
+Vector all_bytes(int byte) {
+  using Element = std::remove_cvref_t<decltype(Vector{}[0])>;
+  return Vector{} + static_cast<Element>(0x01010101u * static_cast<unsigned>(byte));
+}
+
+// 16 bytes: code j in the low half of byte j, code j + 16 in the high one.
+struct NibbleLayout {
+  static constexpr bool kSigned = false;
+  static constexpr int kGroups = 1;
+  template <class Vector, class Load>
+  void bytes(Vector& low, Vector& high, const Load& load) const {
+    const Vector both = load(0);
+    low = both & all_bytes<Vector>(15), high = both >> 4 & all_bytes<Vector>(15);
+  }
+};
+
+// 32 bytes.
+struct ByteLayout {
+  static constexpr bool kSigned = true;
+  static constexpr int kGroups = 1;
+  template <class Vector, class Load>
+  void bytes(Vector& low, Vector& high, const Load& load) const {
+    low = load(0), high = load(16);
+  }
+};
+
+using i8x32 = std::int8_t __attribute__((vector_size(32)));
+using i8x64 = std::int8_t __attribute__((vector_size(64)));
+
+// Four low bits in bytes from low_at on, kHighBits more in bytes from high_at on; with 2 of them,
+// codes have 32 taken away, and two scales.
+template <int kHighBits>
+struct SplitLayout {
+  static constexpr bool kSigned = kHighBits == 2;
+  static constexpr int kGroups = kSigned ? 2 : 1;
+  int low_at, low_shift, high_at, high_shift;
+
+  template <class Vector, class Load>
+  void bytes(Vector& low, Vector& high, const Load& load) const {
+    low = codes<Vector>(load, 0), high = codes<Vector>(load, 16);
+  }
+  template <class Vector, class Load>
+  Vector codes(const Load& load, int at) const {
+    Vector c = load(low_at + at) >> low_shift & all_bytes<Vector>(15);
+    if constexpr (kHighBits > 0)
+      c |= (load(high_at + at) >> high_shift & all_bytes<Vector>((1 << kHighBits) - 1)) << 4;
+    if constexpr (kSigned) {
+      using Bytes = std::conditional_t<sizeof(Vector) == 32, i8x32, i8x64>;
+      c = reinterpret_cast<Vector>(reinterpret_cast<Bytes>(c) - 32);
+    }
+    return c;
+  }
+};
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__)
 
@@ -43,9 +105,11 @@ inline i32x16 load_four_times(const std::int16_t* p) {  // 16 bytes
       _mm512_maskz_broadcast_i32x4(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 
-// Elements 0, 2, 4, 6, each four times.
-inline f32x16 spread_even(f32x8 v) {
-  const __m512i from = _mm512_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6);
+// Elements i, i + 2, i + 4, i + 6, each four times.
+template <int i>
+f32x16 spread(f32x8 v) {
+  const __m512i from = _mm512_setr_epi32(i, i, i, i, i + 2, i + 2, i + 2, i + 2, i + 4, i + 4,
+                                         i + 4, i + 4, i + 6, i + 6, i + 6, i + 6);
   return reinterpret_cast<f32x16>(_mm512_maskz_permutexvar_ps(
       0xffff, from, _mm512_castps256_ps512(reinterpret_cast<__m256>(v))));
 }
@@ -68,40 +132,42 @@ inline void add_byte_products(i32x16& sum, i32x16 a, i32x16 b) {
 }
 
 // sums[i] += scaled[i][2 r] * (block of weight row r . block i of codes), r < 4; blocks of codes
-// `code_stride` apart. w: the first row's codes, nibbles or bytes.
-template <bool kNibbles, int kRows>
+// `code_stride` apart. w: where the first row's block begins. With two groups, scaled[i][2 r + 1]
+// is the second's.
+template <class Layout, int kRows>
 [[gnu::always_inline]] inline void add_dots(DotSums (&sums)[kRows], const f32x8 (&scaled)[kRows],
                                             const std::int16_t* codes, std::int64_t code_stride,
-                                            const std::byte* w, std::int64_t stride) {
-  // Bytes are multiplied as unsigned by signed. Nibbles have no signs; where weights have, 128 is
+                                            const std::byte* w, std::int64_t stride,
+                                            const Layout& layout) {
+  // Bytes are multiplied as unsigned by signed. Codes have no signs; where they have, 128 is
   // added to the bytes of activations, and 128 * 256 + 128 times the sum of weights is taken away.
   constexpr auto kSigns = static_cast<std::int32_t>(0x80808080);
-  i32x16 low = load_rows(w, stride), high, excess = {};  // elements 0 .. 15 and 16 .. 31
-  if constexpr (kNibbles) {
-    high = low >> 4 & 0x0f0f0f0f;
-    low &= 0x0f0f0f0f;
-  } else {
+  constexpr int kGroups = Layout::kGroups, kLast = kGroups - 1;
+  i32x16 low, high, excess[kGroups] = {};  // elements 0 .. 15 and 16 .. 31
+  layout.bytes(low, high, [&](int at) { return load_rows(w + at, stride); });
+  if constexpr (Layout::kSigned) {
     const i32x16 ones = i32x16{} + 0x01010101;
-    high = load_rows(w + 16, stride);
-    add_byte_products(excess, ones, low), add_byte_products(excess, ones, high);
-    excess *= 128 * 256 + 128;
+    add_byte_products(excess[0], ones, low), add_byte_products(excess[kLast], ones, high);
+    for (i32x16& sum : excess) sum *= 128 * 256 + 128;
   }
   const auto add = [&](i32x16& sum, const std::int16_t* plane, i32x16 weights) {
     const i32x16 x = load_four_times(plane);
-    if constexpr (kNibbles) {
-      add_byte_products(sum, weights, x);
-    } else {
+    if constexpr (Layout::kSigned) {
       add_byte_products(sum, x ^ kSigns, weights);
+    } else {
+      add_byte_products(sum, weights, x);
     }
   };
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i, codes += code_stride) {
-    i32x16 sum = {};
-    add(sum, codes, low), add(sum, codes + 8, high);
-    sum <<= 8;
-    add(sum, codes + 16, low), add(sum, codes + 24, high);
-    sum -= excess;
-    sums[i].rows += spread_even(scaled[i]) * __builtin_convertvector(sum, f32x16);
+    i32x16 sum[kGroups] = {};
+    add(sum[0], codes, low), add(sum[kLast], codes + 8, high);
+    for (i32x16& group : sum) group <<= 8;
+    add(sum[0], codes + 16, low), add(sum[kLast], codes + 24, high);
+    for (int g = 0; g < kGroups; ++g) sum[g] -= excess[g];
+    sums[i].rows += spread<0>(scaled[i]) * __builtin_convertvector(sum[0], f32x16);
+    if constexpr (kGroups == 2)
+      sums[i].rows += spread<1>(scaled[i]) * __builtin_convertvector(sum[1], f32x16);
   }
 }
 
@@ -138,37 +204,46 @@ struct BlockCodes {
   i16x16 parts[4];
 };
 
-// first, second: where the rows' codes begin, 16 bytes of nibbles or 32 signed bytes.
-template <bool kNibbles>
-BlockCodes unpack(const std::byte* first, const std::byte* second) {
-  const i16x16 bytes = load_two(first, second);
-  if constexpr (kNibbles) {
-    using u16x16 = std::uint16_t __attribute__((vector_size(32)));
-    const auto word = reinterpret_cast<u16x16>(bytes);
-    return {reinterpret_cast<i16x16>(word & 15), reinterpret_cast<i16x16>(word >> 4 & 15),
-            reinterpret_cast<i16x16>(word >> 8 & 15), reinterpret_cast<i16x16>(word >> 12)};
+// first, second: where the rows' blocks begin.
+template <class Layout>
+BlockCodes unpack(const Layout& layout, const std::byte* first, const std::byte* second) {
+  using u16x16 = std::uint16_t __attribute__((vector_size(32)));
+  u16x16 low, high;
+  layout.bytes(low, high,
+               [&](int at) { return reinterpret_cast<u16x16>(load_two(first + at, second + at)); });
+  const auto with_signs = [](u16x16 bytes) { return reinterpret_cast<i16x16>(bytes); };
+  if constexpr (Layout::kSigned) {
+    const i16x16 l = with_signs(low), h = with_signs(high);
+    return {l << 8 >> 8, h << 8 >> 8, l >> 8, h >> 8};
   } else {
-    const i16x16 more = load_two(first + 16, second + 16);
-    return {bytes << 8 >> 8, more << 8 >> 8, bytes >> 8, more >> 8};
+    return {with_signs(low & 255), with_signs(high & 255), with_signs(low >> 8),
+            with_signs(high >> 8)};
   }
 }
 
-template <bool kNibbles, int kRows>
+template <class Layout, int kRows>
 [[gnu::always_inline]] inline void add_dots(DotSums (&sums)[kRows], const f32x8 (&scaled)[kRows],
                                             const std::int16_t* codes, std::int64_t code_stride,
-                                            const std::byte* w, std::int64_t stride) {
-  const BlockCodes even = unpack<kNibbles>(w, w + 2 * stride);
-  const BlockCodes odd = unpack<kNibbles>(w + stride, w + 3 * stride);
+                                            const std::byte* w, std::int64_t stride,
+                                            const Layout& layout) {
+  constexpr int kGroups = Layout::kGroups;  // of two, parts 0 and 2 are the first
+  const BlockCodes even = unpack(layout, w, w + 2 * stride);
+  const BlockCodes odd = unpack(layout, w + stride, w + 3 * stride);
 #pragma GCC unroll 8
   for (int i = 0; i < kRows; ++i, codes += code_stride) {
-    i32x8 sum[2] = {};
+    i32x8 sum[2][kGroups] = {};
 #pragma GCC unroll 4
     for (int part = 0; part < 4; ++part) {
       const i16x16 x = load_twice(codes + 8 * part);
-      add_products(sum[0], even.parts[part], x), add_products(sum[1], odd.parts[part], x);
+      add_products(sum[0][part % kGroups], even.parts[part], x);
+      add_products(sum[1][part % kGroups], odd.parts[part], x);
     }
-    sums[i].pairs[0] += spread<0>(scaled[i]) * to_float(sum[0]);
-    sums[i].pairs[1] += spread<2>(scaled[i]) * to_float(sum[1]);
+    sums[i].pairs[0] += spread<0>(scaled[i]) * to_float(sum[0][0]);
+    sums[i].pairs[1] += spread<2>(scaled[i]) * to_float(sum[1][0]);
+    if constexpr (kGroups == 2) {
+      sums[i].pairs[0] += spread<1>(scaled[i]) * to_float(sum[0][1]);
+      sums[i].pairs[1] += spread<3>(scaled[i]) * to_float(sum[1][1]);
+    }
   }
 }
 

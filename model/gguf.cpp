@@ -62,15 +62,6 @@ std::string ggml_type_name(std::uint32_t number) {
   return join("number ", number);
 }
 
-// The storage formats that tensors may have.
-std::optional<DType> dtype_of_ggml(std::string_view name) {
-  for (const DType type :
-       {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1}) {
-    if (dtype_info(type).name == name) return type;
-  }
-  return std::nullopt;
-}
-
 struct TensorInfo {
   Tensor tensor;
   std::uint64_t offset = 0;  // from the start of the data
@@ -268,9 +259,9 @@ TensorInfo Parser::tensor_info() {
             i + 1);
   }
   const std::string format_name = ggml_type_name(scalar<std::uint32_t>(field + ": type"));
-  const std::optional<DType> type = dtype_of_ggml(format_name);
-  require(type.has_value(), source_, ": ", field,
-          ": type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, found ", format_name);
+  const std::optional<DType> type = dtype_named(format_name);
+  require(type.has_value(), source_, ": ", field, ": type: expected one of ", dtype_names(),
+          ", found ", format_name);
   info.offset = scalar<std::uint64_t>(field + ": offset");
 
   tensor.type = *type;

@@ -5,6 +5,7 @@
 #include <new>
 
 #include "device/error.h"
+#include "model/k_quants.h"
 
 namespace thaw {
 namespace {
@@ -35,13 +36,29 @@ float random_float(std::uint64_t bits) {
   return (static_cast<float>(bits & 0xffff) + 0.5f - 32768.0f) / 32768.0f * 1.7320508f * kRms;
 }
 
+// All scales of a block of a K-quant 32.
+void set_k_scales(std::byte* out, DType type) {
+  const float spread = type == DType::kQ4_K ? 4.61f : type == DType::kQ5_K ? 9.23f : 18.5f;
+  const float mean = type == DType::kQ4_K ? 7.5f : 15.5f;
+  const std::uint16_t d = f32_to_f16(kRms / spread / 32), e = f32_to_f16(mean * kRms / spread / 32);
+  std::memcpy(out + k_d_at(type), &d, 2);
+  if (type == DType::kQ6_K) {
+    std::memset(out + k_scales_at(type), 32, 16);
+  } else {
+    std::memcpy(out + 2, &e, 2);
+    std::memset(out + k_scales_at(type), 0xa0, 8);  // six bits 32, and the high ones of another 32
+    std::memset(out + k_scales_at(type) + 8, 0, 4);
+  }
+}
+
 // A block of codes that are all as likely; d makes their root mean square kRms.
 void fill_block(std::byte* out, DType type, std::uint64_t seed, std::uint64_t block) {
   const auto bytes = static_cast<std::size_t>(dtype_info(type).block_bytes);
   for (std::size_t i = 0; i < bytes; i += 8) {
-    const std::uint64_t bits = random_bits(seed, block * 8 + i / 8);
+    const std::uint64_t bits = random_bits(seed, block * 32 + i / 8);
     std::memcpy(out + i, &bits, std::min<std::size_t>(8, bytes - i));
   }
+  if (is_k_quant(type)) return set_k_scales(out, type);
   const float spread = type == DType::kQ8_0 ? 73.9f : 4.61f;  // of 256 or 16 codes
   const std::uint16_t d = f32_to_f16(kRms / spread), m = f32_to_f16(-7.5f * kRms / spread);
   std::memcpy(out, &d, 2);

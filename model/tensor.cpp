@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "device/error.h"
+#include "model/k_quants.h"
 
 namespace thaw {
 
@@ -19,8 +20,27 @@ int nibble(const std::byte* codes, int i) {  // element i of a 4-bit block
   return i < 16 ? byte & 15 : byte >> 4;
 }
 
-// One block of 32.
+void dequantize_k_block(float* out, const std::byte* in, DType type) {
+  const float d = f16_to_f32(load_u16(in + k_d_at(type)));
+  const bool has_min = type != DType::kQ6_K;
+  const KScales scales = has_min ? k_scales(in) : KScales{};
+  const float e = has_min ? f16_to_f32(load_u16(in + 2)) : 0.0f;
+  for (int p = 0; p < kKParts; ++p) {
+    for (int i = 0; i < kPartCols; ++i, ++out) {
+      const int c = k_code(in, type, p, i);
+      if (has_min) {  // both products are exact
+        *out = d * static_cast<float>(scales.s[p] * c) - e * static_cast<float>(scales.m[p]);
+      } else {
+        const auto s = static_cast<std::int8_t>(in[k_scales_at(type) + 2 * p + i / 16]);
+        *out = d * static_cast<float>(s * (c - 32));
+      }
+    }
+  }
+}
+
+// One block.
 void dequantize_block(float* out, const std::byte* in, DType type) {
+  if (is_k_quant(type)) return dequantize_k_block(out, in, type);
   const float d = f16_to_f32(load_u16(in));
   switch (type) {
     case DType::kQ8_0:
@@ -41,6 +61,18 @@ void dequantize_block(float* out, const std::byte* in, DType type) {
 }
 
 }  // namespace
+
+std::optional<DType> dtype_named(std::string_view name) {
+  for (int i = 0; i < kNumDTypes; ++i)
+    if (kDTypes[i].name == name) return static_cast<DType>(i);
+  return std::nullopt;
+}
+
+std::string dtype_names() {
+  std::string names;
+  for (const DTypeInfo& info : kDTypes) (names += names.empty() ? "" : ", ") += info.name;
+  return names;
+}
 
 void dequantize(float* out, const std::byte* in, DType type, std::int64_t n) {
   switch (type) {

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 
@@ -10,13 +11,13 @@
 
 namespace thaw {
 
-// Storage formats. Quantised formats hold blocks of 32 consecutive elements of one row:
+// Storage formats. Quantised formats hold blocks of consecutive elements of one row; of 32:
 //   kQ8_0: f16 d, 32 x int8 c            x = d * c
 //   kQ4_0: f16 d, 16 bytes               x = d * (c - 8)
 //   kQ4_1: f16 d, f16 m, 16 bytes        x = d * c + m
-// In the 4-bit formats byte j holds element j in its low nibble and element j + 16 in its high one.
-// (llama.cpp, ggml-common.h.) K-quants are added here, in dtype_info() and in dequantize().
-enum class DType : std::uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1 };
+// In these 4-bit formats byte j holds element j in its low nibble and element j + 16 in its high
+// one. (llama.cpp, ggml-common.h.) K-quants hold blocks of 256: model/k_quants.h.
+enum class DType : std::uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ5_K, kQ6_K };
 
 struct DTypeInfo {
   std::string_view name;  // "F32", "Q4_1", ...
@@ -24,10 +25,17 @@ struct DTypeInfo {
   int block_bytes;        // bytes of a block
 };
 inline constexpr DTypeInfo kDTypes[] = {
-    {"F32", 1, 4},    {"F16", 1, 2},    {"BF16", 1, 2},
-    {"Q8_0", 32, 34}, {"Q4_0", 32, 18}, {"Q4_1", 32, 20},
+    {"F32", 1, 4},    {"F16", 1, 2},      {"BF16", 1, 2},     {"Q8_0", 32, 34},   {"Q4_0", 32, 18},
+    {"Q4_1", 32, 20}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
 };
+inline constexpr int kNumDTypes = sizeof kDTypes / sizeof *kDTypes;
 constexpr const DTypeInfo& dtype_info(DType type) { return kDTypes[static_cast<int>(type)]; }
+
+constexpr bool is_k_quant(DType type) { return dtype_info(type).block == 256; }
+
+// The format of that name, if there is one; all names, between commas.
+std::optional<DType> dtype_named(std::string_view name);
+std::string dtype_names();
 
 // Bytes of a row of `cols` elements. cols must be a multiple of the block.
 constexpr std::int64_t row_bytes(DType type, std::int64_t cols) {

@@ -107,6 +107,8 @@ void with_type(DType type, const Body& body) {
       return body(Known<DType::kQ4_0>{});
     case DType::kQ4_1:
       return body(Known<DType::kQ4_1>{});
+    default:
+      fail(dtype_info(type).name, ": not on a GPU");
   }
 }
 

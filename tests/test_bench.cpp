@@ -175,8 +175,7 @@ TEST_CASE("timed ops compute what the backend computes") {
 
 TEST_CASE("random models: the same for any number of threads, of the size that is promised") {
   ThreadPool one(1), three(3);
-  for (const DType type : {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0,
-                           DType::kQ4_1}) {
+  for (const DType type : testing::kAllTypes) {
     CAPTURE(dtype_info(type).name);
     const Model a = make_random_model("tiny", type, 7, one), b = make_random_model("tiny", type, 7, three);
     const Tensor &w = a.weights.layers[1].w_down, &same = b.weights.layers[1].w_down;

@@ -53,8 +53,7 @@ std::vector<float> definition(const Model& model, std::span<const std::int32_t> 
 }  // namespace
 
 TEST_CASE("forward: every format, as one prefill, in uneven batches, and token by token") {
-  for (DType type :
-       {DType::kF32, DType::kF16, DType::kBF16, DType::kQ8_0, DType::kQ4_0, DType::kQ4_1}) {
+  for (DType type : testing::kAllTypes) {
     CAPTURE(dtype_info(type).name);
     const testing::TinyModel tiny = testing::make_tiny_model({.type = type});
     const auto tokens = some_tokens(37, 288);

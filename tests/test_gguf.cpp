@@ -238,10 +238,11 @@ TEST_CASE("gguf: a key or a tensor that stands twice is an error") {
 TEST_CASE("gguf: names from the file are shortened and escaped in messages") {
   GgufWriter w = small();
   w.tensors[0].name = "\x1b[2J\n" + std::string(100, 'x');
-  w.tensors[0].type = 12;
+  w.tensors[0].type = 10;
   CHECK(error_in(w) ==
         "model.gguf: tensor \\x1b[2J\\x0a" + std::string(55, 'x') +
-            "...: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, found Q4_K");
+            "...: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, "
+            "Q6_K, found Q2_K");
 }
 
 TEST_CASE("gguf: tensor types that are not read are named") {
@@ -251,9 +252,10 @@ TEST_CASE("gguf: tensor types that are not read are named") {
     return error_in(w);
   };
   const std::string start =
-      "model.gguf: tensor matrix: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, found ";
-  CHECK(found(12) == start + "Q4_K");
-  CHECK(found(14) == start + "Q6_K");
+      "model.gguf: tensor matrix: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, "
+      "Q5_K, Q6_K, found ";
+  CHECK(found(10) == start + "Q2_K");
+  CHECK(found(15) == start + "Q8_K");
   CHECK(found(26) == start + "I32");
   CHECK(found(39) == start + "MXFP4");
   CHECK(found(4) == start + "number 4");

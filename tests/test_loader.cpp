@@ -17,9 +17,6 @@ using nlohmann::json;
 
 namespace {
 
-constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
-                               DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
-
 std::vector<float> values(const Tensor& t) {
   std::vector<float> out(static_cast<std::size_t>(t.rows * t.cols));
   dequantize(out.data(), t.data, t.type, t.rows * t.cols);
@@ -361,13 +358,13 @@ TEST_CASE("check: NaN and infinity are found with tensor, place and count") {
     TinyModel model = make_tiny_model({.type = type});
     CHECK(find_non_finite(model.model).empty());
 
-    // NaN into the first two bytes of row 5 of w_up: an f32's low half does not make one.
+    // NaN into what begins row 5 of w_up (an f32's low half does not make one), or its block's d.
     LayerWeights& layer = model.model.weights.layers[1];
     const std::uint32_t nan = type == DType::kF32    ? 0x7fc00000
                               : type == DType::kBF16 ? 0x7fc0
                                                      : 0x7e00;
     auto* row = const_cast<std::byte*>(layer.w_up.row(5));
-    std::memcpy(row, &nan, type == DType::kF32 ? 4 : 2);
+    std::memcpy(row + (is_k_quant(type) ? k_d_at(type) : 0), &nan, type == DType::kF32 ? 4 : 2);
     const auto found = find_non_finite(model.model);
     REQUIRE(found.size() == 1);
     CHECK(found[0].tensor == layer.w_up.name);

@@ -9,7 +9,8 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "device/error.h"
 #include "model/matmul.h"
@@ -21,9 +22,6 @@
 using namespace thaw;
 
 namespace {
-
-constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
-                            DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
 
 double tolerance(DType type, std::size_t n_outputs) {
   const double n = static_cast<double>(n_outputs);
@@ -70,35 +68,33 @@ std::vector<float> product(const Tensor& w, const std::vector<float>& x, int n_t
 
 }  // namespace
 
-TEST_CASE("dequantize: each format is its definition") {
-  std::vector<std::byte> block(34);
-  for (int i = 0; i < 34; ++i) block[i] = static_cast<std::byte>(37 * i + 11);
-  const std::uint16_t d = f32_to_f16(0.25f), m = f32_to_f16(-1.5f);
-  std::memcpy(block.data(), &d, 2);
-  std::vector<float> out(32);
-  const auto byte = [&](int i) { return std::to_integer<int>(block[i]); };
-  dequantize(out.data(), block.data(), DType::kQ8_0, 32);
-  for (int i = 0; i < 32; ++i)
-    CHECK(out[i] == 0.25f * static_cast<float>(static_cast<std::int8_t>(byte(2 + i))));
-  dequantize(out.data(), block.data(), DType::kQ4_0, 32);
-  for (int i = 0; i < 16; ++i) {
-    CHECK(out[i] == 0.25f * static_cast<float>(byte(2 + i) % 16 - 8));
-    CHECK(out[i + 16] == 0.25f * static_cast<float>(byte(2 + i) / 16 - 8));
-  }
-  std::memcpy(block.data() + 2, &m, 2);
-  dequantize(out.data(), block.data(), DType::kQ4_1, 32);
-  for (int i = 0; i < 16; ++i) {
-    CHECK(out[i] == 0.25f * static_cast<float>(byte(4 + i) % 16) - 1.5f);
-    CHECK(out[i + 16] == 0.25f * static_cast<float>(byte(4 + i) / 16) - 1.5f);
+TEST_CASE("dequantize: each block format is what the gguf package reads") {
+  std::ifstream file("tests/golden/blocks.json");
+  REQUIRE_MESSAGE(file, "run the tests from the root of the repository");
+  const auto golden = nlohmann::json::parse(file);
+  for (DType type : testing::kAllTypes) {
+    if (!needs_codes(type)) continue;
+    CAPTURE(dtype_info(type).name);
+    for (const auto& block : golden.at(std::string(dtype_info(type).name))) {
+      const std::string hex = block.at("bytes");
+      std::vector<std::byte> bytes;
+      for (std::size_t i = 0; i < hex.size(); i += 2)
+        bytes.push_back(static_cast<std::byte>(std::stoi(hex.substr(i, 2), nullptr, 16)));
+      REQUIRE(static_cast<int>(bytes.size()) == dtype_info(type).block_bytes);
+      std::vector<float> out(static_cast<std::size_t>(dtype_info(type).block));
+      dequantize(out.data(), bytes.data(), type, dtype_info(type).block);
+      CHECK(out == block.at("values").get<std::vector<float>>());
+    }
   }
 }
 
 TEST_CASE("matmul: equals the definition for every format, with rows that fill no tile") {
   testing::Random random(5);
-  for (DType type : kTypes)
+  for (DType type : testing::kAllTypes)
     for (std::int64_t n_rows : {1, 2, 3, 4, 5, 6, 7, 17})
       for (std::int64_t out_dim : {1, 15, 16, 33})
-        for (std::int64_t cols : {32, 96, 512, 544, 1056}) {
+        for (std::int64_t cols : {32, 96, 256, 512, 544, 1056, 1280}) {
+          if (cols % dtype_info(type).block != 0) continue;
           CAPTURE(dtype_info(type).name);
           CAPTURE(n_rows);
           CAPTURE(out_dim);
@@ -125,13 +121,13 @@ TEST_CASE("matmul: float formats take columns that are no multiple of anything")
 }
 
 TEST_CASE("matmul: extreme codes do not overflow the integer sums") {
-  for (DType type : {DType::kQ8_0, DType::kQ4_0, DType::kQ4_1})
+  for (DType type : testing::kAllTypes)
     for (std::int64_t n_rows : {1, 4}) {
-      std::vector<float> values(64 * 16);
+      std::vector<float> values(256 * 16);
       for (std::size_t i = 0; i < values.size(); ++i) values[i] = i % 32 == 0 ? -1.0f : 1.0f;
       const auto bytes = testing::encode(values, type);
-      const Tensor w{"w", type, 16, 64, bytes.data()};
-      const std::vector<float> x(static_cast<std::size_t>(n_rows * 64), 1e4f);
+      const Tensor w{"w", type, 16, 256, bytes.data()};
+      const std::vector<float> x(static_cast<std::size_t>(n_rows * 256), 1e4f);
       const auto out = product(w, x, 1);
       CHECK(relative_error(out, w, x) <= tolerance(type, out.size()));
     }
@@ -140,11 +136,12 @@ TEST_CASE("matmul: extreme codes do not overflow the integer sums") {
 TEST_CASE(
     "matmul: accumulates when asked; zero activations give zero; the same bits for any threads") {
   testing::Random random(8);
-  for (DType type : kTypes)
+  for (DType type : testing::kAllTypes)
     for (std::int64_t n_rows : {1, 9}) {
-      const auto bytes = testing::encode(random.normals(100 * 96), type);
-      const Tensor w{"w", type, 100, 96, bytes.data()};
-      const std::vector<float> x = random.normals(n_rows * 96);
+      const int cols = is_k_quant(type) ? 256 : 96;
+      const auto bytes = testing::encode(random.normals(100 * cols), type);
+      const Tensor w{"w", type, 100, cols, bytes.data()};
+      const std::vector<float> x = random.normals(n_rows * cols);
       const std::vector<float> plain = product(w, x, 1);
       std::vector<float> shifted = product(w, x, 1, 2.0f);
       for (std::size_t i = 0; i < plain.size(); ++i) CHECK(shifted[i] == plain[i] + 2.0f);

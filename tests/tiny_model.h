@@ -11,12 +11,17 @@
 #include <vector>
 
 #include "model/model.h"
+#include "tests/k_blocks.h"
 
 namespace thaw::testing {
 
+inline constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
+                                      DType::kQ8_0, DType::kQ4_0, DType::kQ4_1,
+                                      DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
+
 struct TinyOptions {
-  DType type = DType::kF32;  // of every matrix
-  int dim = 64;              // multiples of 32, so that every format fits
+  DType type = DType::kF32;  // of every matrix; kQ8_0 where columns are not whole blocks
+  int dim = 64;              // multiples of 32; this and ffn_dim become whole blocks of `type`
   int n_layers = 2;
   int n_heads = 4;
   int n_kv_heads = 2;
@@ -83,8 +88,8 @@ inline std::vector<std::byte> encode(const std::vector<float>& x, DType type) {
   for (std::int64_t i = 0; i < n / info.block; ++i) {
     std::byte* out = bytes.data() + i * info.block_bytes;
     const std::uint16_t half = type == DType::kF16 ? f32_to_f16(x[i]) : f32_to_bf16(x[i]);
-    if (info.block == 32)
-      quantize_block(out, &x[i * 32], type);
+    if (info.block > 1)
+      (is_k_quant(type) ? quantize_k_block : quantize_block)(out, &x[i * info.block], type);
     else if (type == DType::kF32)
       std::memcpy(out, &x[i], 4);
     else
@@ -103,12 +108,15 @@ struct TinyModel {
   TinyModel(const TinyModel&) = delete;
 };
 
-inline TinyModel make_tiny_model(const TinyOptions& o = {}) {
+inline TinyModel make_tiny_model(TinyOptions o = {}) {
   TinyModel tiny;
   Random random(o.seed);
+  const int block = dtype_info(o.type).block;
+  for (int* cols : {&o.dim, &o.ffn_dim}) *cols = (*cols + block - 1) / block * block;
   const auto matrix = [&](std::string name, std::int64_t rows, std::int64_t cols, float scale) {
-    tiny.storage.push_back(encode(random.normals(rows * cols, scale), o.type));
-    return Tensor{std::move(name), o.type, rows, cols, tiny.storage.back().data()};
+    const DType type = cols % block == 0 ? o.type : DType::kQ8_0;
+    tiny.storage.push_back(encode(random.normals(rows * cols, scale), type));
+    return Tensor{std::move(name), type, rows, cols, tiny.storage.back().data()};
   };
   const auto norm = [&] {
     std::vector<float> x = random.normals(o.dim, 0.1f);
