@@ -55,7 +55,8 @@ bool parse(const Args& args, Options& o) {
              },
              "tiny, 135m, 1b or 8b");
   flags.choice(o.weights, "--weights", typed_formats(),
-               "format of the random weights (default q4_0)");
+               "format of the random weights (default q4_0); rows that are no whole blocks of a "
+               "K-quant are q8_0");
   flags.path(o.file, "-f, --file", "FILE", "a text to take the tokens from; else arbitrary ones");
   flags.integers(o.prompts, "-p, --prompt", "tokens of the prompt; a list; 0 leaves it out", 0,
                  1 << 24);

@@ -36,7 +36,7 @@ struct NibbleLayout {
   static constexpr bool kSigned = false;
   static constexpr int kGroups = 1;
   template <class Vector, class Load>
-  void bytes(Vector& low, Vector& high, const Load& load) const {
+  [[gnu::always_inline]] void bytes(Vector& low, Vector& high, const Load& load) const {
     const Vector both = load(0);
     low = both & all_bytes<Vector>(15), high = both >> 4 & all_bytes<Vector>(15);
   }
@@ -47,8 +47,59 @@ struct ByteLayout {
   static constexpr bool kSigned = true;
   static constexpr int kGroups = 1;
   template <class Vector, class Load>
-  void bytes(Vector& low, Vector& high, const Load& load) const {
+  [[gnu::always_inline]] void bytes(Vector& low, Vector& high, const Load& load) const {
     low = load(0), high = load(16);
+  }
+};
+
+#ifdef __AVX2__
+// Of bits `first` to `first` + 15, the byte that each is in.
+inline __m128i byte_of_bit(int first) {
+  return _mm_set_epi64x(0x0101010101010101 * (first / 8 + 1), 0x0101010101010101 * (first / 8));
+}
+#endif
+
+// Of each 16 bytes, byte i: 16 if bit `first` + i of the first four bytes is set, else 0.
+template <class Vector>
+[[gnu::always_inline]] inline Vector fifth_bits(const Vector& v, int first) {
+#ifdef __AVX512BW__
+  if constexpr (sizeof v == 64) {
+    const __m512i bytes = _mm512_shuffle_epi8(
+        reinterpret_cast<__m512i>(v), _mm512_maskz_broadcast_i32x4(0xffff, byte_of_bit(first)));
+    const __m512i bits = _mm512_set1_epi64(static_cast<std::int64_t>(0x8040201008040201));
+    return reinterpret_cast<Vector>(
+        _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(bytes, bits), _mm512_set1_epi8(16)));
+  }
+#endif
+#ifdef __AVX2__
+  if constexpr (sizeof v == 32) {
+    const __m256i bytes = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(v),
+                                              _mm256_broadcastsi128_si256(byte_of_bit(first)));
+    const __m256i bits = _mm256_set1_epi64x(static_cast<std::int64_t>(0x8040201008040201));
+    return reinterpret_cast<Vector>(_mm256_and_si256(
+        _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bits), bits), _mm256_set1_epi8(16)));
+  }
+#endif
+  unsigned char bytes[sizeof v], set[sizeof v];
+  std::memcpy(bytes, &v, sizeof v);
+  for (std::size_t i = 0; i < sizeof v; ++i) {
+    const std::size_t bit = first + i % 16;
+    set[i] = bytes[i / 16 * 16 + bit / 8] >> bit % 8 & 1 ? 16 : 0;
+  }
+  Vector out;
+  std::memcpy(&out, set, sizeof out);
+  return out;
+}
+
+// As NibbleLayout, behind 4 bytes with a fifth bit of every code.
+struct FiveBitLayout {
+  static constexpr bool kSigned = false;
+  static constexpr int kGroups = 1;
+  template <class Vector, class Load>
+  [[gnu::always_inline]] void bytes(Vector& low, Vector& high, const Load& load) const {
+    const Vector fifths = load(0), both = load(4);
+    low = (both & all_bytes<Vector>(15)) | fifth_bits(fifths, 0);
+    high = (both >> 4 & all_bytes<Vector>(15)) | fifth_bits(fifths, 16);
   }
 };
 
@@ -64,11 +115,11 @@ struct SplitLayout {
   int low_at, low_shift, high_at, high_shift;
 
   template <class Vector, class Load>
-  void bytes(Vector& low, Vector& high, const Load& load) const {
+  [[gnu::always_inline]] void bytes(Vector& low, Vector& high, const Load& load) const {
     low = codes<Vector>(load, 0), high = codes<Vector>(load, 16);
   }
   template <class Vector, class Load>
-  Vector codes(const Load& load, int at) const {
+  [[gnu::always_inline]] Vector codes(const Load& load, int at) const {
     Vector c = load(low_at + at) >> low_shift & all_bytes<Vector>(15);
     if constexpr (kHighBits > 0)
       c |= (load(high_at + at) >> high_shift & all_bytes<Vector>((1 << kHighBits) - 1)) << 4;
@@ -206,7 +257,8 @@ struct BlockCodes {
 
 // first, second: where the rows' blocks begin.
 template <class Layout>
-BlockCodes unpack(const Layout& layout, const std::byte* first, const std::byte* second) {
+[[gnu::always_inline]] inline BlockCodes unpack(const Layout& layout, const std::byte* first,
+                                                const std::byte* second) {
   using u16x16 = std::uint16_t __attribute__((vector_size(32)));
   u16x16 low, high;
   layout.bytes(low, high,

@@ -20,93 +20,51 @@ struct CodeTile {
   alignas(64) float offset[kTileBlocks][kTileCols];    // what the format adds to every element
 };
 
-// Eight rows' words of codes to pairs of codes in the order of codes: of the word's every part,
-// `stride` codes from one to the next. Bytes have even elements and odd ones, nibbles four.
-template <bool kNibbles>
-void expand_words(std::int16_t* to, std::int64_t stride, f32x8 words) {
-  if constexpr (kNibbles) {
-    const auto word = reinterpret_cast<i32x8>(words);
-    for (int part = 0; part < 4; ++part, to += stride) {  // nibbles of each half of the word
-      const i32x8 pairs = word >> 4 * part & 0x000f000f;
-      std::memcpy(to, &pairs, sizeof pairs);
-    }
-  } else {
-    const auto bytes = reinterpret_cast<i16x16>(words);
-    const i16x16 even = bytes << 8 >> 8, odd = bytes >> 8;
-    std::memcpy(to, &even, sizeof even);
-    std::memcpy(to + stride, &odd, sizeof odd);
+// Codes of a part of 8 weight rows: columns 32 b to 32 b + 31 of a half of the tile. rows: where
+// the part's block begins.
+template <class Layout>
+[[gnu::always_inline]] inline void put_codes(CodeTile& tile, std::int64_t b, int half,
+                                             const std::byte* const (&rows)[8],
+                                             const Layout& layout) {
+  f32x8 codes[8];  // the 32 bytes of a row; then 4 of each row
+  for (int r = 0; r < 8; r += 2) {
+    i16x16 low, high;  // of two rows
+    layout.bytes(low, high, [&](int at) { return load_two(rows[r] + at, rows[r + 1] + at); });
+    const auto l = reinterpret_cast<f32x8>(low), h = reinterpret_cast<f32x8>(high);
+    codes[r] = __builtin_shufflevector(l, h, 0, 1, 2, 3, 8, 9, 10, 11);
+    codes[r + 1] = __builtin_shufflevector(l, h, 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+  transpose_8x8(codes);
+  std::int16_t* even = tile.pairs + b * kPartCols * kTileCols + half * 16;
+  std::int16_t* odd = even + kPartCols / 2 * kTileCols;
+  for (int j = 0; j < 8; ++j) {
+    const auto bytes = reinterpret_cast<i16x16>(codes[j]);
+    const i16x16 pairs[] = {bytes << 8 >> 8, bytes >> 8};
+    std::memcpy(even + j * 2 * kTileCols, &pairs[0], sizeof pairs[0]);
+    std::memcpy(odd + j * 2 * kTileCols, &pairs[1], sizeof pairs[1]);
   }
 }
 
-// Codes of 32 bytes of each of 8 weight rows, from column 32 b on of a half of the tile.
-inline void put_bytes(CodeTile& tile, std::int64_t b, int half, f32x8 (&rows)[8]) {
-  transpose_8x8(rows);
-  std::int16_t* to = tile.pairs + b * kPartCols * kTileCols + half * 16;
-  for (int j = 0; j < 8; ++j)
-    expand_words<false>(to + j * 2 * kTileCols, 8 * 2 * kTileCols, rows[j]);
-}
-
-// Parts b to b + 7: a block of a K-quant of 8 weight rows.
+// The scales of a block of 8 weight rows, from column 32 b on of a half of the tile.
 template <DType kType>
-void unpack_k_block(CodeTile& tile, std::int64_t b, int half, const std::byte* const (&rows)[8]) {
+void put_scales(CodeTile& tile, std::int64_t b, int half, const std::byte* const (&rows)[8]) {
   using Stored = Blocks<kType>;
-  f32x8 first[8], second[8];
-  for (int r = 0; r < 8; ++r) k_block_scales<kType>(first[r], second[r], rows[r]);
-  transpose_8x8(first), transpose_8x8(second);
-#pragma GCC unroll 8
+  f32x8 first[Stored::kParts], second[Stored::kParts];  // d, and m or the second group's d
+  if constexpr (Stored::kIsK) {
+    for (int r = 0; r < 8; ++r) k_block_scales<kType>(first[r], second[r], rows[r]);
+    transpose_8x8(first), transpose_8x8(second);
+  } else {
+    const std::byte* const lower[] = {rows[0], rows[1], rows[4], rows[5]};
+    const std::byte* const upper[] = {rows[2], rows[3], rows[6], rows[7]};
+    const f32x8 l = load_halves(lower, 0), u = load_halves(upper, 0);
+    first[0] = __builtin_shufflevector(l, u, 0, 2, 8, 10, 4, 6, 12, 14);
+    const f32x8 m = __builtin_shufflevector(l, u, 1, 3, 9, 11, 5, 7, 13, 15);
+    second[0] = Stored::kHasMin ? m : static_cast<float>(Stored::kOffset) * first[0];
+  }
   for (int part = 0; part < Stored::kParts; ++part) {
     const std::int64_t at = (b + part) * Stored::kGroups;
     store8(tile.d[at] + half * 8, first[part]);
-    if constexpr (Stored::kGroups == 2)
-      store8(tile.d[at + 1] + half * 8, second[part]);
-    else
-      store8(tile.offset[b + part] + half * 8, second[part]);
-    f32x8 codes[8];
-    for (int r = 0; r < 8; ++r) {
-      using Bytes = std::uint16_t __attribute__((vector_size(32)));
-      const auto load = [&](int from) {
-        Bytes bytes;
-        std::memcpy(&bytes, rows[r] + from, sizeof bytes);
-        return bytes;
-      };
-      codes[r] = reinterpret_cast<f32x8>(Stored::layout(part).template codes<Bytes>(load, 0));
-    }
-    put_bytes(tile, b + part, half, codes);
-  }
-}
-
-// Block b of the tile, and where a block takes 16 bytes also b + 1 if there are n_blocks = 2:
-// codes, scales and offsets of 8 weight rows, the tile's first or second half. rows: where block b
-// begins.
-template <DType kType>
-void unpack_blocks(CodeTile& tile, std::int64_t b, std::int64_t n_blocks, int half,
-                   const std::byte* const (&rows)[8]) {
-  using Stored = Blocks<kType>;
-  constexpr bool kNibbles = kType != DType::kQ8_0;
-  const std::int64_t next = n_blocks > 1 ? Stored::kBytes : 0;
-  f32x8 words[8];  // 32 bits of codes an element: of a weight row, then of all eight
-  for (int r = 0; r < 8; ++r) {
-    const std::byte* codes = rows[r] + Stored::kCodesAt;
-    words[r] = reinterpret_cast<f32x8>(load_two(codes, codes + (kNibbles ? next : 16)));
-  }
-  if constexpr (kNibbles) {
-    transpose_8x8(words);
-    for (int j = 0; j < 8 && j / 4 < n_blocks; ++j) {
-      std::int16_t* to = tile.pairs + (b + j / 4) * kPartCols * kTileCols + half * 16;
-      expand_words<true>(to + j % 4 * 2 * kTileCols, 4 * 2 * kTileCols, words[j]);
-    }
-  } else {
-    put_bytes(tile, b, half, words);
-  }
-  const std::byte* const lower[] = {rows[0], rows[1], rows[4], rows[5]};
-  const std::byte* const upper[] = {rows[2], rows[3], rows[6], rows[7]};
-  for (std::int64_t i = 0; i < n_blocks; ++i) {
-    const f32x8 l = load_halves(lower, i * next), u = load_halves(upper, i * next);
-    const f32x8 d = __builtin_shufflevector(l, u, 0, 2, 8, 10, 4, 6, 12, 14);
-    const f32x8 m = __builtin_shufflevector(l, u, 1, 3, 9, 11, 5, 7, 13, 15);
-    store8(tile.d[b + i] + half * 8, d);
-    store8(tile.offset[b + i] + half * 8,
-           Stored::kHasMin ? m : static_cast<float>(Stored::kOffset) * d);
+    store8((Stored::kGroups == 2 ? tile.d[at + 1] : tile.offset[at]) + half * 8, second[part]);
   }
 }
 
@@ -115,21 +73,20 @@ template <DType kType>
 void unpack_codes(CodeTile& tile, const Tensor& w, std::int64_t first_row, std::int64_t first_col,
                   std::int64_t n) {
   using Stored = Blocks<kType>;
-  constexpr int kBlocks = kType == DType::kQ4_0 || kType == DType::kQ4_1 ? 2 : 1;  // at a time
-  const std::int64_t n_blocks = n / dtype_info(kType).block;
+  const std::byte* rows[8];
   for (int half = 0; half < 2; ++half) {
-    const std::byte* rows[8];
     for (int r = 0; r < 8; ++r)
       rows[r] = w.row(std::min(first_row + half * 8 + r, w.rows - 1)) + row_bytes(kType, first_col);
-    for (std::int64_t b = 0; b < n_blocks; b += kBlocks) {
+    for (std::int64_t b = 0; b < n / kPartCols; b += Stored::kParts) {
       for (int r = 0; r < 8; ++r)  // the next tile's
-        for (std::int64_t at = 0; at < kBlocks * Stored::kBytes; at += 64)
+        for (std::int64_t at = 0; at < Stored::kBytes; at += 64)
           __builtin_prefetch(rows[r] + kTileCols * row_bytes(kType, w.cols) + at);
-      if constexpr (Stored::kIsK)
-        unpack_k_block<kType>(tile, b * kKParts, half, rows);
-      else
-        unpack_blocks<kType>(tile, b, std::min<std::int64_t>(kBlocks, n_blocks - b), half, rows);
-      for (const std::byte*& row : rows) row += kBlocks * Stored::kBytes;
+      put_scales<kType>(tile, b, half, rows);
+      for (const std::byte*& row : rows) row += Stored::kCodesAt;
+#pragma GCC unroll 8
+      for (int part = 0; part < Stored::kParts; ++part)
+        put_codes(tile, b + part, half, rows, Stored::layout(part));
+      for (const std::byte*& row : rows) row += Stored::kBytes - Stored::kCodesAt;
     }
   }
 }

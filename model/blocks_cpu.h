@@ -14,9 +14,13 @@ struct Blocks {
   static constexpr int kParts = dtype_info(kType).block / kPartCols;
   static constexpr bool kIsK = is_k_quant(kType);
   static constexpr int kGroups = kType == DType::kQ6_K ? 2 : 1;
-  static constexpr bool kHasMin = kType != DType::kQ8_0 && kType != DType::kQ4_0 && kGroups == 1;
-  static constexpr int kOffset = kType == DType::kQ4_0 ? -8 : kHasMin ? 1 : 0;
-  static constexpr int kCodesAt = kIsK ? 0 : kType == DType::kQ4_1 ? 4 : 2;
+  static constexpr bool kHasFifths = kType == DType::kQ5_0 || kType == DType::kQ5_1;
+  static constexpr bool kHasMin = kType == DType::kQ4_1 || kType == DType::kQ5_1 ||
+                                  kType == DType::kQ4_K || kType == DType::kQ5_K;
+  static constexpr int kOffset = kType == DType::kQ4_0   ? -8
+                                 : kType == DType::kQ5_0 ? -16
+                                                         : static_cast<int>(kHasMin);
+  static constexpr int kCodesAt = kIsK ? 0 : kHasMin ? 4 : 2;
 
   static constexpr auto layout(int part) {
     if constexpr (kIsK) {
@@ -24,6 +28,8 @@ struct Blocks {
       return SplitLayout<k_high_bits(kType)>{at.low_at, at.low_shift, at.high_at, at.high_shift};
     } else if constexpr (kType == DType::kQ8_0) {
       return ByteLayout{};
+    } else if constexpr (kHasFifths) {
+      return FiveBitLayout{};
     } else {
       return NibbleLayout{};
     }

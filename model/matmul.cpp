@@ -73,8 +73,8 @@ void with_codes(DType type, const Body& body) {
   const auto call = [&]<DType... kTypes>() {
     ((type == kTypes && (body(std::integral_constant<DType, kTypes>{}), true)) || ...);
   };
-  call.template
-  operator()<DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ4_K, DType::kQ5_K, DType::kQ6_K>();
+  call.template operator()<DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
+                           DType::kQ4_K, DType::kQ5_K, DType::kQ6_K>();
 }
 
 // out[t * kDotCols + r] = row first_row + r of w . row t of x, for kDotCols weight rows, or for

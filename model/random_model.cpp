@@ -59,10 +59,12 @@ void fill_block(std::byte* out, DType type, std::uint64_t seed, std::uint64_t bl
     std::memcpy(out + i, &bits, std::min<std::size_t>(8, bytes - i));
   }
   if (is_k_quant(type)) return set_k_scales(out, type);
-  const float spread = type == DType::kQ8_0 ? 73.9f : 4.61f;  // of 256 or 16 codes
-  const std::uint16_t d = f32_to_f16(kRms / spread), m = f32_to_f16(-7.5f * kRms / spread);
+  const bool five_bits = type == DType::kQ5_0 || type == DType::kQ5_1;
+  const float spread = type == DType::kQ8_0 ? 73.9f : five_bits ? 9.23f : 4.61f;  // of all codes
+  const float mean = five_bits ? 15.5f : 7.5f;
+  const std::uint16_t d = f32_to_f16(kRms / spread), m = f32_to_f16(-mean * kRms / spread);
   std::memcpy(out, &d, 2);
-  if (type == DType::kQ4_1) std::memcpy(out + 2, &m, 2);
+  if (type == DType::kQ4_1 || type == DType::kQ5_1) std::memcpy(out + 2, &m, 2);
 }
 
 void fill_element(std::byte* out, DType type, float x) {
@@ -95,14 +97,15 @@ class Filler {
       : model_(model), type_(type), seed_(seed), pool_(pool) {}
 
   Tensor tensor(const std::string& name, std::int64_t rows, std::int64_t cols) {
-    Tensor t{name, type_, rows, cols, nullptr};
+    const DType type = cols % dtype_info(type_).block == 0 ? type_ : DType::kQ8_0;
+    Tensor t{name, type, rows, cols, nullptr};
     std::byte* data = new (std::nothrow) std::byte[static_cast<std::size_t>(t.bytes())];
     require(data != nullptr, "--random: ", name, ": memory for ", t.bytes(), " bytes was refused");
     model_.memory.push_back(std::shared_ptr<const std::byte[]>(data));
     t.data = data;
     const std::uint64_t seed = random_bits(seed_, n_tensors_++);
     pool_.run(rows, [&](std::int64_t row, int) {
-      fill_row(data + row * row_bytes(type_, cols), type_, cols,
+      fill_row(data + row * row_bytes(type, cols), type, cols,
                random_bits(seed, static_cast<std::uint64_t>(row)));
     });
     return t;

@@ -20,6 +20,11 @@ int nibble(const std::byte* codes, int i) {  // element i of a 4-bit block
   return i < 16 ? byte & 15 : byte >> 4;
 }
 
+int five_bits(const std::byte* bits_and_codes, int i) {
+  const int fifth = std::to_integer<int>(bits_and_codes[i / 8]) >> i % 8 & 1;
+  return nibble(bits_and_codes + 4, i) | fifth << 4;
+}
+
 void dequantize_k_block(float* out, const std::byte* in, DType type) {
   const float d = f16_to_f32(load_u16(in + k_d_at(type)));
   const bool has_min = type != DType::kQ6_K;
@@ -53,6 +58,14 @@ void dequantize_block(float* out, const std::byte* in, DType type) {
     case DType::kQ4_1: {
       const float m = f16_to_f32(load_u16(in + 2));
       for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(nibble(in + 4, i)) + m;
+      return;
+    }
+    case DType::kQ5_0:
+      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(in + 2, i) - 16);
+      return;
+    case DType::kQ5_1: {
+      const float m = f16_to_f32(load_u16(in + 2));
+      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(in + 4, i)) + m;
       return;
     }
     default:

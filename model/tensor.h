@@ -15,9 +15,24 @@ namespace thaw {
 //   kQ8_0: f16 d, 32 x int8 c            x = d * c
 //   kQ4_0: f16 d, 16 bytes               x = d * (c - 8)
 //   kQ4_1: f16 d, f16 m, 16 bytes        x = d * c + m
-// In these 4-bit formats byte j holds element j in its low nibble and element j + 16 in its high
-// one. (llama.cpp, ggml-common.h.) K-quants hold blocks of 256: model/k_quants.h.
-enum class DType : std::uint8_t { kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ4_K, kQ5_K, kQ6_K };
+//   kQ5_0: f16 d, 4 bytes, 16 bytes      x = d * (c - 16)
+//   kQ5_1: f16 d, f16 m, 4 and 16 bytes  x = d * c + m
+// Byte j of 16 holds element j in its low nibble and element j + 16 in its high one; the 4 bytes
+// hold the fifth bits, element i's in bit i. (llama.cpp, ggml-common.h.) K-quants hold blocks of
+// 256: model/k_quants.h.
+enum class DType : std::uint8_t {
+  kF32,
+  kF16,
+  kBF16,
+  kQ8_0,
+  kQ4_0,
+  kQ4_1,
+  kQ5_0,
+  kQ5_1,
+  kQ4_K,
+  kQ5_K,
+  kQ6_K
+};
 
 struct DTypeInfo {
   std::string_view name;  // "F32", "Q4_1", ...
@@ -25,8 +40,9 @@ struct DTypeInfo {
   int block_bytes;        // bytes of a block
 };
 inline constexpr DTypeInfo kDTypes[] = {
-    {"F32", 1, 4},    {"F16", 1, 2},      {"BF16", 1, 2},     {"Q8_0", 32, 34},   {"Q4_0", 32, 18},
-    {"Q4_1", 32, 20}, {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
+    {"F32", 1, 4},      {"F16", 1, 2},      {"BF16", 1, 2},     {"Q8_0", 32, 34},
+    {"Q4_0", 32, 18},   {"Q4_1", 32, 20},   {"Q5_0", 32, 22},   {"Q5_1", 32, 24},
+    {"Q4_K", 256, 144}, {"Q5_K", 256, 176}, {"Q6_K", 256, 210},
 };
 inline constexpr int kNumDTypes = sizeof kDTypes / sizeof *kDTypes;
 constexpr const DTypeInfo& dtype_info(DType type) { return kDTypes[static_cast<int>(type)]; }

@@ -239,21 +239,19 @@ TEST_CASE("gguf: names from the file are shortened and escaped in messages") {
   GgufWriter w = small();
   w.tensors[0].name = "\x1b[2J\n" + std::string(100, 'x');
   w.tensors[0].type = 10;
-  CHECK(error_in(w) ==
-        "model.gguf: tensor \\x1b[2J\\x0a" + std::string(55, 'x') +
-            "...: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q5_K, "
-            "Q6_K, found Q2_K");
+  CHECK(error_in(w) == "model.gguf: tensor \\x1b[2J\\x0a" + std::string(55, 'x') +
+                           "...: type: expected one of " + dtype_names() + ", found Q2_K");
 }
 
 TEST_CASE("gguf: tensor types that are not read are named") {
+  CHECK(dtype_names() == "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K, Q6_K");
   const auto found = [](std::uint32_t type) {
     GgufWriter w = small();
     w.tensor("matrix").type = type;
     return error_in(w);
   };
   const std::string start =
-      "model.gguf: tensor matrix: type: expected one of F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, "
-      "Q5_K, Q6_K, found ";
+      "model.gguf: tensor matrix: type: expected one of " + dtype_names() + ", found ";
   CHECK(found(10) == start + "Q2_K");
   CHECK(found(15) == start + "Q8_K");
   CHECK(found(26) == start + "I32");

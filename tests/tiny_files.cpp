@@ -80,7 +80,7 @@ std::string bytes_of(const std::vector<float>& values) {
 }
 
 std::uint32_t ggml_type(DType type) {
-  constexpr std::uint32_t kNumbers[] = {0, 1, 30, 8, 2, 3, 12, 13, 14};  // in the order of DType
+  constexpr std::uint32_t kNumbers[] = {0, 1, 30, 8, 2, 3, 6, 7, 12, 13, 14};  // in the order of DType
   return kNumbers[static_cast<int>(type)];
 }
 

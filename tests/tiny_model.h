@@ -15,8 +15,8 @@
 
 namespace thaw::testing {
 
-inline constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
-                                      DType::kQ8_0, DType::kQ4_0, DType::kQ4_1,
+inline constexpr DType kAllTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16, DType::kQ8_0,
+                                      DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
                                       DType::kQ4_K, DType::kQ5_K, DType::kQ6_K};
 
 struct TinyOptions {
@@ -61,22 +61,27 @@ inline void quantize_block(std::byte* out, const float* x, DType type) {
   for (int i = 0; i < 32; ++i) {
     lo = std::min(lo, x[i]), hi = std::max(hi, x[i]), peak = std::max(peak, std::fabs(x[i]));
   }
-  const bool with_min = type == DType::kQ4_1;
-  const float d = with_min ? (hi - lo) / 15 : type == DType::kQ8_0 ? peak / 127 : peak / 7;
+  const bool with_min = type == DType::kQ4_1 || type == DType::kQ5_1;
+  const bool five_bits = type == DType::kQ5_0 || type == DType::kQ5_1;
+  const int zero = type == DType::kQ8_0 ? 127 : five_bits ? 16 : 8;  // the code of 0, without min
+  const float d = with_min ? (hi - lo) / static_cast<float>(2 * zero - 1)
+                           : peak / static_cast<float>(zero - (zero < 127));
   const std::uint16_t halves[2] = {f32_to_f16(d), f32_to_f16(lo)};
   const int header = with_min ? 4 : 2;
   std::memcpy(out, halves, static_cast<std::size_t>(header));
+  std::byte* fifths = out + header;
+  std::byte* codes = fifths + (five_bits ? 4 : 0);
+  std::fill(fifths, out + dtype_info(type).block_bytes, std::byte{});
   for (int i = 0; i < 32; ++i) {
     const float scaled = d > 0 ? (with_min ? x[i] - lo : x[i]) / d : 0;
     const int code = static_cast<int>(std::lround(scaled));
     if (type == DType::kQ8_0) {
-      out[header + i] = static_cast<std::byte>(std::clamp(code, -127, 127));
-    } else {
-      const int four_bits = std::clamp(with_min ? code : code + 8, 0, 15);
-      std::byte& byte = out[header + i % 16];
-      byte = i < 16 ? static_cast<std::byte>(four_bits)
-                    : byte | static_cast<std::byte>(four_bits << 4);
+      codes[i] = static_cast<std::byte>(std::clamp(code, -127, 127));
+      continue;
     }
+    const int c = std::clamp(with_min ? code : code + zero, 0, 2 * zero - 1);
+    codes[i % 16] |= static_cast<std::byte>((c & 15) << i / 16 * 4);
+    if (five_bits) fifths[i / 8] |= static_cast<std::byte>((c >> 4) << i % 8);
   }
 }
 

@@ -15,7 +15,8 @@ import numpy as np
 OUT = pathlib.Path(__file__).resolve().parent.parent / "tests" / "golden" / "blocks.json"
 ROWS = 2
 # Where a block's f16 numbers are: random bits there would often be no numbers.
-HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
+HALVES = {"Q8_0": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2],
+          "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208]}
 
 
 def main():

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds the speed peer, llama.cpp, for this machine: Release, native instructions, OpenMP, no GPU.
 #
-#   tools/peers.sh [DIR]     default DIR: build/peers; leaves DIR/bin/llama-bench and llama-perplexity
+#   tools/peers.sh [DIR]     default DIR: build/peers; leaves DIR/bin/llama-bench, llama-perplexity and llama-quantize
 #
 # The source is what the PyPI package llama-cpp-python carries; its version is pinned so that
 # measurements can be repeated. Needs cmake, a C++ compiler, python3 with pip; about 15 minutes on 2 cores.
@@ -29,5 +29,5 @@ cmake -S "$source_dir/vendor/llama.cpp" -B "$dir" -DCMAKE_BUILD_TYPE=Release -DG
   -DLLAMA_OPENSSL=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
   -DLLAMA_BUILD_SERVER=OFF -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_TOOLS=ON >"$dir/configure.log" 2>&1 ||
   { tail -n 20 "$dir/configure.log" >&2; exit 1; }
-cmake --build "$dir" --target llama-bench llama-perplexity --parallel "$(nproc)"
+cmake --build "$dir" --target llama-bench llama-perplexity llama-quantize --parallel "$(nproc)"
 echo "peers: $dir/bin/llama-bench $("$dir/bin/llama-bench" --help 2>/dev/null | head -n 1 || true)"
