@@ -8,12 +8,12 @@
 #include "device/error.h"
 #include "model/block_dots_cpu.h"
 #include "model/block_tiles_cpu.h"
+#include "model/float_dots_cpu.h"
 
 namespace thaw {
 namespace {
 
 constexpr int kBlock = 32;             // activations with one scale
-constexpr int kFloatDotRows = 3;       // as kDotRows, for formats without codes
 constexpr std::int64_t kDotTask = 32;  // weight rows of a task with dot products
 
 // The largest code: split into two bytes with signs, 127 and 127.
@@ -48,25 +48,6 @@ void encode_block(std::int16_t* codes, float* scales, const float* x) {
   scales[1] = scales[0] * static_cast<float>(total);
 }
 
-// ---- dot products: one weight row as stored, one row of activations ----
-
-float dot_floats(const float* x, const std::byte* w, DType type, std::int64_t n) {
-  constexpr int kStep = 64;
-  f32x8 sum[4] = {};
-  float buffer[kStep];
-  std::int64_t i = 0;
-  for (; i + kStep <= n; i += kStep) {
-    dequantize(buffer, w + row_bytes(type, i), type, kStep);
-    for (int j = 0; j < kStep / 8; ++j) sum[j % 4] += load8(buffer + 8 * j) * load8(x + i + 8 * j);
-  }
-  float total = sum8((sum[0] + sum[1]) + (sum[2] + sum[3]));
-  if (i < n) {
-    dequantize(buffer, w + row_bytes(type, i), type, n - i);
-    for (std::int64_t j = i; j < n; ++j) total += buffer[j - i] * x[j];
-  }
-  return total;
-}
-
 // body(type as a constant), for formats with codes.
 template <class Body>
 void with_codes(DType type, const Body& body) {
@@ -87,9 +68,7 @@ void dot_rows(float* out, const Activations& x, const Tensor& w, std::int64_t fi
                                             n_rows == kDotCols ? row_bytes(w.type, w.cols) : 0);
     });
   }
-  for (std::int64_t t = 0; t < x.rows(); ++t)
-    for (std::int64_t r = 0; r < n_rows; ++r)
-      out[t * kDotCols + r] = dot_floats(x.row(t), w.row(first_row + r), w.type, w.cols);
+  for (std::int64_t r = 0; r < n_rows; ++r) dot_floats(out + r, kDotCols, x, w, first_row + r);
 }
 
 // ---- tiles: 16 weight rows unpacked, all rows of activations ----
@@ -145,7 +124,7 @@ void multiply_dots(const Product& p, const Activations& x, std::int64_t first_ro
   const std::int64_t end = std::min(first_row + kDotTask, p.w->rows);
   for (std::int64_t row = first_row, n = 0; row < end; row += n) {
     n = end - row >= kDotCols ? kDotCols : 1;
-    float y[kDotRows * kDotCols];
+    float y[std::max(kDotRows, kFloatDotRows) * kDotCols];
     dot_rows(y, x, *p.w, row, n);
     for (std::int64_t t = 0; t < x.rows(); ++t) {
       float* out = p.out + t * p.out_stride + row;
