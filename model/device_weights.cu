@@ -2,21 +2,27 @@
 
 #include "device/error.h"
 #include "model/device_weights.h"
+#include "model/k_planes.h"
 
 namespace thaw {
 namespace {
 
 constexpr std::int64_t kUnitBytes = 16;
 
-// One row: blocks of header and codes into a row of codes and a row of scales.
-void split_blocks(std::byte* codes, std::byte* scales, const std::byte* in, DType type,
-                  std::int64_t cols) {
+// A row of a file into a row of codes and a row of scales, which are zeros before.
+void split_row(std::byte* codes, std::byte* scales, const std::byte* in, DType type,
+               std::int64_t cols) {
   const DTypeInfo& info = dtype_info(type);
-  const auto header = static_cast<std::size_t>(scale_bytes(type));
-  const std::size_t rest = static_cast<std::size_t>(info.block_bytes) - header;
+  if (info.block == 1)
+    return void(std::memcpy(codes, in, static_cast<std::size_t>(row_bytes(type, cols))));
+  const auto header = static_cast<std::size_t>(scale_bytes(type) * info.block / 256);
+  const auto of_codes = static_cast<std::size_t>(info.block / unit_elements(type) * kUnitBytes);
   for (std::int64_t block = 0; block < cols / info.block; ++block) {
-    std::memcpy(scales, in, header), std::memcpy(codes, in + header, rest);
-    scales += header, codes += rest, in += info.block_bytes;
+    if (is_k_quant(type))
+      split_k_block(codes, scales, in, type);
+    else
+      std::memcpy(scales, in, header), std::memcpy(codes, in + header, of_codes);
+    scales += header, codes += of_codes, in += info.block_bytes;
   }
 }
 
@@ -41,38 +47,32 @@ std::byte* DeviceWeights::reserve(std::size_t bytes, const std::string& what) {
 void DeviceWeights::add(const Tensor& tensor, const Stream& stream) {
   const auto [at, is_new] = matrices_.try_emplace(tensor.data);
   if (!is_new) return;
-  const int header = scale_bytes(tensor.type), block = dtype_info(tensor.type).block;
+  const int block = dtype_info(tensor.type).block;
   require(tensor.cols % block == 0 && tensor.rows < 1 << 30 && tensor.cols < 1 << 30, tensor.name,
           ": shape: expected whole blocks of ", block, " columns, found ", tensor.rows, " x ",
           tensor.cols);
-  const std::int64_t n_blocks = tensor.cols / block;
-  const std::int64_t row_codes = n_blocks * (dtype_info(tensor.type).block_bytes - header);
-  const std::int64_t units = (row_codes + kUnitBytes - 1) / kUnitBytes;
-  const auto n_codes = static_cast<std::size_t>(tensor.rows * units * kUnitBytes);
-  const std::int64_t scale_units = n_scale_units(tensor.type, static_cast<int>(tensor.cols));
-  const auto n_scales = static_cast<std::size_t>(tensor.rows * scale_units * kUnitBytes);
+  const auto rows = static_cast<int>(tensor.rows), cols = static_cast<int>(tensor.cols);
+  const int units = n_units(tensor.type, cols), scale_units = n_scale_units(tensor.type, cols);
+  const std::int64_t row_codes = units * kUnitBytes, row_scales = scale_units * kUnitBytes;
+  const auto n_codes = static_cast<std::size_t>(rows * row_codes);
+  const auto n_scales = static_cast<std::size_t>(rows * row_scales);
   std::byte* codes = reserve(n_codes, tensor.name);
   std::byte* scales = n_scales == 0 ? nullptr : reserve(n_scales, tensor.name);
   at->second = {tensor.type,
-                static_cast<int>(tensor.rows),
-                static_cast<int>(tensor.cols),
-                static_cast<int>(units),
-                static_cast<int>(scale_units),
+                rows,
+                cols,
+                units,
+                scale_units,
                 reinterpret_cast<const uint4*>(codes),
                 reinterpret_cast<const uint4*>(scales)};
-  if (header == 0 && row_codes == units * kUnitBytes) {
+  if (block == 1 && row_codes == row_bytes(tensor.type, cols)) {
     copy_to_device(codes, tensor.data, n_codes, stream);
     return;
   }
   std::vector<std::byte> host_codes(n_codes), host_scales(n_scales);
-  for (std::int64_t r = 0; r < tensor.rows; ++r) {
-    std::byte* to = host_codes.data() + r * units * kUnitBytes;
-    if (header == 0)
-      std::memcpy(to, tensor.row(r), static_cast<std::size_t>(row_codes));
-    else
-      split_blocks(to, host_scales.data() + r * scale_units * kUnitBytes, tensor.row(r),
-                   tensor.type, tensor.cols);
-  }
+  for (int r = 0; r < rows; ++r)
+    split_row(host_codes.data() + r * row_codes, host_scales.data() + r * row_scales, tensor.row(r),
+              tensor.type, cols);
   copy_to_device(codes, host_codes.data(), n_codes, stream);
   if (n_scales > 0) copy_to_device(scales, host_scales.data(), n_scales, stream);
 }

@@ -2,12 +2,12 @@
 //
 // Every matrix is repacked into two planes when it is loaded, so that a warp's loads are whole
 // 16-byte words side by side:
-//   codes   rows x units of 16 bytes: 4 F32, 8 F16 or BF16, 16 codes of Q8_0, or the 32 codes of a
-//           block of Q4_0 or Q4_1; the last unit of a row is padded with zeros
-//   scales  rows x blocks: f16 d (Q8_0, Q4_0), or f16 d and f16 m (Q4_1); a row is padded with
-//           zeros to whole units of 16 bytes; null for float formats
-// The bytes within a unit are those of the file (model/tensor.h). Float formats whose rows are
-// whole units are copied from the mapped file as they are.
+//   codes   rows x units of 16 bytes: 4 F32, 8 F16 or BF16, 16 codes of Q8_0, or 32 codes of the
+//           others, of K-quants their low bits; the last unit of a row is padded with zeros
+//   scales  rows x blocks: f16 d (Q8_0, Q4_0), f16 d and f16 m (Q4_1), or what model/k_planes.h
+//           says; a row is padded with zeros to whole units of 16 bytes; null for float formats
+// But for K-quants, the bytes within a unit are those of the file (model/tensor.h). Float formats
+// whose rows are whole units are copied from the mapped file as they are.
 #pragma once
 
 #include <cstddef>
@@ -29,12 +29,36 @@ struct DeviceMatrix {
   const uint4* scales = nullptr;
 };
 
-// Bytes of a block that are its scales.
+// Elements of a unit.
+__host__ __device__ constexpr int unit_elements(DType type) {
+  if (type == DType::kF32) return 4;
+  if (type == DType::kF16 || type == DType::kBF16) return 8;
+  return type == DType::kQ8_0 ? 16 : 32;
+}
+// Bytes of the scales of 256 elements, which are whole blocks in every format.
 __host__ __device__ constexpr int scale_bytes(DType type) {
-  return type == DType::kQ4_1 ? 4 : type == DType::kQ4_0 || type == DType::kQ8_0 ? 2 : 0;
+  switch (type) {
+    case DType::kQ8_0:
+    case DType::kQ4_0:
+      return 8 * 2;
+    case DType::kQ4_1:
+      return 8 * 4;
+    case DType::kQ4_K:
+      return 4 * 4;
+    case DType::kQ5_K:
+      return 4 * (4 + 8);
+    case DType::kQ6_K:
+      return 4 * (5 + 16);
+    default:
+      return 0;
+  }
+}
+// Units of both planes in a row.
+__host__ __device__ constexpr int n_units(DType type, int cols) {
+  return (cols + unit_elements(type) - 1) / unit_elements(type);
 }
 __host__ __device__ constexpr int n_scale_units(DType type, int cols) {
-  return (cols / 32 * scale_bytes(type) + 15) / 16;
+  return (cols / 32 * scale_bytes(type) / 8 + 15) / 16;
 }
 
 class DeviceWeights {

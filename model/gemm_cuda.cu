@@ -59,11 +59,9 @@ __global__ void __launch_bounds__(kWidenThreads)
     const Unit& unit = units[j];
 #pragma unroll
     for (int i = 0; i < kPieces; ++i) {
-      const float4 a = unit.codes(2 * i), b = unit.codes(2 * i + 1);
-      mine[place(lane, i)] = make_uint4(pack2<__half>(unit.weight(a.x), unit.weight(a.y)),
-                                        pack2<__half>(unit.weight(a.z), unit.weight(a.w)),
-                                        pack2<__half>(unit.weight(b.x), unit.weight(b.y)),
-                                        pack2<__half>(unit.weight(b.z), unit.weight(b.w)));
+      const float4 a = unit.weights(2 * i), b = unit.weights(2 * i + 1);
+      mine[place(lane, i)] = make_uint4(pack2<__half>(a.x, a.y), pack2<__half>(a.z, a.w),
+                                        pack2<__half>(b.x, b.y), pack2<__half>(b.z, b.w));
     }
     __syncwarp();  // the lanes' units are there
     const int first_unit = begin + j * kWidenThreads;

@@ -14,10 +14,12 @@ inline constexpr int kGemvWarps = kGemvThreads / kWarp;
 // Blocks of a multiprocessor at the same time: with the ring they ask for more bytes than the
 // memory's latency swallows, and leave room for the next kernel's blocks.
 inline constexpr int kGemvBlocks = 2;
-// Steps of the ring: one is multiplied, the others arrive. A block of the widest product and two of
-// another, or the other way round, fit into a multiprocessor's shared memory: kernels overlap.
+// Steps of the ring: one is multiplied, the others arrive, as near to 150 units of 16 bytes of a
+// row as can be. A block of the widest product and two of another, or, if it is not of kQ6_K, the
+// other way round, fit into a multiprocessor's shared memory: kernels overlap.
 template <DType kType>
-inline constexpr int kGemvStages = WeightUnit<kType>::kHasScale ? 5 : 6;
+inline constexpr int kGemvStages = 1 +
+                                   (150 + WeightStep<kType>::kSize / 2) / WeightStep<kType>::kSize;
 inline constexpr std::size_t kGemvStaged = 32768;  // bytes of activations in shared memory, at most
 
 template <DType kType>
@@ -35,7 +37,7 @@ class WeightRing {
         ring_(ring),
         pair_(pair),
         pairs_a_turn_(pairs_a_turn),
-        units_((cols + WeightUnit<kType>::kElements - 1) / WeightUnit<kType>::kElements),
+        units_(n_units(kType, cols)),
         scale_units_(n_scale_units(kType, cols)) {
     begin_pair();
   }
@@ -51,14 +53,15 @@ class WeightRing {
       const int unit = step_ * kWarp + lane_index();
       cp_async_16_once(to + lane_index(), rows_[0].codes + unit, unit < units_);
       cp_async_16_once(to + Step::kSize + lane_index(), rows_[1].codes + unit, unit < units_);
-      if constexpr (Step::kScales > 0) {
-        if (lane_index() < 2 * Step::kScales) {
-          const bool second = lane_index() >= Step::kScales;
-          const int i = lane_index() % Step::kScales, scale = step_ * Step::kScales + i;
-          cp_async_16_once(to + (second ? Step::kSize : 0) + kWarp + i,
-                           (second ? rows_[1].scales : rows_[0].scales) + scale,
-                           scale < scale_units_);
-        }
+#pragma unroll
+      for (int first = 0; first < 2 * Step::kScales; first += kWarp) {
+        const int i = first + lane_index();
+        if (i >= 2 * Step::kScales) break;
+        const bool second = i >= Step::kScales;
+        const int at = second ? i - Step::kScales : i, scale = step_ * Step::kScales + at;
+        cp_async_16_once(to + (second ? Step::kSize : 0) + kWarp + at,
+                         (second ? rows_[1].scales : rows_[0].scales) + scale,
+                         scale < scale_units_);
       }
     }
     cp_async_commit();
@@ -98,7 +101,7 @@ __device__ inline void multiply_floats(float (&sums)[2][kT], const uint4* step, 
   for (int i = 0; i < 2; ++i) w[i].set(step[i * WeightStep<kType>::kSize + lane_index()]);
 #pragma unroll
   for (int q = 0; q < Staged<kType>::kPieces; ++q) {
-    const float4 c[2] = {w[0].codes(q), w[1].codes(q)};
+    const float4 c[2] = {w[0].weights(q), w[1].weights(q)};
 #pragma unroll
     for (int t = 0; t < kT; ++t) {
       const auto a =
@@ -118,48 +121,47 @@ __device__ inline int dot_words(const std::uint32_t (&codes)[4], uint4 x, int su
   return __dp4a(static_cast<int>(codes[3]), static_cast<int>(x.w), sum);
 }
 
-// The same with codes. The sum of the products of a block is an integer below 2^28; of 4-bit codes
-// it is put together from the elements in low nibbles and those in high ones.
+// The same with codes. The sum of the products of a block, or of a group of it, is an integer below
+// 2^28, put together from the pieces of 16 elements.
 template <DType kType, int kT>
 __device__ inline void multiply_codes(float (&sums)[2][kT], const uint4* step, void* shared,
                                       int chunk, int unit) {
   using Unit = WeightUnit<kType>;
-  constexpr int kHalves = Unit::kFourBits ? 2 : 1;
+  constexpr int kHalves = Unit::kElements / 16, kGroups = Unit::kGroups;
   std::uint32_t codes[2][kHalves][4];
-  float2 dm[2];
+  float2 scales[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const uint4* row = step + i * WeightStep<kType>::kSize;
-    const uint4 all = row[lane_index()];
-    const std::uint32_t words[4] = {all.x, all.y, all.z, all.w};
+    Unit w;
+    w.set(row[lane_index()]), w.set_scale(row + kWarp, lane_index());
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      codes[i][0][j] = Unit::kFourBits ? words[j] & 0x0f0f0f0fu : words[j];
-      if constexpr (Unit::kFourBits) codes[i][1][j] = words[j] >> 4 & 0x0f0f0f0fu;
-    }
-    dm[i] = unpack2<__half>(Unit::scale_of(row + kWarp, lane_index()));
+    for (int q = 0; q < Unit::kElements / 4; ++q) codes[i][q / 4][q % 4] = w.code_bytes(q);
+    scales[i] = w.scales();
   }
 #pragma unroll
   for (int t = 0; t < kT; ++t) {
     const Staged<kType> x(shared, t, chunk);
     const BlockInfo block = x.blocks[unit * Unit::kElements / 32];
-    int high[2] = {}, low[2] = {};
+    int high[2][kGroups] = {}, low[2][kGroups] = {};
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       const uint4 x_high = x.piece(unit, half), x_low = x.piece(unit, kHalves + half);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        high[i] = dot_words(codes[i][half], x_high, high[i]);
-        low[i] = dot_words(codes[i][half], x_low, low[i]);
+        int &h = high[i][half % kGroups], &l = low[i][half % kGroups];
+        h = dot_words(codes[i][half], x_high, h), l = dot_words(codes[i][half], x_low, l);
       }
     }
+    const auto add = [&](float& sum, float scale, int dot) {
+      sum = fmaf(scale * block.scale, static_cast<float>(dot), sum);
+    };
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      int dot = (high[i] << 8) + low[i];
-      if constexpr (kType == DType::kQ4_0) dot -= 8 * block.total;
-      sums[i][t] = fmaf(dm[i].x * block.scale, static_cast<float>(dot), sums[i][t]);
-      if constexpr (kType == DType::kQ4_1)
-        sums[i][t] = fmaf(dm[i].y * block.scale, static_cast<float>(block.total), sums[i][t]);
+      const int dot = (high[i][0] << 8) + low[i][0];
+      add(sums[i][t], scales[i].x, kType == DType::kQ4_0 ? dot - 8 * block.total : dot);
+      if constexpr (Unit::kHasMin) add(sums[i][t], scales[i].y, block.total);
+      if constexpr (kGroups == 2) add(sums[i][t], scales[i].y, (high[i][1] << 8) + low[i][1]);
     }
   }
 }

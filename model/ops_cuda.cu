@@ -136,8 +136,8 @@ __global__ void embed_rows(float* x, const std::int32_t* tokens, DeviceMatrix ta
     w.load(row, u);
 #pragma unroll
     for (int q = 0; q < w.kElements / 4; ++q) {
-      const float4 c = w.codes(q);
-      const float values[4] = {w.weight(c.x), w.weight(c.y), w.weight(c.z), w.weight(c.w)};
+      const float4 all = w.weights(q);
+      const float values[4] = {all.x, all.y, all.z, all.w};
       for (int j = 0; j < 4; ++j) {
         const int col = u * w.kElements + 4 * q + j;
         if (col < table.cols) x[col] = is_known ? values[j] : __uint_as_float(0x7fc00000u);

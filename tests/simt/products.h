@@ -26,9 +26,6 @@ namespace thaw::testing {
 
 using Vector = std::vector<float>;
 
-inline constexpr DType kTypes[] = {DType::kF32,  DType::kF16,  DType::kBF16,
-                                   DType::kQ8_0, DType::kQ4_0, DType::kQ4_1};
-
 // NMSE of a product with n_rows rows of activations.
 inline double product_error(DType type, std::int64_t n_rows) {
   if (n_rows <= 8 && dtype_info(type).block > 1) return 2e-9;
