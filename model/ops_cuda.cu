@@ -260,8 +260,9 @@ class CudaOps final : public Ops {
       rope(q, k, positions);
       return report_qkv(q, k, v, w.index, n_rows);
     }
-    const bool fused = all[0].type == all[1].type && all[1].type == all[2].type;
-    for (int i = 0; i < (fused ? 1 : 3); ++i) {  // which matrix is not left out
+    for (int i = 0; i < 3; ++i) {  // a kernel for each format, without the matrices of others
+      const auto is_same = [&](const DeviceMatrix& m) { return m.type == all[i].type; };
+      if (std::any_of(all, all + i, is_same)) continue;
       QkvRope op{all[0],
                  all[1],
                  all[2],
@@ -272,9 +273,8 @@ class CudaOps final : public Ops {
                  inverse_frequencies_.data(),
                  config_.head_dim / 2,
                  config_.rope_pairing == RopePairing::kInterleaved};
-      DeviceMatrix* matrices[] = {&op.wq, &op.wk, &op.wv};
-      for (int j = 0; j < 3; ++j)
-        if (!fused && j != i) matrices[j]->rows = 0;
+      for (DeviceMatrix* matrix : {&op.wq, &op.wk, &op.wv})
+        if (!is_same(*matrix)) matrix->rows = 0;
       multiply("qkv", op, all[i].type, x, weights_.norm(w.attn_norm), n_rows, config_.dim);
     }
     report_qkv(q, k, v, w.index, n_rows);

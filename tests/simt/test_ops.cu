@@ -328,6 +328,12 @@ TEST_CASE("cuda ops: one row is one kernel an op, which reads each weight once")
     const int row = 16 * (n_units(type, 1024) + n_scale_units(type, 1024));
     CHECK(row <= row_bytes(type, 1024) * 101 / 100);  // bench counts the file's
   }
+  testing::TinyModel tiny = testing::make_tiny_model(odd_shape(DType::kQ4_0));
+  const testing::TinyModel other = testing::make_tiny_model(odd_shape(DType::kQ8_0));
+  tiny.model.weights.layers[0].wv = other.model.weights.layers[0].wv;
+  simt::counts().clear();
+  run(tiny, 1);
+  CHECK(simt::counts()["qkv"].runs == 2);  // one for each format
 }
 
 TEST_CASE("cuda ops: an observer gets every intermediate, in host memory") {
