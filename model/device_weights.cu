@@ -2,7 +2,7 @@
 
 #include "device/error.h"
 #include "model/device_weights.h"
-#include "model/k_planes.h"
+#include "model/high_bits.h"
 
 namespace thaw {
 namespace {
@@ -20,6 +20,8 @@ void split_row(std::byte* codes, std::byte* scales, const std::byte* in, DType t
   for (std::int64_t block = 0; block < cols / info.block; ++block) {
     if (is_k_quant(type))
       split_k_block(codes, scales, in, type);
+    else if (has_five_bits(type))
+      split_five_bits(codes, scales, in, type);
     else
       std::memcpy(scales, in, header), std::memcpy(codes, in + header, of_codes);
     scales += header, codes += of_codes, in += info.block_bytes;

@@ -4,7 +4,7 @@
 // 16-byte words side by side:
 //   codes   rows x units of 16 bytes: 4 F32, 8 F16 or BF16, 16 codes of Q8_0, or 32 codes of the
 //           others, of K-quants their low bits; the last unit of a row is padded with zeros
-//   scales  rows x blocks: f16 d (Q8_0, Q4_0), f16 d and f16 m (Q4_1), or what model/k_planes.h
+//   scales  rows x blocks: f16 d (Q8_0, Q4_0), f16 d and f16 m (Q4_1), or what model/high_bits.h
 //           says; a row is padded with zeros to whole units of 16 bytes; null for float formats
 // But for K-quants, the bytes within a unit are those of the file (model/tensor.h). Float formats
 // whose rows are whole units are copied from the mapped file as they are.
@@ -43,6 +43,10 @@ __host__ __device__ constexpr int scale_bytes(DType type) {
       return 8 * 2;
     case DType::kQ4_1:
       return 8 * 4;
+    case DType::kQ5_0:
+      return 8 * 6;
+    case DType::kQ5_1:
+      return 8 * 8;
     case DType::kQ4_K:
       return 4 * 4;
     case DType::kQ5_K:

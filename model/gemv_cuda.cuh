@@ -159,7 +159,7 @@ __device__ inline void multiply_codes(float (&sums)[2][kT], const uint4* step, v
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int dot = (high[i][0] << 8) + low[i][0];
-      add(sums[i][t], scales[i].x, kType == DType::kQ4_0 ? dot - 8 * block.total : dot);
+      add(sums[i][t], scales[i].x, dot - Unit::kZero * block.total);
       if constexpr (Unit::kHasMin) add(sums[i][t], scales[i].y, block.total);
       if constexpr (kGroups == 2) add(sums[i][t], scales[i].y, (high[i][1] << 8) + low[i][1]);
     }

@@ -3,7 +3,7 @@
 
 #include "device/kernel.cuh"
 #include "model/device_weights.h"
-#include "model/k_planes.h"
+#include "model/high_bits.h"
 
 namespace thaw {
 
@@ -18,21 +18,22 @@ __device__ inline WeightRow row_of(const DeviceMatrix& w, int row) {
 }
 
 // A unit of 16 bytes of a row of weights (model/device_weights.h), in registers. A weight is d c,
-// or d c + m: c is what code_bytes() gives, in kQ4_0 less 8, and d and m what scales() does.
+// or d c + m: c is what code_bytes() gives, less kZero, and d and m what scales() does.
 template <DType kType>
 struct WeightUnit {
   static constexpr bool kIsK = is_k_quant(kType);
   static constexpr bool kHasScale = dtype_info(kType).block > 1;
   static constexpr int kGroups = kType == DType::kQ6_K ? 2 : 1;  // with a d of their own
-  static constexpr bool kHasMin =
-      kType == DType::kQ4_1 || kType == DType::kQ4_K || kType == DType::kQ5_K;
+  static constexpr bool kHasMin = kType == DType::kQ4_1 || kType == DType::kQ5_1 ||
+                                  kType == DType::kQ4_K || kType == DType::kQ5_K;
   static constexpr bool kIsSigned = kType == DType::kQ8_0 || kType == DType::kQ6_K;  // its bytes
+  static constexpr int kZero = kType == DType::kQ4_0 ? 8 : kType == DType::kQ5_0 ? 16 : 0;
   static constexpr int kElements = unit_elements(kType);
-  static constexpr int kHighBits = k_high_bits(kType), kHighWordsAt = k_high_bits_at(kType) / 4;
+  static constexpr int kHighBits = n_high_bits(kType), kHighWordsAt = high_bits_at(kType) / 4;
 
   std::uint32_t words[4];
   std::uint32_t scale;  // d low, and m high; of a K-quant, the block's d and e
-  // Of a K-quant, as stored, so that a load waits for no other: see model/k_planes.h.
+  // Of a K-quant, as stored, so that a load waits for no other: see model/high_bits.h.
   int p;
   std::uint32_t part_scales, scales_high;
   std::uint32_t high_bits[2];
@@ -54,6 +55,12 @@ struct WeightUnit {
         scales_high = block[3];
       }
       for (int i = 0; i < kHighBits; ++i) high_bits[i] = block[kHighWordsAt + kHighBits * p + i];
+    } else if constexpr (kType == DType::kQ5_0) {
+      const auto* block = reinterpret_cast<const std::uint16_t*>(scales) + 3 * u;
+      scale = block[0], high_bits[0] = block[1] | static_cast<std::uint32_t>(block[2]) << 16;
+    } else if constexpr (kType == DType::kQ5_1) {
+      const auto* block = reinterpret_cast<const uint2*>(scales) + u;
+      scale = block->x, high_bits[0] = block->y;
     } else if constexpr (kType == DType::kQ4_1) {
       scale = reinterpret_cast<const std::uint32_t*>(scales)[u];
     } else if constexpr (kHasScale) {
@@ -119,10 +126,10 @@ struct WeightUnit {
 
   // c of byte i: first as the low bits of 2^23 + c, or of 2^23 + 128 + c.
   __device__ static float code(std::uint32_t codes, int i) {
-    constexpr float kZero = kIsSigned ? 128 : kType == DType::kQ4_0 ? 8 : 0;
+    constexpr float kLeast = kIsSigned ? 128 : kZero;
     const std::uint32_t bytes = kIsSigned ? codes ^ 0x80808080u : codes;
     const std::uint32_t bits = __byte_perm(bytes, 0x4b000000u, 0x7440u + i);
-    return __uint_as_float(bits) - (8388608.0f + kZero);
+    return __uint_as_float(bits) - (8388608.0f + kLeast);
   }
 };
 
@@ -145,6 +152,10 @@ void with_type(DType type, const Body& body) {
       return body(Known<DType::kQ4_0>{});
     case DType::kQ4_1:
       return body(Known<DType::kQ4_1>{});
+    case DType::kQ5_0:
+      return body(Known<DType::kQ5_0>{});
+    case DType::kQ5_1:
+      return body(Known<DType::kQ5_1>{});
     case DType::kQ4_K:
       return body(Known<DType::kQ4_K>{});
     case DType::kQ5_K:
