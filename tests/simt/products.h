@@ -21,10 +21,21 @@
 
 #include "device/cuda.h"
 #include "model/tensor.h"
+#include "tests/simt/simt.h"
+#include "tests/tiny_model.h"
 
 namespace thaw::testing {
 
 using Vector = std::vector<float>;
+
+// All formats; where the emulator is slow, without those whose loads and codes others have, too.
+inline std::vector<DType> product_types() {
+  std::vector<DType> types;
+  for (const DType type : kAllTypes)
+    if (!simt::kIsSlow || (type != DType::kQ5_1 && type != DType::kQ4_K && type != DType::kQ5_K))
+      types.push_back(type);
+  return types;
+}
 
 // NMSE of a product with n_rows rows of activations.
 inline double product_error(DType type, std::int64_t n_rows) {

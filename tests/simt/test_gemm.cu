@@ -22,7 +22,7 @@ using testing::on_host;
 using testing::Vector;
 
 TEST_CASE("cuda gemm: in tiles, into any address, saturated") {
-  for (DType type : testing::kAllTypes)
+  for (DType type : testing::product_types())
     for (std::size_t tile_bytes : {1, 3 * 64 * 2 + 5, 1 << 20}) {
       CAPTURE(dtype_info(type).name);
       CAPTURE(tile_bytes);

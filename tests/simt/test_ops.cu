@@ -174,7 +174,7 @@ void check_project(DType type, std::int64_t n_rows, int rows, int cols) {
 }  // namespace
 
 TEST_CASE("cuda ops: each op equals the definition, every format, both pairings") {
-  for (DType type : testing::kAllTypes)
+  for (DType type : testing::product_types())
     for (std::int64_t n_rows : {1, 2, 8, 9, 17}) {
       CAPTURE(dtype_info(type).name);
       CAPTURE(n_rows);
@@ -220,7 +220,7 @@ TEST_CASE("cuda ops: embed gives the definition's floats whatever the bits of a 
 }
 
 TEST_CASE("cuda ops: products that are staged in several chunks, and warps of several pairs") {
-  for (DType type : testing::kAllTypes) {
+  for (DType type : testing::product_types()) {
     const int block = std::max(32, dtype_info(type).block);
     check_project(type, 1, 6, (is_float(type) ? 16384 : 28672) + 3 * block);
     check_project(type, 3, 5, (is_float(type) ? 4096 : 7168) + block);
@@ -269,7 +269,7 @@ void check_feed_forward(testing::TinyOptions o, std::int64_t n_rows) {
 }
 
 TEST_CASE("cuda ops: feed_forward is gate_up and project_add, bit for bit") {
-  for (DType type : testing::kAllTypes) {
+  for (DType type : testing::product_types()) {
     for (std::int64_t n_rows : {1, 8, 9, 17}) check_feed_forward(odd_shape(type), n_rows);
     if (is_k_quant(type)) continue;  // what is packed is of f16, as for other codes
     testing::TinyOptions o = odd_shape(type);
@@ -301,7 +301,7 @@ TEST_CASE("cuda ops: the same bits whatever the order of threads, and from a gra
 }
 
 TEST_CASE("cuda ops: one row is one kernel an op, which reads each weight once") {
-  for (DType type : testing::kAllTypes) {
+  for (DType type : testing::product_types()) {
     CAPTURE(dtype_info(type).name);
     testing::TinyOptions o = odd_shape(type);
     o.dim = 128, o.n_heads = 4, o.n_kv_heads = 2, o.head_dim = 32, o.ffn_dim = 64;
