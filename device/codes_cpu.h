@@ -58,7 +58,11 @@ inline f32x8 load_halves(const std::byte* const* rows, std::int64_t at) {
 #ifdef __AVX2__
 inline void add_products(i32x8& sum, i16x16 a, i16x16 b) {
   const auto x = reinterpret_cast<__m256i>(a), y = reinterpret_cast<__m256i>(b);
+#ifdef __AVXVNNI__
+  sum = reinterpret_cast<i32x8>(_mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(sum), x, y));
+#else
   sum += reinterpret_cast<i32x8>(_mm256_madd_epi16(x, y));
+#endif
 }
 
 #else
