@@ -21,18 +21,23 @@ struct OpResult {
   double gb_s() const { return bytes / mean_of(seconds).mean / 1e9; }
 };
 
-// Of a call, weights and rows of the cache; activations are too small to matter.
+// Of a call, weights, on average of the layers, and rows of the cache; activations are too small to
+// matter.
 double bytes_of(const std::string& op, const Model& model, double kv_read, const KvShape& shape) {
-  const LayerWeights& w = model.weights.layers.front();
-  const auto bytes = [](const Tensor& t) { return static_cast<double>(t.bytes()); };
+  const auto bytes = [&](auto... matrices) {
+    std::int64_t total = 0;
+    for (const LayerWeights& w : model.weights.layers) total += ((w.*matrices).bytes() + ...);
+    return static_cast<double>(total) / model.config.n_layers;
+  };
+  using W = LayerWeights;
   if (op == "embed")
     return static_cast<double>(row_bytes(model.weights.embedding.type, model.config.dim));
-  if (op == "qkv") return bytes(w.wq) + bytes(w.wk) + bytes(w.wv);
+  if (op == "qkv") return bytes(&W::wq, &W::wk, &W::wv);
   if (op == "append") return static_cast<double>(shape.bytes_per_token()) / shape.n_layers;
   if (op == "attend") return kv_read / shape.n_layers;
-  if (op == "project_add") return (bytes(w.wo) + bytes(w.w_down)) / 2;  // it is called for both
-  if (op == "gate_up") return bytes(w.w_gate) + bytes(w.w_up);
-  if (op == "logits") return bytes(model.weights.output);
+  if (op == "project_add") return bytes(&W::wo, &W::w_down) / 2;  // it is called for both
+  if (op == "gate_up") return bytes(&W::w_gate, &W::w_up);
+  if (op == "logits") return static_cast<double>(model.weights.output.bytes());
   return 0;
 }
 

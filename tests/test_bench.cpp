@@ -137,6 +137,24 @@ TEST_CASE("bench --op: each call of an op, and the bytes of one") {
   }
 }
 
+TEST_CASE("bench --op: the bytes of a call are the mean of layers of different formats") {
+  testing::TinyModel tiny = testing::make_tiny_model({.type = DType::kF16});
+  Tensor& w = tiny.model.weights.layers[1].w_down;
+  std::vector<float> values(static_cast<std::size_t>(w.rows * w.cols));
+  dequantize(values.data(), w.data, w.type, w.rows * w.cols);
+  tiny.storage.push_back(testing::encode(values, DType::kF32));
+  w.type = DType::kF32, w.data = tiny.storage.back().data();
+  const std::string path = TinyCli::get().path("mixed.gguf");
+  testing::write_file(path, testing::tiny_gguf(tiny).bytes());
+  const RunResult r = run_thaw({"bench", "-m", path, "--op", "project_add", "-n", "1", "-d", "1", "--json"});
+  CAPTURE(r.err);
+  REQUIRE(r.exit_code == 0);
+  const json row = json::parse(r.out)["ops"][0];
+  const LayerWeights& l = tiny.model.weights.layers[0];
+  const auto bytes = static_cast<double>(2 * l.wo.bytes() + l.w_down.bytes() + w.bytes()) / 4;
+  CHECK(row["gb_s"].get<double>() == doctest::Approx(bytes / row["mean_us"].get<double>() / 1e3));
+}
+
 TEST_CASE("bench: ops and random weights that cannot be") {
   const auto error = [](std::vector<std::string> args) {
     args.insert(args.begin(), "bench");
