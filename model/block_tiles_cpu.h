@@ -49,22 +49,20 @@ template <class Layout>
 template <DType kType>
 void put_scales(CodeTile& tile, std::int64_t b, int half, const std::byte* const (&rows)[8]) {
   using Stored = Blocks<kType>;
-  f32x8 first[Stored::kParts], second[Stored::kParts];  // d, and m or the second group's d
-  if constexpr (Stored::kIsK) {
-    for (int r = 0; r < 8; ++r) k_block_scales<kType>(first[r], second[r], rows[r]);
-    transpose_8x8(first), transpose_8x8(second);
-  } else {
-    const std::byte* const lower[] = {rows[0], rows[1], rows[4], rows[5]};
-    const std::byte* const upper[] = {rows[2], rows[3], rows[6], rows[7]};
-    const f32x8 l = load_halves(lower, 0), u = load_halves(upper, 0);
-    first[0] = __builtin_shufflevector(l, u, 0, 2, 8, 10, 4, 6, 12, 14);
-    const f32x8 m = __builtin_shufflevector(l, u, 1, 3, 9, 11, 5, 7, 13, 15);
-    second[0] = Stored::kHasMin ? m : static_cast<float>(Stored::kOffset) * first[0];
-  }
+  f32x8 lower[Stored::kParts],
+      upper[Stored::kParts];  // of rows whose places are 0, 1, 4, 5; others
+  load_headers<kType>(lower, {rows[0], rows[1], rows[4], rows[5]});
+  load_headers<kType>(upper, {rows[2], rows[3], rows[6], rows[7]});
   for (int part = 0; part < Stored::kParts; ++part) {
+    const f32x8 l = lower[part], u = upper[part];
+    const f32x8 d = __builtin_shufflevector(l, u, 0, 2, 8, 10, 4, 6, 12, 14);
+    const f32x8 m = __builtin_shufflevector(l, u, 1, 3, 9, 11, 5, 7, 13, 15);
     const std::int64_t at = (b + part) * Stored::kGroups;
-    store8(tile.d[at] + half * 8, first[part]);
-    store8((Stored::kGroups == 2 ? tile.d[at + 1] : tile.offset[at]) + half * 8, second[part]);
+    store8(tile.d[at] + half * 8, d);
+    if constexpr (Stored::kGroups == 2)
+      store8(tile.d[at + 1] + half * 8, m);  // the second group's d
+    else
+      store8(tile.offset[at] + half * 8, static_cast<float>(Stored::kOffset) * m);
   }
 }
 

@@ -36,39 +36,54 @@ struct Blocks {
   }
 };
 
-inline float load_half(const std::byte* p) {
-  std::uint16_t bits;
-  std::memcpy(&bits, p, sizeof bits);
-  return f16_to_f32(bits);
+using u32x4 = std::uint32_t __attribute__((vector_size(16)));
+using u32x8 = std::uint32_t __attribute__((vector_size(32)));
+
+// Word i of each row becomes row i.
+inline void transpose_4x4(u32x4 (&v)[4]) {
+  const u32x4 a = __builtin_shufflevector(v[0], v[1], 0, 4, 1, 5);
+  const u32x4 b = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
+  const u32x4 c = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
+  const u32x4 d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
+  v[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5),
+  v[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
+  v[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5),
+  v[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 
-// 8 small integers.
-template <class Integer>
-f32x8 load_bytes(const Integer* p) {
-#ifdef __AVX2__
-  const __m128i all = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return reinterpret_cast<f32x8>(_mm256_cvtepi32_ps(
-      std::is_signed_v<Integer> ? _mm256_cvtepi8_epi32(all) : _mm256_cvtepu8_epi32(all)));
-#else
-  f32x8 values;
-  for (int i = 0; i < 8; ++i) values[i] = static_cast<float>(p[i]);
-  return values;
-#endif
+// Of kQ4_K and kQ5_K: of the parts' s and m, as in k_scales(), but of four rows at once; a row's
+// four bytes are those of four parts.
+inline void load_k_headers(f32x8 (&headers)[kKParts], const std::byte* const (&rows)[kDotCols]) {
+  u32x4 words[4];  // d and e, and 12 bytes of scales
+  for (int r = 0; r < kDotCols; ++r) std::memcpy(&words[r], rows[r], sizeof words[r]);
+  transpose_4x4(words);
+  const f32x8 signs = {1, -1, 1, -1, 1, -1, 1, -1};
+  const f32x8 de = load_halves(rows, 0) * signs;
+  const u32x4 s[] = {words[1] & 0x3f3f3f3f, (words[3] & 0x0f0f0f0f) | (words[1] >> 2 & 0x30303030)};
+  const u32x4 m[] = {words[2] & 0x3f3f3f3f,
+                     (words[3] >> 4 & 0x0f0f0f0f) | (words[2] >> 2 & 0x30303030)};
+#pragma GCC unroll 8
+  for (int p = 0; p < kKParts; ++p) {
+    const u32x8 both = __builtin_shufflevector(s[p / 4], m[p / 4], 0, 4, 1, 5, 2, 6, 3, 7);
+    headers[p] = to_float(reinterpret_cast<i32x8>(both >> 8 * (p % 4) & 255)) * de;
+  }
 }
 
-// Of the 8 parts of a block of a K-quant: d, and m; with two groups, their d.
-template <DType kType>
-[[gnu::always_inline]] inline void k_block_scales(f32x8& first, f32x8& second,
-                                                  const std::byte* block) {
-  const float d = load_half(block + k_d_at(kType));
-  if constexpr (kType == DType::kQ6_K) {
-    std::int8_t groups[2][kKParts];
-    for (int i = 0; i < 2 * kKParts; ++i)
-      groups[i % 2][i / 2] = static_cast<std::int8_t>(block[k_scales_at(kType) + i]);
-    first = d * load_bytes(groups[0]), second = d * load_bytes(groups[1]);
-  } else {
-    const KScales scales = k_scales(block);
-    first = d * load_bytes(scales.s), second = -load_half(block + 2) * load_bytes(scales.m);
+// Of kQ6_K: 16 scales with signs, two a part.
+inline void load_q6_k_headers(f32x8 (&headers)[kKParts], const std::byte* const (&rows)[kDotCols]) {
+  u32x4 words[4];
+  for (int r = 0; r < kDotCols; ++r)
+    std::memcpy(&words[r], rows[r] + k_scales_at(DType::kQ6_K), sizeof words[r]);
+  transpose_4x4(words);
+  const f32x8 last = load_halves(rows, k_d_at(DType::kQ6_K) - 2);  // two scales, and d
+  const f32x8 d = __builtin_shufflevector(last, last, 1, 1, 3, 3, 5, 5, 7, 7);
+#pragma GCC unroll 8
+  for (int p = 0; p < kKParts; ++p) {
+    const u32x4 word = words[p / 2];
+    const u32x8 both = __builtin_shufflevector(word, word, 0, 0, 1, 1, 2, 2, 3, 3);
+    const u32x8 up =
+        p % 2 == 0 ? u32x8{24, 16, 24, 16, 24, 16, 24, 16} : u32x8{8, 0, 8, 0, 8, 0, 8, 0};
+    headers[p] = to_float(reinterpret_cast<i32x8>(both << up) >> 24) * d;
   }
 }
 
@@ -77,10 +92,10 @@ template <DType kType>
 template <DType kType>
 [[gnu::always_inline]] inline void load_headers(f32x8 (&headers)[Blocks<kType>::kParts],
                                                 const std::byte* const (&rows)[kDotCols]) {
-  if constexpr (Blocks<kType>::kIsK) {
-    for (int r = 0; r < kDotCols; ++r)
-      k_block_scales<kType>(headers[2 * r], headers[2 * r + 1], rows[r]);
-    transpose_8x8(headers);
+  if constexpr (kType == DType::kQ6_K) {
+    load_q6_k_headers(headers, rows);
+  } else if constexpr (Blocks<kType>::kIsK) {
+    load_k_headers(headers, rows);
   } else {
     headers[0] = load_halves(rows, 0);
     if constexpr (!Blocks<kType>::kHasMin)
