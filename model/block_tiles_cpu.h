@@ -49,8 +49,7 @@ template <class Layout>
 template <DType kType>
 void put_scales(CodeTile& tile, std::int64_t b, int half, const std::byte* const (&rows)[8]) {
   using Stored = Blocks<kType>;
-  f32x8 lower[Stored::kParts],
-      upper[Stored::kParts];  // of rows whose places are 0, 1, 4, 5; others
+  f32x8 lower[Stored::kParts], upper[Stored::kParts];  // of four rows each
   load_headers<kType>(lower, {rows[0], rows[1], rows[4], rows[5]});
   load_headers<kType>(upper, {rows[2], rows[3], rows[6], rows[7]});
   for (int part = 0; part < Stored::kParts; ++part) {

@@ -7,19 +7,15 @@
 
 namespace thaw {
 
-// kParts: parts of 32 codes in a block. kOffset: m is so many times what header() gives as m.
+// kParts: parts of 32 codes in a block. kOffset: m is so many times what load_headers() gives as m.
 template <DType kType>
 struct Blocks {
   static constexpr std::int64_t kBytes = dtype_info(kType).block_bytes;
   static constexpr int kParts = dtype_info(kType).block / kPartCols;
   static constexpr bool kIsK = is_k_quant(kType);
   static constexpr int kGroups = kType == DType::kQ6_K ? 2 : 1;
-  static constexpr bool kHasFifths = kType == DType::kQ5_0 || kType == DType::kQ5_1;
-  static constexpr bool kHasMin = kType == DType::kQ4_1 || kType == DType::kQ5_1 ||
-                                  kType == DType::kQ4_K || kType == DType::kQ5_K;
-  static constexpr int kOffset = kType == DType::kQ4_0   ? -8
-                                 : kType == DType::kQ5_0 ? -16
-                                                         : static_cast<int>(kHasMin);
+  static constexpr bool kHasMin = has_min(kType);
+  static constexpr int kOffset = kHasMin ? 1 : -zero_code(kType);
   static constexpr int kCodesAt = kIsK ? 0 : kHasMin ? 4 : 2;
 
   static constexpr auto layout(int part) {
@@ -28,7 +24,7 @@ struct Blocks {
       return SplitLayout<k_high_bits(kType)>{at.low_at, at.low_shift, at.high_at, at.high_shift};
     } else if constexpr (kType == DType::kQ8_0) {
       return ByteLayout{};
-    } else if constexpr (kHasFifths) {
+    } else if constexpr (has_five_bits(kType)) {
       return FiveBitLayout{};
     } else {
       return NibbleLayout{};
@@ -45,9 +41,9 @@ inline void transpose_4x4(u32x4 (&v)[4]) {
   const u32x4 b = __builtin_shufflevector(v[2], v[3], 0, 4, 1, 5);
   const u32x4 c = __builtin_shufflevector(v[0], v[1], 2, 6, 3, 7);
   const u32x4 d = __builtin_shufflevector(v[2], v[3], 2, 6, 3, 7);
-  v[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5),
+  v[0] = __builtin_shufflevector(a, b, 0, 1, 4, 5);
   v[1] = __builtin_shufflevector(a, b, 2, 3, 6, 7);
-  v[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5),
+  v[2] = __builtin_shufflevector(c, d, 0, 1, 4, 5);
   v[3] = __builtin_shufflevector(c, d, 2, 3, 6, 7);
 }
 

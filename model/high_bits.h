@@ -18,8 +18,6 @@
 
 namespace thaw {
 
-constexpr bool has_five_bits(DType type) { return type == DType::kQ5_0 || type == DType::kQ5_1; }
-
 // High bits of a code, and bytes of a block's scales before them.
 constexpr int n_high_bits(DType type) { return has_five_bits(type) ? 1 : k_high_bits(type); }
 constexpr int high_bits_at(DType type) {

@@ -59,12 +59,12 @@ void fill_block(std::byte* out, DType type, std::uint64_t seed, std::uint64_t bl
     std::memcpy(out + i, &bits, std::min<std::size_t>(8, bytes - i));
   }
   if (is_k_quant(type)) return set_k_scales(out, type);
-  const bool five_bits = type == DType::kQ5_0 || type == DType::kQ5_1;
+  const bool five_bits = has_five_bits(type);
   const float spread = type == DType::kQ8_0 ? 73.9f : five_bits ? 9.23f : 4.61f;  // of all codes
   const float mean = five_bits ? 15.5f : 7.5f;
   const std::uint16_t d = f32_to_f16(kRms / spread), m = f32_to_f16(-mean * kRms / spread);
   std::memcpy(out, &d, 2);
-  if (type == DType::kQ4_1 || type == DType::kQ5_1) std::memcpy(out + 2, &m, 2);
+  if (has_min(type)) std::memcpy(out + 2, &m, 2);
 }
 
 void fill_element(std::byte* out, DType type, float x) {

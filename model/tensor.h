@@ -48,6 +48,17 @@ inline constexpr int kNumDTypes = sizeof kDTypes / sizeof *kDTypes;
 constexpr const DTypeInfo& dtype_info(DType type) { return kDTypes[static_cast<int>(type)]; }
 
 constexpr bool is_k_quant(DType type) { return dtype_info(type).block == 256; }
+// Whether a fifth bit stands apart from four.
+constexpr bool has_five_bits(DType type) { return type == DType::kQ5_0 || type == DType::kQ5_1; }
+// Whether x = d * c + m, with an m of the block's or of its part's own.
+constexpr bool has_min(DType type) {
+  return type == DType::kQ4_1 || type == DType::kQ5_1 || type == DType::kQ4_K ||
+         type == DType::kQ5_K;
+}
+// What kQ4_0 and kQ5_0 take away from a code.
+constexpr int zero_code(DType type) {
+  return type == DType::kQ4_0 ? 8 : type == DType::kQ5_0 ? 16 : 0;
+}
 
 // The format of that name, if there is one; all names, between commas.
 std::optional<DType> dtype_named(std::string_view name);

@@ -24,10 +24,9 @@ struct WeightUnit {
   static constexpr bool kIsK = is_k_quant(kType);
   static constexpr bool kHasScale = dtype_info(kType).block > 1;
   static constexpr int kGroups = kType == DType::kQ6_K ? 2 : 1;  // with a d of their own
-  static constexpr bool kHasMin = kType == DType::kQ4_1 || kType == DType::kQ5_1 ||
-                                  kType == DType::kQ4_K || kType == DType::kQ5_K;
+  static constexpr bool kHasMin = has_min(kType);
   static constexpr bool kIsSigned = kType == DType::kQ8_0 || kType == DType::kQ6_K;  // its bytes
-  static constexpr int kZero = kType == DType::kQ4_0 ? 8 : kType == DType::kQ5_0 ? 16 : 0;
+  static constexpr int kZero = zero_code(kType);
   static constexpr int kElements = unit_elements(kType);
   static constexpr int kHighBits = n_high_bits(kType), kHighWordsAt = high_bits_at(kType) / 4;
 

@@ -61,8 +61,7 @@ inline void quantize_block(std::byte* out, const float* x, DType type) {
   for (int i = 0; i < 32; ++i) {
     lo = std::min(lo, x[i]), hi = std::max(hi, x[i]), peak = std::max(peak, std::fabs(x[i]));
   }
-  const bool with_min = type == DType::kQ4_1 || type == DType::kQ5_1;
-  const bool five_bits = type == DType::kQ5_0 || type == DType::kQ5_1;
+  const bool with_min = has_min(type), five_bits = has_five_bits(type);
   const int zero = type == DType::kQ8_0 ? 127 : five_bits ? 16 : 8;  // the code of 0, without min
   const float d = with_min ? (hi - lo) / static_cast<float>(2 * zero - 1)
                            : peak / static_cast<float>(zero - (zero < 127));
