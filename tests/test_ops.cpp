@@ -150,6 +150,31 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("matmul: matrices of several formats give together what each gives alone") {
+  testing::Random random(7);
+  const DType types[] = {DType::kF16, DType::kQ6_K, DType::kQ4_0};
+  for (std::int64_t n_rows : {1, 5, 9}) {  // on AVX2 5 are few for floats, and many for codes
+    CAPTURE(n_rows);
+    const std::vector<float> x = random.normals(n_rows * 256);
+    std::vector<std::byte> bytes[3];
+    std::vector<float> out[3];
+    Tensor w[3];
+    Product products[3];
+    for (int i = 0; i < 3; ++i) {
+      const std::int64_t rows = 21 + 16 * i;
+      bytes[i] = testing::encode(random.normals(rows * 256), types[i]);
+      out[i].resize(static_cast<std::size_t>(n_rows * rows));
+      w[i] = {"w", types[i], rows, 256, bytes[i].data()};
+      products[i] = {out[i].data(), rows, &w[i], false};
+    }
+    Activations a;
+    ThreadPool pool(2);
+    a.assign(x.data(), n_rows, 256, true, pool);
+    matmul(products, a, pool);
+    for (int i = 0; i < 3; ++i) CHECK(out[i] == product(w[i], x, 1));
+  }
+}
+
 TEST_CASE("matmul: a matrix that does not fit the activations is refused") {
   const std::vector<std::byte> bytes(4 * 64);
   const Tensor w{"blk.0.w", DType::kF32, 1, 64, bytes.data()};
