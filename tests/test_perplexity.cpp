@@ -213,7 +213,7 @@ TEST_CASE("perplexity: under a policy, every figure is that of the definition") 
                                     "--window", "8", "--sinks", "2", "--epsilon", "0.02"});
     const auto near = [&](const std::string& key, double value, double epsilon = 1e-3) {
       CAPTURE(key);
-      CHECK(j[key].get<double>() == doctest::Approx(value).epsilon(epsilon));
+      CHECK(j[key].get<double>() == doctest::Approx(value).epsilon(epsilon).scale(1e-6));
     };
     const Mean log_ratio = mean_of(e.difference);
     const auto steps = static_cast<double>(e.counters.steps), n = static_cast<double>(e.nll.size());
@@ -247,7 +247,7 @@ TEST_CASE("perplexity: under a policy, every figure is that of the definition") 
     }
     CHECK(hot >= 10);
     CHECK(hot * 256 <= j["hot_bytes"].get<double>());
-    CHECK(recalled == doctest::Approx(e.counters.recalled / steps / 2).epsilon(1e-3));
+    CHECK(recalled == doctest::Approx(e.counters.recalled / steps / 2).epsilon(1e-3).scale(1e-6));
     CHECK(mean_of(e.kl).mean > 1e-5);  // the policy shows
     CHECK(j["attended_pct"].get<double>() < 70);
     CHECK((e.counters.recalled > 0) == (policy == "thaw"));
