@@ -54,9 +54,10 @@ void set_k_scales(std::byte* out, DType type) {
 // A block of codes that are all as likely; d makes their root mean square kRms.
 void fill_block(std::byte* out, DType type, std::uint64_t seed, std::uint64_t block) {
   const auto bytes = static_cast<std::size_t>(dtype_info(type).block_bytes);
-  for (std::size_t i = 0; i < bytes; i += 8) {
-    const std::uint64_t bits = random_bits(seed, block * 32 + i / 8);
-    std::memcpy(out + i, &bits, std::min<std::size_t>(8, bytes - i));
+  const std::size_t n_words = (bytes + 7) / 8;
+  for (std::size_t i = 0; i < n_words; ++i) {
+    const std::uint64_t bits = random_bits(seed, block * n_words + i);
+    std::memcpy(out + 8 * i, &bits, std::min<std::size_t>(8, bytes - 8 * i));
   }
   if (is_k_quant(type)) return set_k_scales(out, type);
   const bool five_bits = has_five_bits(type);

@@ -19,9 +19,9 @@ struct ModelShape {
 // tiny (for tests), 135m (SmolLM2), 1b and 8b (LLaMA 3).
 const std::vector<ModelShape>& model_shapes();
 
-// A model of that shape with all matrices in `type`. Elements are independent and of mean about 0
-// and root mean square 0.02; norms are 1. The same bits for a seed on every machine. Throws Error
-// when the shape is unknown or memory is refused.
+// A model of that shape with all matrices in `type`, or in kQ8_0 where rows are no whole blocks of
+// it. Elements are independent and of mean about 0 and root mean square 0.02; norms are 1. The same
+// bits for a seed on every machine. Throws Error when the shape is unknown or memory is refused.
 Model make_random_model(const std::string& shape, DType type, std::uint64_t seed,
                         ThreadPool& pool);
 
