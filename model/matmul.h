@@ -6,8 +6,9 @@
 // codes are summed exactly in 32-bit integers, so every instruction set gives the same sums.
 //
 // T <= kDotRows (device/dots_cpu.h): dot products with blocks as stored, of four weight rows and
-// all of T. More rows: tiles of 16 weight rows are unpacked once and multiplied with all rows of
-// activations from registers.
+// all of T; of float formats, T <= kFloatDotRows (model/float_dots_cpu.h), of one weight row. More
+// rows: tiles of 16 weight rows are unpacked once and multiplied with all rows of activations from
+// registers.
 #pragma once
 
 #include <cstdint>
