@@ -14,7 +14,7 @@ using namespace thaw;
 
 namespace {
 
-constexpr double kMse[] = {1, 0.3634, 0.1188, 0.0374, 0.0115};
+constexpr double kMse[] = {1, 0.36338, 0.11885, 0.03744, 0.01154};
 constexpr int kDims[] = {6, 24, 64, 80, 96, 128};
 constexpr double kScaleError = 1.0 / 64;  // of a scale byte: half a step of 5 bits of mantissa
 
@@ -372,24 +372,30 @@ struct GhostErrors {
   }
 
   // Within 4 standard errors, for a variance that of n draws, and 2 % for d that is not infinite.
+  // Less, at many bits, because few dimensions reach less far out, and the best of five grids is
+  // taken: not less than what rounding alone would leave on the finest of them, 0.8^2 of it.
   void check(int bits) const {
     CHECK(std::fabs(sum / n) < 4 * std::sqrt(squares / n / n));
     const double tolerance = 4 * std::sqrt(2.0 / n) + 0.02;
-    CHECK(variance / n == doctest::Approx(kMse[bits] / (1 - kMse[bits])).epsilon(tolerance));
+    const double theory = kMse[bits] / (1 - kMse[bits]);
+    CHECK(variance / n < theory * (1 + tolerance));
+    CHECK(variance / n > theory * 0.64);
   }
 };
 
 TEST_CASE("ghost: a query says by how much scores err") {
   for (const int bits : {1, 2, 3, 4})
     CHECK(ghost_noise(bits) * ghost_step(bits) ==
-          doctest::Approx(std::sqrt(kMse[bits] / (1 - kMse[bits]))).epsilon(0.002));
+          doctest::Approx(std::sqrt(kMse[bits] / (1 - kMse[bits]))).epsilon(0.002).scale(0));
   testing::Random random(9);
   for (const int dim : {6, 64, 80}) {
     const std::vector<float> q = random.normals(dim), mean(static_cast<std::size_t>(dim));
     GhostQuery out;
     prepare_query(out, q.data(), mean.data(), GhostRope({}, dim), {3, 2, dim});
     CHECK(out.noise ==
-          doctest::Approx(ghost_noise(3) * std::sqrt(dot(q.data(), q.data(), dim))).epsilon(1e-5));
+          doctest::Approx(ghost_noise(3) * std::sqrt(dot(q.data(), q.data(), dim)))
+              .epsilon(1e-5)
+              .scale(0));
   }
 }
 
