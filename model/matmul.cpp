@@ -52,7 +52,7 @@ void encode_block(std::int16_t* codes, float* scales, const float* x) {
 template <class Body>
 void with_codes(DType type, const Body& body) {
   const auto call = [&]<DType... kTypes>() {
-    ((type == kTypes && (body(std::integral_constant<DType, kTypes>{}), true)) || ...);
+    (void)((type == kTypes && (body(std::integral_constant<DType, kTypes>{}), true)) || ...);
   };
   call.template operator()<DType::kQ8_0, DType::kQ4_0, DType::kQ4_1, DType::kQ5_0, DType::kQ5_1,
                            DType::kQ4_K, DType::kQ5_K, DType::kQ6_K>();
