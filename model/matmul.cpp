@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cmath>
 #include <cstring>
 
 #include "device/error.h"
@@ -23,9 +22,11 @@ constexpr float kPeakCode = 127 * 256 + 127;
 // planes, the higher bytes c1 and then the lower c0 of c = 256 c1 + c0, in the order of x.
 template <bool kPlanes>
 void encode_block(std::int16_t* codes, float* scales, const float* x) {
-  float peak = 0;
-#pragma omp simd reduction(max : peak)
-  for (int i = 0; i < kBlock; ++i) peak = std::max(peak, std::fabs(x[i]));
+  std::int32_t peak_bits = 0;  // as integers, so that NaN is the largest: it becomes the scale
+#pragma omp simd reduction(max : peak_bits)
+  for (int i = 0; i < kBlock; ++i)
+    peak_bits = std::max(peak_bits, std::bit_cast<std::int32_t>(x[i]) & 0x7fffffff);
+  const auto peak = std::bit_cast<float>(peak_bits);
   const float inverse = peak > 0 ? kPeakCode / peak : 0.0f;
   std::int16_t in_planes[kBlock];
   std::int16_t* c = kPlanes ? in_planes : codes;

@@ -150,6 +150,25 @@ TEST_CASE(
     }
 }
 
+TEST_CASE("matmul: of a row with NaN or infinity nothing is finite, other rows stay") {
+  testing::Random random(11);
+  for (DType type : testing::kAllTypes)
+    for (std::int64_t n_rows : {1, 3, 4, 9})
+      for (const float bad : {NAN, -NAN, INFINITY, -INFINITY}) {
+        CAPTURE(dtype_info(type).name);
+        CAPTURE(n_rows);
+        CAPTURE(bad);
+        const auto bytes = testing::encode(random.normals(20 * 512), type);
+        const Tensor w{"w", type, 20, 512, bytes.data()};
+        std::vector<float> x = random.normals(n_rows * 512);
+        const auto finite = product(w, x, 1);
+        x[300] = bad;
+        const auto out = product(w, x, 1);
+        for (std::size_t i = 0; i < out.size(); ++i)
+          CHECK((i < 20 ? !std::isfinite(out[i]) : out[i] == finite[i]));
+      }
+}
+
 TEST_CASE("matmul: matrices of several formats give together what each gives alone") {
   testing::Random random(7);
   const DType types[] = {DType::kF16, DType::kQ6_K, DType::kQ4_0};
