@@ -42,6 +42,13 @@ struct Max {
   static constexpr float kNeutral = -std::numeric_limits<float>::infinity();
   __device__ static float join(float a, float b) { return fmaxf(a, b); }
 };
+// Of numbers without signs; NaN is more than all others.
+struct MaxOrNan {
+  static constexpr float kNeutral = 0;
+  __device__ static float join(float a, float b) {
+    return __int_as_float(max(__float_as_int(a), __float_as_int(b)));
+  }
+};
 
 // Of the lanes of a group of kLanes that are kApart apart, powers of two; all 32 lanes of the warp
 // call.

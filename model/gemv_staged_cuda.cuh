@@ -57,8 +57,9 @@ struct Staged {
     if constexpr (!kIsCodes) {
       reinterpret_cast<float4&>(piece(unit, quad)) = x;
     } else {
-      const float peak =
-          warp_reduce<Max, 8>(fmaxf(fmaxf(fabsf(x.x), fabsf(x.y)), fmaxf(fabsf(x.z), fabsf(x.w))));
+      const float peak = warp_reduce<MaxOrNan, 8>(
+          MaxOrNan::join(MaxOrNan::join(fabsf(x.x), fabsf(x.y)),
+                         MaxOrNan::join(fabsf(x.z), fabsf(x.w))));  // NaN becomes the scale
       const float inverse = peak > 0 ? kPeakCode / peak : 0.0f;
       const int codes[4] = {__float2int_rn(x.x * inverse), __float2int_rn(x.y * inverse),
                             __float2int_rn(x.z * inverse), __float2int_rn(x.w * inverse)};

@@ -22,8 +22,9 @@ __device__ inline void store_quad(T* row, int quad, float4 x) {
   if constexpr (std::is_same_v<T, float>) {
     reinterpret_cast<float4*>(row)[quad] = x;
   } else {
-    const auto within = [](float v) {
-      return std::is_same_v<T, __half> ? fminf(fmaxf(v, -65504.0f), 65504.0f) : v;
+    const auto within = [](float v) {  // what f16 can hold, and NaN
+      if (!std::is_same_v<T, __half>) return v;
+      return v > 65504 ? 65504.0f : v < -65504 ? -65504.0f : v;
     };
     reinterpret_cast<uint2*>(row)[quad] =
         make_uint2(pack2<T>(within(x.x), within(x.y)), pack2<T>(within(x.z), within(x.w)));

@@ -233,6 +233,33 @@ TEST_CASE("cuda ops: products that are staged in several chunks, and warps of se
   check_project(DType::kF16, 4, all_rows + 3, 4096 + 8);
 }
 
+TEST_CASE("cuda ops: of a row with NaN no product is a number, and other rows stay") {
+  for (DType type : {DType::kF32, DType::kF16, DType::kQ8_0, DType::kQ4_1, DType::kQ6_K})
+    for (std::int64_t n_rows : {1, 3, 9}) {
+      CAPTURE(dtype_info(type).name);
+      CAPTURE(n_rows);
+      const testing::TinyModel tiny = testing::make_tiny_model({.type = type, .n_layers = 1});
+      const Tensor& w = tiny.model.weights.layers[0].w_down;
+      const Stream stream;
+      const DeviceWeights device(tiny.model.weights, stream);
+      const auto ops = make_cuda_ops(tiny.model.config, device, stream);
+      testing::Random random(3);
+      Vector h = random.normals(n_rows * w.cols), results[2];
+      for (Vector& result : results) {
+        const auto x = on_device(Vector(n_rows * w.rows), stream), dh = on_device(h, stream);
+        ops->project_add(x.data(), dh.data(), w, n_rows);
+        result = on_host(x, stream);
+        h[7] = NAN;
+      }
+      for (std::size_t i = 0; i < results[0].size(); ++i) {
+        if (i < static_cast<std::size_t>(w.rows))
+          CHECK(std::isnan(results[1][i]));
+        else
+          CHECK(results[1][i] == results[0][i]);
+      }
+    }
+}
+
 TEST_CASE("cuda ops: matrices of one op may differ in format") {
   using Types = std::pair<DType, DType>;
   for (auto [type, other_type] : {Types{DType::kQ4_0, DType::kQ8_0},
