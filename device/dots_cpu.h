@@ -190,8 +190,9 @@ template <class Layout, int kRows>
                                             const std::int16_t* codes, std::int64_t code_stride,
                                             const std::byte* w, std::int64_t stride,
                                             const Layout& layout) {
-  // Bytes are multiplied as unsigned by signed. Codes have no signs; where they have, 128 is
-  // added to the bytes of activations, and 128 * 256 + 128 times the sum of weights is taken away.
+  // Bytes are multiplied as unsigned by signed: codes by activations, or, where codes have signs,
+  // activations by codes: 128 is added to the bytes of activations, and 128 * 256 + 128 times the
+  // sum of weights is taken away.
   constexpr auto kSigns = static_cast<std::int32_t>(0x80808080);
   constexpr int kGroups = Layout::kGroups, kLast = kGroups - 1;
   i32x16 low, high, excess[kGroups] = {};  // elements 0 .. 15 and 16 .. 31

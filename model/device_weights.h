@@ -3,7 +3,8 @@
 // Every matrix is repacked into two planes when it is loaded, so that a warp's loads are whole
 // 16-byte words side by side:
 //   codes   rows x units of 16 bytes: 4 F32, 8 F16 or BF16, 16 codes of Q8_0, or 32 codes of the
-//           others, of K-quants their low bits; the last unit of a row is padded with zeros
+//           others, of more than four bits the low ones; the last unit of a row is padded with
+//           zeros
 //   scales  rows x blocks: f16 d (Q8_0, Q4_0), f16 d and f16 m (Q4_1), or what model/high_bits.h
 //           says; a row is padded with zeros to whole units of 16 bytes; null for float formats
 // But for K-quants, the bytes within a unit are those of the file (model/tensor.h). Float formats

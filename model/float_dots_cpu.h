@@ -10,30 +10,13 @@
 
 namespace thaw {
 
+// 8 elements of a row.
 template <DType kType>
-float widened(const std::byte* p) {
-  if constexpr (kType == DType::kF32) {
-    float x;
-    std::memcpy(&x, p, sizeof x);
-    return x;
-  } else {
-    std::uint16_t bits;
-    std::memcpy(&bits, p, sizeof bits);
-    return kType == DType::kF16 ? f16_to_f32(bits) : bf16_to_f32(bits);
-  }
-}
-
-template <DType kType>
-f32x8 widened8(const std::byte* p) {
-  f32x8 x;
-#ifdef __AVX2__
-  const auto halves = [&] { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); };
-  if constexpr (kType == DType::kF16) return reinterpret_cast<f32x8>(_mm256_cvtph_ps(halves()));
-  if constexpr (kType == DType::kBF16)
-    return reinterpret_cast<f32x8>(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves()), 16));
-#endif
-  for (int i = 0; i < 8; ++i) x[i] = widened<kType>(p + i * dtype_info(kType).block_bytes);
-  return x;
+f32x8 widen8(const std::byte* p) {
+  if constexpr (kType == DType::kF32) return load8(reinterpret_cast<const float*>(p));
+  float x[8];
+  (kType == DType::kF16 ? widen_f16 : widen_bf16)(x, reinterpret_cast<const std::uint16_t*>(p), 8);
+  return load8(x);
 }
 
 // out[t * stride] = row t of x . the row at w, for all kRows rows of x: w is read once.
@@ -50,17 +33,18 @@ void dot_floats(float* out, std::int64_t stride, const Activations& x, const std
     for (int at = 0; at < kStep * kBytes; at += 64) __builtin_prefetch(w + kAhead + at);
 #pragma GCC unroll 4
     for (int j = 0; j < kStep / 8; ++j) {
-      const f32x8 weights = widened8<kType>(w + 8 * j * kBytes);
+      const f32x8 weights = widen8<kType>(w + 8 * j * kBytes);
 #pragma GCC unroll 8
       for (int t = 0; t < kRows; ++t)
         sums[t][j % kSums] += weights * load8(rows + t * n + i + 8 * j);
     }
   }
+  float rest[kStep];
+  if (i < n) dequantize(rest, w, kType, n - i);
   for (int t = 0; t < kRows; ++t) {
     for (int j = 1; j < kSums; ++j) sums[t][0] += sums[t][j];
     float total = sum8(sums[t][0]);
-    for (std::int64_t j = i; j < n; ++j)
-      total += widened<kType>(w + (j - i) * kBytes) * rows[t * n + j];
+    for (std::int64_t j = i; j < n; ++j) total += rest[j - i] * rows[t * n + j];
     out[t * stride] = total;
   }
 }

@@ -8,9 +8,8 @@
 //   3     kQ4_K, kQ5_K: a byte a part, the low four bits of s and of m, and then four bits a part,
 //         the high two of s and of m
 //   4     kQ6_K: two bytes a part, s of its first 16 elements and s of the others
-//   n     a part, its high bits: 1 in kQ5_0, kQ5_1 and kQ5_K, 2 in kQ6_K; of elements 4 q to 4 q +
-//   3
-//         those in the four bytes of word n q / 8 from bit n q % 8 on
+//   n     a part, the n high bits of its codes: 1 in kQ5_0, kQ5_1 and kQ5_K, 2 in kQ6_K. Those of
+//         elements 4 q to 4 q + 3 are in the four bytes of word n q / 8, from bit n q % 8 on
 // The highest bit of kQ6_K is flipped, so that the six are c - 32, with a sign.
 #pragma once
 

@@ -1,6 +1,7 @@
 #include "model/random_model.h"
 
 #include <bit>
+#include <cmath>
 #include <cstring>
 #include <new>
 
@@ -36,16 +37,21 @@ float random_float(std::uint64_t bits) {
   return (static_cast<float>(bits & 0xffff) + 0.5f - 32768.0f) / 32768.0f * 1.7320508f * kRms;
 }
 
-// All scales of a block of a K-quant 32.
-void set_k_scales(std::byte* out, DType type) {
-  const float spread = type == DType::kQ4_K ? 4.61f : type == DType::kQ5_K ? 9.23f : 18.5f;
-  const float mean = type == DType::kQ4_K ? 7.5f : 15.5f;
-  const std::uint16_t d = f32_to_f16(kRms / spread / 32), e = f32_to_f16(mean * kRms / spread / 32);
-  std::memcpy(out + k_d_at(type), &d, 2);
+// Of codes that are all as likely: their mean from the least on, and deviation.
+struct CodeSpread {
+  float mean, deviation;
+};
+CodeSpread spread_of(DType type) {
+  const bool five_bits = has_five_bits(type) || type == DType::kQ5_K;
+  const float n = type == DType::kQ8_0 ? 256 : type == DType::kQ6_K ? 64 : five_bits ? 32 : 16;
+  return {(n - 1) / 2, std::sqrt((n * n - 1) / 12)};
+}
+
+// All scales of the parts of a block of a K-quant 32.
+void set_part_scales(std::byte* out, DType type) {
   if (type == DType::kQ6_K) {
     std::memset(out + k_scales_at(type), 32, 16);
   } else {
-    std::memcpy(out + 2, &e, 2);
     std::memset(out + k_scales_at(type), 0xa0, 8);  // six bits 32, and the high ones of another 32
     std::memset(out + k_scales_at(type) + 8, 0, 4);
   }
@@ -59,13 +65,12 @@ void fill_block(std::byte* out, DType type, std::uint64_t seed, std::uint64_t bl
     const std::uint64_t bits = random_bits(seed, block * n_words + i);
     std::memcpy(out + 8 * i, &bits, std::min<std::size_t>(8, bytes - 8 * i));
   }
-  if (is_k_quant(type)) return set_k_scales(out, type);
-  const bool five_bits = has_five_bits(type);
-  const float spread = type == DType::kQ8_0 ? 73.9f : five_bits ? 9.23f : 4.61f;  // of all codes
-  const float mean = five_bits ? 15.5f : 7.5f;
-  const std::uint16_t d = f32_to_f16(kRms / spread), m = f32_to_f16(-mean * kRms / spread);
-  std::memcpy(out, &d, 2);
-  if (has_min(type)) std::memcpy(out + 2, &m, 2);
+  const bool is_k = is_k_quant(type);
+  if (is_k) set_part_scales(out, type);
+  const CodeSpread codes = spread_of(type);
+  const float d = kRms / codes.deviation / (is_k ? 32.0f : 1.0f);
+  const std::uint16_t halves[] = {f32_to_f16(d), f32_to_f16((is_k ? d : -d) * codes.mean)};
+  std::memcpy(out + (is_k ? k_d_at(type) : 0), halves, has_min(type) ? 4 : 2);
 }
 
 void fill_element(std::byte* out, DType type, float x) {

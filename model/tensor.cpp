@@ -2,7 +2,6 @@
 
 #include <cstring>
 
-#include "device/error.h"
 #include "model/k_quants.h"
 
 namespace thaw {
@@ -15,25 +14,22 @@ std::uint16_t load_u16(const std::byte* p) {
   return bits;
 }
 
-int nibble(const std::byte* codes, int i) {  // element i of a 4-bit block
-  const int byte = std::to_integer<int>(codes[i % 16]);
-  return i < 16 ? byte & 15 : byte >> 4;
-}
-
-int five_bits(const std::byte* bits_and_codes, int i) {
-  const int fifth = std::to_integer<int>(bits_and_codes[i / 8]) >> i % 8 & 1;
-  return nibble(bits_and_codes + 4, i) | fifth << 4;
+// Element i of a block of 4 bits, or of 5 with the fifths in front.
+int code_of(const std::byte* codes, DType type, int i) {
+  const int fifth = std::to_integer<int>(codes[i / 8]) >> i % 8 & 1;
+  if (has_five_bits(type)) codes += 4;
+  const int four = std::to_integer<int>(codes[i % 16]) >> i / 16 * 4 & 15;
+  return has_five_bits(type) ? four | fifth << 4 : four;
 }
 
 void dequantize_k_block(float* out, const std::byte* in, DType type) {
   const float d = f16_to_f32(load_u16(in + k_d_at(type)));
-  const bool has_min = type != DType::kQ6_K;
-  const KScales scales = has_min ? k_scales(in) : KScales{};
-  const float e = has_min ? f16_to_f32(load_u16(in + 2)) : 0.0f;
+  const KScales scales = has_min(type) ? k_scales(in) : KScales{};
+  const float e = has_min(type) ? f16_to_f32(load_u16(in + 2)) : 0.0f;
   for (int p = 0; p < kKParts; ++p) {
     for (int i = 0; i < kPartCols; ++i, ++out) {
       const int c = k_code(in, type, p, i);
-      if (has_min) {  // both products are exact
+      if (has_min(type)) {  // both products are exact
         *out = d * static_cast<float>(scales.s[p] * c) - e * static_cast<float>(scales.m[p]);
       } else {
         const auto s = static_cast<std::int8_t>(in[k_scales_at(type) + 2 * p + i / 16]);
@@ -47,29 +43,13 @@ void dequantize_k_block(float* out, const std::byte* in, DType type) {
 void dequantize_block(float* out, const std::byte* in, DType type) {
   if (is_k_quant(type)) return dequantize_k_block(out, in, type);
   const float d = f16_to_f32(load_u16(in));
-  switch (type) {
-    case DType::kQ8_0:
-      for (int i = 0; i < 32; ++i)
-        out[i] = d * static_cast<float>(static_cast<std::int8_t>(in[2 + i]));
-      return;
-    case DType::kQ4_0:
-      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(nibble(in + 2, i) - 8);
-      return;
-    case DType::kQ4_1: {
-      const float m = f16_to_f32(load_u16(in + 2));
-      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(nibble(in + 4, i)) + m;
-      return;
-    }
-    case DType::kQ5_0:
-      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(in + 2, i) - 16);
-      return;
-    case DType::kQ5_1: {
-      const float m = f16_to_f32(load_u16(in + 2));
-      for (int i = 0; i < 32; ++i) out[i] = d * static_cast<float>(five_bits(in + 4, i)) + m;
-      return;
-    }
-    default:
-      fail("dequantize_block: expected a block format, found ", dtype_info(type).name);
+  for (int i = 0; i < 32; ++i) {
+    if (type == DType::kQ8_0)
+      out[i] = d * static_cast<float>(static_cast<std::int8_t>(in[2 + i]));
+    else if (has_min(type))
+      out[i] = d * static_cast<float>(code_of(in + 4, type, i)) + f16_to_f32(load_u16(in + 2));
+    else
+      out[i] = d * static_cast<float>(code_of(in + 2, type, i) - zero_code(type));
   }
 }
 

@@ -20,19 +20,11 @@ namespace thaw {
 // Byte j of 16 holds element j in its low nibble and element j + 16 in its high one; the 4 bytes
 // hold the fifth bits, element i's in bit i. (llama.cpp, ggml-common.h.) K-quants hold blocks of
 // 256: model/k_quants.h.
+// clang-format off
 enum class DType : std::uint8_t {
-  kF32,
-  kF16,
-  kBF16,
-  kQ8_0,
-  kQ4_0,
-  kQ4_1,
-  kQ5_0,
-  kQ5_1,
-  kQ4_K,
-  kQ5_K,
-  kQ6_K
+  kF32, kF16, kBF16, kQ8_0, kQ4_0, kQ4_1, kQ5_0, kQ5_1, kQ4_K, kQ5_K, kQ6_K
 };
+// clang-format on
 
 struct DTypeInfo {
   std::string_view name;  // "F32", "Q4_1", ...

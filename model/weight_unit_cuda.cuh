@@ -32,7 +32,8 @@ struct WeightUnit {
 
   std::uint32_t words[4];
   std::uint32_t scale;  // d low, and m high; of a K-quant, the block's d and e
-  // Of a K-quant, as stored, so that a load waits for no other: see model/high_bits.h.
+  // Of a K-quant, and the high bits of others, as stored, so that a load waits for no other: see
+  // model/high_bits.h.
   int p = 0;  // it shifts, though no unit may be loaded
   std::uint32_t part_scales, scales_high;
   std::uint32_t high_bits[2];

@@ -21,6 +21,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from kl import log_softmax
 from safetensors.torch import save_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -119,11 +120,6 @@ def hf_logits(model, ids):
     """T x vocab logits of one causal pass, as float64."""
     hidden = model.model(torch.tensor([ids])).last_hidden_state[0]
     return model.lm_head(hidden).double().numpy()
-
-
-def log_softmax(logits):
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
 # --- Goldens ---------------------------------------------------------------------------------------

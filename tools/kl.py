@@ -13,7 +13,7 @@ import numpy as np
 
 def log_softmax(x):
     x = x.astype(np.float64)
-    x -= x.max(axis=1, keepdims=True)
+    x = x - x.max(axis=1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
 
 
