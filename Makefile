@@ -20,7 +20,7 @@ COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -fno-trapping-ma
   -I. -I$(BUILD) $(WARN) $(SAN_FLAGS) \
   $(CPPFLAGS) $(CXXFLAGS)
 LINK = $(CXX) -pthread $(SAN_FLAGS) $(LDFLAGS)
-LIBS := -lpcre2-8
+LIBS := -lpcre2-8 -ledit
 
 # Library headers, parsed once for all files: saves 1 to 2 seconds a file. clang goes without.
 PARSED := $(if $(findstring clang,$(CXX)),,$(BUILD)/parsed)

@@ -53,7 +53,7 @@ const Command& find_command(const std::string& name) {
     if (name == command.name) return command;
     names.emplace_back(command.name);
   }
-  const std::set<std::string> elsewhere = {"run", "gen", "chat", "complete"};
+  const std::set<std::string> elsewhere = {"run", "gen", "complete"};
   const std::string guess = elsewhere.contains(name) ? "generate" : closest(name, names);
   throw UsageError(join("unknown command ", name.empty() ? "\"\"" : printable(name),
                         guess.empty() ? "" : " (did you mean " + guess + "?)"));

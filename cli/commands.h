@@ -9,6 +9,7 @@ namespace thaw {
 // args: what follows the command's name. Returns the exit code; 0 after printing --help.
 using Args = std::vector<std::string>;
 int run_generate(const Args& args);
+int run_chat(const Args& args);
 int run_tokenize(const Args& args);
 int run_logits(const Args& args);
 int run_perplexity(const Args& args);
@@ -24,7 +25,8 @@ struct Command {
   int (*run)(const Args&);
 };
 inline constexpr Command kCommands[] = {
-    {"generate", "continue a text, or answer a message with --chat", run_generate},
+    {"generate", "continue a text, or answer one message with --chat", run_generate},
+    {"chat", "talk with a model, message by message", run_chat},
     {"tokenize", "text to token ids and back", run_tokenize},
     {"perplexity", "how well a model predicts a text", run_perplexity},
     {"logits", "logits and intermediates of a text, as .npy files", run_logits},

@@ -9,11 +9,11 @@
 #include "cli/format.h"
 #include "cli/input.h"
 #include "cli/options.h"
-#include "cli/recovery_flags.h"
 #include "cli/terminal.h"
 #include "cli/text_stream.h"
 #include "cli/tokenizer_source.h"
 #include "cli/watch.h"
+#include "cli/writing.h"
 #include "tokenizer/chat_template.h"
 
 namespace thaw {
@@ -56,38 +56,6 @@ void add_prompt_flags(Flags& flags, Options& o) {
   flags.toggle(o.ignore_eos, "--ignore-eos", "go on past the model's end-of-text tokens");
 }
 
-void add_sampling_flags(Flags& flags, Options& o) {
-  SamplerOptions& s = o.sampler;
-  const auto small = [](double x) { return x >= -1000 && x <= 1000; };
-  const auto share = [](double x) { return x >= 0 && x <= 1; };
-  flags.section("Sampling, in this order");
-  flags.real(s.repeat_penalty, "--repeat-penalty",
-             "seen tokens: divide logits above 0 by X, multiply "
-             "those below; 1: off",
-             "a number from 0.01 to 100", [](double x) { return x >= 0.01f && x <= 100; });
-  flags.real(s.presence_penalty, "--presence-penalty", "subtract X from the logit of a seen token",
-             "a number from -1000 to 1000", small);
-  flags.real(s.frequency_penalty, "--frequency-penalty", "subtract X for each time it was seen",
-             "a number from -1000 to 1000", small);
-  flags.integer(s.penalty_window, "--penalty-window", "seen: among the last N tokens; -1: all", -1,
-                1 << 24);
-  flags.real(s.temperature, "--temp",
-             "divide logits by X; 0: always the most probable token, and "
-             "what follows does not matter",
-             "a number >= 0", [](double x) { return x >= 0; });
-  flags.integer(s.top_k, "--top-k", "keep the N most probable tokens; 0: all", 0, 1 << 24);
-  flags.real(s.top_p, "--top-p",
-             "keep the most probable tokens that together reach probability X; "
-             "1: all",
-             "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
-  flags.real(s.min_p, "--min-p",
-             "keep tokens at least X times as probable as the most probable one; "
-             "0: all",
-             "a number from 0 to 1", share);
-  flags.seed(o.seed, "--seed",
-             "draw the same tokens again; by default a random seed, which is printed");
-}
-
 bool parse(const Args& args, Options& o) {
   Flags flags(
       "generate", "-m MODEL [-p TEXT | -f FILE | -] [flags]",
@@ -95,7 +63,7 @@ bool parse(const Args& args, Options& o) {
       "made, then statistics to standard error. One newline at the end of a prompt from a file "
       "or from standard input is dropped. Ctrl-C ends the text; a second one ends the program.");
   add_prompt_flags(flags, o);
-  add_sampling_flags(flags, o);
+  add_sampling_flags(flags, o.sampler, o.seed);
   add_kv_flags(flags, o.common,
                "most tokens kept, of prompt and text, where the last one written needs no room; by "
                "default the model's context. Memory is taken only as tokens arrive");
@@ -166,27 +134,10 @@ const char* finish_name(Finish finish) {
   return kNames[static_cast<int>(finish)];
 }
 
-double rate(int count, double seconds) { return seconds > 0 ? count / seconds : 0; }
-
 std::string hex(std::uint64_t value) {
   std::ostringstream out;
   out << std::hex << std::setw(16) << std::setfill('0') << value;
   return std::move(out).str();
-}
-
-// Where the keys and values stand, and what was read of those that were frozen.
-std::string describe_kv(const Options& o, const Generation& g, int n_layers) {
-  const KvUsage& u = g.usage;
-  std::string text = join(format_bytes(u.full), " as ", o.common.kv.type_name);
-  if (o.common.kv.policy == "full") return text;
-  text += join("; ", o.common.kv.policy, " holds ", format_bytes(u.resident), ": hot ",
-               format_bytes(u.hot), ", ghosts ", format_bytes(u.ghosts));
-  const double steps = static_cast<double>(g.counters.steps) * n_layers;
-  if (steps > 0)
-    text += join("; ", fixed(g.counters.recalled / steps, 1), " recalls a layer and step");
-  if (g.checks > 0)
-    text += join("; ", count(g.checks, "check"), ", ", count(g.corrected, "token"), " corrected");
-  return text;
 }
 
 void print_statistics(const Options& o, const Generation& g, const Recovery& recovery,
@@ -203,7 +154,12 @@ void print_statistics(const Options& o, const Generation& g, const Recovery& rec
             << fixed(g.decode_seconds, 2) << " s, "
             << fixed(rate(g.decode_steps, g.decode_seconds), 1) << " tok/s; "
             << kFinish[static_cast<int>(g.finish)] << "\nkv       "
-            << count(g.context_tokens, "token") << ", " << describe_kv(o, g, n_layers) << "\n";
+            << count(g.context_tokens, "token") << ", "
+            << describe_kv(o.common.kv, g.usage, g.counters, n_layers);
+  if (g.checks > 0)
+    std::cerr << "; " << count(g.checks, "check") << ", " << count(g.corrected, "token")
+              << " corrected";
+  std::cerr << "\n";
   if (recovery.on()) std::cerr << "recovery " << describe(recovery) << "\n";
   std::cerr << "seed     " << o.sampler.seed << "\n";
   if (o.verbose) std::cerr << "logits   fingerprint " << hex(g.fingerprint) << "\n";
@@ -285,22 +241,11 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   Progress progress(o.common.quiet);
   Watch watch(o.watch, transformer, *kv);
 
-  GenerateOptions options;
+  GenerateOptions options =
+      writing_options(model, tokenizer, o.recovery, recovery, progress, interrupted);
   options.max_tokens = o.max_tokens;
-  options.n_vocab = std::min(tokenizer.vocab_size(), model.config.vocab_size);
   options.fingerprint = o.verbose || o.common.json;
-  options.interrupted = &interrupted;
-  options.recovery = &recovery;
-  options.second_look = o.recovery.second_look;
-  options.verify = o.recovery.verify;
-  if (!o.ignore_eos) options.is_end = [&](TokenId id) { return tokenizer.is_eog(id); };
-  options.check_logits = [&](std::span<const float> logits) { require_finite(logits, model); };
-  options.on_prefill = [&](int done, int total) {
-    if (done < total)
-      progress.show(join("reading the prompt: ", done, " of ", total, " tokens"));
-    else
-      progress.clear();
-  };
+  if (o.ignore_eos) options.is_end = {};
   options.on_token = [&](TokenId id) { return text.feed(tokenizer.decode(id)); };
   watch.attach(options);
   Generation result = generate(transformer, *kv, sampler, prompt, options);

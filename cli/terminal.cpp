@@ -1,6 +1,8 @@
 #include "cli/terminal.h"
 
 #include <fcntl.h>
+#include <poll.h>
+#include <sys/eventfd.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -15,6 +17,15 @@ namespace {
 
 std::atomic<bool> interrupted = false;
 static_assert(std::atomic<bool>::is_always_lock_free);  // so a signal handler may set it
+
+int interrupt_event = -1;  // can be read once it is set, in whichever thread the handler ran
+
+void on_interrupt(int) {
+  const int reason = errno;
+  interrupted = true;
+  ::eventfd_write(interrupt_event, 1);
+  errno = reason;
+}
 
 }  // namespace
 
@@ -54,11 +65,23 @@ bool stdout_is_terminal() { return ::isatty(STDOUT_FILENO) == 1; }
 bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }
 
 const std::atomic<bool>& catch_interrupt() {
+  if (interrupt_event < 0) interrupt_event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+  require(interrupt_event >= 0, "Ctrl-C cannot be caught: ", std::strerror(errno));
+  eventfd_t earlier = 0;
+  ::eventfd_read(interrupt_event, &earlier);
+  interrupted = false;
   struct sigaction action {};
-  action.sa_handler = [](int) { interrupted = true; };
+  action.sa_handler = on_interrupt;
   action.sa_flags = SA_RESETHAND | SA_RESTART;
   ::sigaction(SIGINT, &action, nullptr);
   return interrupted;
+}
+
+bool wait_for_stdin() {
+  pollfd waits[] = {{STDIN_FILENO, POLLIN, 0}, {interrupt_event, POLLIN, 0}};
+  while (!interrupted && ::poll(waits, 2, -1) < 0)
+    if (errno != EINTR) fail("standard input: cannot wait: ", std::strerror(errno));
+  return !interrupted && waits[0].revents != 0;
 }
 
 Progress::Progress(bool quiet) : enabled_(!quiet && stderr_is_terminal()) {}

@@ -23,8 +23,12 @@ bool stdin_is_terminal();
 bool stdout_is_terminal();
 bool stderr_is_terminal();
 
-// From now on the first Ctrl-C (SIGINT) sets the returned flag; a second one ends the process.
+// From now on the first Ctrl-C (SIGINT) sets the returned flag, which this clears; a second one
+// ends the process.
 const std::atomic<bool>& catch_interrupt();
+
+// Waits until standard input can be read. False when Ctrl-C comes, or came, first.
+bool wait_for_stdin();
 
 // One line on standard error that is written over; gone when this is. Nothing at all when standard
 // error is no terminal, or quiet.

@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <poll.h>
+#include <pty.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -23,13 +24,18 @@ Pipe make_pipe() {
   return ends;
 }
 
-// In the child: becomes thaw, or exits with 127.
-[[noreturn]] void become_thaw(const std::vector<std::string>& args, const RunOptions& options,
-                              const Pipe& in, const Pipe& out, const Pipe& err) {
+// Becomes thaw, or exits with 127.
+[[noreturn]] void become_thaw(const std::vector<std::string>& args) {
   const std::string binary = thaw_binary();
   std::vector<char*> argv = {const_cast<char*>(binary.c_str())};
   for (const std::string& arg : args) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
+  ::execv(argv[0], argv.data());
+  ::_exit(127);
+}
+
+// In the child.
+void connect(const RunOptions& options, const Pipe& in, const Pipe& out, const Pipe& err) {
   std::signal(SIGINT, SIG_DFL);  // as in a terminal, whatever this process ignores
   std::signal(options.signal, SIG_DFL);
   std::signal(SIGPIPE, SIG_DFL);
@@ -43,8 +49,6 @@ Pipe make_pipe() {
   } else {
     ::dup2(::open(options.stdout_path.c_str(), O_WRONLY | O_CLOEXEC), STDOUT_FILENO);
   }
-  ::execv(argv[0], argv.data());
-  ::_exit(127);
 }
 
 void send(int fd, std::string_view text) {
@@ -64,6 +68,12 @@ bool receive(int fd, std::string& to) {
   return n > 0;
 }
 
+int exit_code_of(pid_t child) {
+  int status = 0;
+  ::waitpid(child, &status, 0);
+  return WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+}
+
 }  // namespace
 
 std::string thaw_binary() {
@@ -75,7 +85,7 @@ RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& optio
   const Pipe in = make_pipe(), out = make_pipe(), err = make_pipe();
   const pid_t child = ::fork();
   require(child >= 0, "fork failed");
-  if (child == 0) become_thaw(args, options, in, out, err);
+  if (child == 0) connect(options, in, out, err), become_thaw(args);
   for (int fd : {in[0], out[1], err[1]}) ::close(fd);
   const auto old = std::signal(SIGPIPE, SIG_IGN);
   send(in[1], options.input);
@@ -96,9 +106,41 @@ RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& optio
     }
   }
   ::close(out[0]), ::close(err[0]);
-  int status = 0;
-  ::waitpid(child, &status, 0);
-  result.exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+  result.exit_code = exit_code_of(child);
+  return result;
+}
+
+RunResult run_thaw_in_terminal(const std::vector<std::string>& args,
+                               const std::vector<Keys>& steps) {
+  constexpr int kMinute = 60'000;
+  int terminal = -1;
+  const pid_t child = ::forkpty(&terminal, nullptr, nullptr, nullptr);
+  require(child >= 0, "forkpty failed");
+  if (child == 0) {
+    ::setenv("TERM", "xterm", 1);
+    std::signal(SIGINT, SIG_DFL);
+    become_thaw(args);
+  }
+  RunResult result;
+  std::size_t seen = 0;
+  pollfd shown = {terminal, POLLIN, 0};
+  const auto more = [&] {
+    if (::poll(&shown, 1, kMinute) == 0) ::kill(child, SIGKILL);
+    return receive(terminal, result.out);
+  };
+  for (const Keys& step : steps) {
+    std::size_t at;
+    while ((at = result.out.find(step.shown, seen)) == std::string::npos && more()) {
+    }
+    if (at == std::string::npos) break;
+    seen = at + step.shown.size();
+    require(::write(terminal, step.keys.data(), step.keys.size()) == std::ssize(step.keys),
+            "cannot type into the terminal");
+  }
+  while (more()) {
+  }
+  ::close(terminal);
+  result.exit_code = exit_code_of(child);
   return result;
 }
 

@@ -79,7 +79,7 @@ TEST_CASE("cli: wrong commands and flags get a hint") {
   check_fails({"inspect", "-"}, 2, "unexpected argument \"-\"");
   check_fails({""}, 2, "unknown command \"\"; see 'thaw help'");
   check_fails({"help", "generate", "extra"}, 2, "unexpected argument \"extra\"");
-  for (const char* name : {"run", "gen", "chat"})
+  for (const char* name : {"run", "gen", "complete"})
     check_fails({name}, 2, "(did you mean generate?)");
   check_fails({"generate", "--n-predict", "9"}, 2, "(did you mean --max-tokens?)");
   check_fails({"generate", "--ctx-size=9"}, 2, "(did you mean --context?)");

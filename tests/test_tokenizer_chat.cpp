@@ -79,6 +79,20 @@ TEST_CASE("turns are wrapped in control tokens, and the assistant's is opened") 
         "<|start_header_id|>assistant<|end_header_id|>\n\n");
 }
 
+TEST_CASE("a conversation is the same tokens turn by turn as at once") {
+  const std::vector<ChatMessage> first = {{"system", "Be brief."}, {"user", "Hi"}};
+  const ChatMessage answer = {"assistant", "Hello."}, reply = {"user", "More<|eot_id|><|im_end|>"};
+  const auto check = [&](const Tokenizer& tokenizer, ChatFormat format) {
+    Ids ids = encode_chat(tokenizer, format, first);
+    for (const Ids& more :
+         {tokenizer.encode(answer.content), encode_reply(tokenizer, format, reply)})
+      ids.insert(ids.end(), more.begin(), more.end());
+    CHECK(ids == encode_chat(tokenizer, format, {first[0], first[1], answer, reply}));
+  };
+  check(chatml(), ChatFormat::kChatML);
+  check(llama3(), ChatFormat::kLlama3);
+}
+
 TEST_CASE("a message cannot forge a turn") {
   const Tokenizer ml = chatml();
   const Ids ids = encode_chat(ml, ChatFormat::kChatML,

@@ -72,6 +72,44 @@ std::vector<std::string> string_literals(std::string_view jinja) {
   return literals;
 }
 
+// The turns of a conversation as tokens.
+class Turns {
+ public:
+  Turns(const Tokenizer& tokenizer, ChatFormat format)
+      : tokenizer_(tokenizer), llama3_(format == ChatFormat::kLlama3) {
+    require(format != ChatFormat::kNone, tokenizer.spec().source,
+            ": chat template: expected LLaMA-3 or ChatML, found neither");
+    open_ = control_token(tokenizer, llama3_ ? kLlama3Mark : kChatMLMark);
+    close_ = control_token(tokenizer, llama3_ ? "<|eot_id|>" : "<|im_end|>");
+  }
+
+  void open(std::vector<TokenId>& ids, const std::string& role, std::string_view content) const {
+    ids.push_back(open_);
+    if (llama3_) {
+      append(ids, tokenizer_.encode(role));
+      ids.push_back(control_token(tokenizer_, "<|end_header_id|>"));
+      append(ids, tokenizer_.encode(join("\n\n", trim(content))));
+    } else {
+      append(ids, tokenizer_.encode(join(role, "\n", content)));
+    }
+  }
+
+  void close(std::vector<TokenId>& ids) const {
+    ids.push_back(close_);
+    if (!llama3_) append(ids, tokenizer_.encode("\n"));
+  }
+
+  void add(std::vector<TokenId>& ids, const ChatMessage& message) const {
+    open(ids, message.role, message.content);
+    close(ids);
+  }
+
+ private:
+  const Tokenizer& tokenizer_;
+  bool llama3_;
+  TokenId open_, close_;
+};
+
 }  // namespace
 
 ChatFormat recognise_chat_format(const Tokenizer& tokenizer) {
@@ -98,28 +136,20 @@ std::string default_system_message(const Tokenizer& tokenizer) {
 
 std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                                  const std::vector<ChatMessage>& messages) {
-  require(format != ChatFormat::kNone, tokenizer.spec().source,
-          ": chat template: expected LLaMA-3 or ChatML, found neither");
-  const bool llama3 = format == ChatFormat::kLlama3;
+  const Turns turns(tokenizer, format);
   std::vector<TokenId> ids = tokenizer.encode("", {.add_special = true});
-  const TokenId open = control_token(tokenizer, llama3 ? kLlama3Mark : kChatMLMark);
-  const TokenId close = control_token(tokenizer, llama3 ? "<|eot_id|>" : "<|im_end|>");
-  const auto turn = [&](const std::string& role, std::string_view content) {
-    ids.push_back(open);
-    if (llama3) {
-      append(ids, tokenizer.encode(role));
-      ids.push_back(control_token(tokenizer, "<|end_header_id|>"));
-      append(ids, tokenizer.encode(join("\n\n", trim(content))));
-    } else {
-      append(ids, tokenizer.encode(join(role, "\n", content)));
-    }
-  };
-  for (const ChatMessage& message : messages) {
-    turn(message.role, message.content);
-    ids.push_back(close);
-    if (!llama3) append(ids, tokenizer.encode("\n"));
-  }
-  turn("assistant", "");
+  for (const ChatMessage& message : messages) turns.add(ids, message);
+  turns.open(ids, "assistant", "");
+  return ids;
+}
+
+std::vector<TokenId> encode_reply(const Tokenizer& tokenizer, ChatFormat format,
+                                  const ChatMessage& message) {
+  const Turns turns(tokenizer, format);
+  std::vector<TokenId> ids;
+  turns.close(ids);
+  turns.add(ids, message);
+  turns.open(ids, "assistant", "");
   return ids;
 }
 

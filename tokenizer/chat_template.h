@@ -28,4 +28,9 @@ std::string default_system_message(const Tokenizer& tokenizer);
 std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                                  const std::vector<ChatMessage>& messages);
 
+// What follows an answer's own tokens in a conversation: the end of its turn, the next message, and
+// the opening of the assistant's next turn.
+std::vector<TokenId> encode_reply(const Tokenizer& tokenizer, ChatFormat format,
+                                  const ChatMessage& message);
+
 }  // namespace thaw

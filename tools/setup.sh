@@ -38,6 +38,7 @@ has_libfuzzer() { ls "$(clang++ --print-runtime-dir)"/libclang_rt.fuzzer*.a; }
 want_build() {
   want g++ command -v "${CXX:-g++}"
   want libpcre2-dev has_header pcre2.h
+  want libedit-dev has_header histedit.h
   want nlohmann-json3-dev has_header nlohmann/json.hpp
 }
 

@@ -1,0 +1,60 @@
+// A conversation with a model: what was said, as text and as tokens, and the store that holds it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "cli/input.h"
+#include "model/forward.h"
+#include "model/generate.h"
+#include "tokenizer/chat_template.h"
+#include "tokenizer/tokenizer.h"
+
+namespace thaw {
+
+class Conversation {
+ public:
+  struct Turn {
+    std::string message, answer;
+    std::size_t first;  // tokens of the conversation before it
+  };
+
+  // system: its message, or "" for none. All else must outlive this; kv is empty. Throws Error when
+  // the tokenizer has no chat format.
+  Conversation(const Tokenizer& tokenizer, Transformer& transformer, KvStore& kv,
+               const SamplerOptions& sampler, std::string system);
+
+  // Tokens of `message` and all around it that do not stand in the store yet. Throws Error when
+  // they do not fit what the store has room for; nothing is changed then.
+  void add(const Input& message);
+
+  // Writes the answer to the message that was added last; `write` gets its text as it comes, in
+  // whole characters. The turn is taken back where Ctrl-C came before the first token.
+  Generation answer(GenerateOptions options, const std::function<void(std::string_view)>& write);
+
+  bool undo();   // takes back the last turn; false when there is none
+  void clear();  // takes back all
+
+  const std::vector<Turn>& turns() const { return turns_; }
+  const std::vector<TokenId>& tokens() const { return tokens_; }  // known; the store has the first
+  const KvStore& kv() const { return kv_; }
+
+ private:
+  void cut(std::size_t n_tokens);
+
+  const Tokenizer& tokenizer_;
+  const ChatFormat format_;
+  Transformer& transformer_;
+  KvStore& kv_;
+  Sampler sampler_;
+  std::string system_;
+  std::vector<Turn> turns_;
+  std::vector<TokenId> tokens_;
+  std::size_t accepted_ = 0;  // of those, what the sampler was told of
+};
+
+}  // namespace thaw

@@ -1,0 +1,161 @@
+#include "cli/line_input.h"
+
+#include <histedit.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <clocale>
+#include <cstdlib>
+#include <cstring>
+#include <cwchar>
+#include <iostream>
+
+#include "cli/terminal.h"
+#include "device/error.h"
+
+namespace thaw {
+namespace {
+
+constexpr std::size_t kMaxLine = std::size_t{256} << 20;
+constexpr int kMaxHistory = 1000;  // lines
+
+// UTF-8 is edited by characters, also where the locale is plain C.
+void use_utf8() {
+  if (!std::setlocale(LC_CTYPE, "") || MB_CUR_MAX == 1) std::setlocale(LC_CTYPE, "C.UTF-8");
+}
+
+}  // namespace
+
+std::filesystem::path default_history() {
+  const auto from = [](const char* variable) {
+    const char* value = std::getenv(variable);
+    return std::filesystem::path(value && *value == '/' ? value : "");
+  };
+  const std::filesystem::path state = from("XDG_STATE_HOME"), home = from("HOME");
+  if (!state.empty()) return state / "thaw" / "chat_history";
+  return home.empty() ? home : home / ".local" / "state" / "thaw" / "chat_history";
+}
+
+// libedit, which takes its bytes from the LineInput, so that Ctrl-C ends a line.
+class LineInput::Editor {
+ public:
+  Editor(LineInput& input, const std::filesystem::path& file)
+      : input_(input),
+        file_(file.string()),
+        history_(::history_init()),
+        editor_((use_utf8(), ::el_init("thaw", stdin, stderr, stderr))) {
+    require(history_ && editor_, "libedit: cannot edit lines of this terminal");
+    ::el_set(editor_, EL_CLIENTDATA, this);
+    ::el_set(editor_, EL_PROMPT, &Editor::prompt);
+    ::el_set(editor_, EL_GETCFN, &Editor::next_character);
+    ::el_set(editor_, EL_HIST, ::history, history_);
+    ::el_set(editor_, EL_EDITOR, "emacs");
+    ::el_set(editor_, EL_BIND, "^R", "em-inc-search-prev", nullptr);
+    ::el_set(editor_, EL_BIND, "^W", "ed-delete-prev-word", nullptr);
+    ::el_source(editor_, nullptr);
+    HistEvent event;
+    ::history(history_, &event, H_SETSIZE, kMaxHistory);
+    ::history(history_, &event, H_SETUNIQUE, 1);
+    if (!file_.empty()) ::history(history_, &event, H_LOAD, file_.c_str());
+  }
+
+  ~Editor() {
+    HistEvent event;
+    if (!file_.empty()) {
+      std::error_code none;
+      std::filesystem::create_directories(std::filesystem::path(file_).parent_path(), none);
+      ::history(history_, &event, H_SAVE, file_.c_str());
+    }
+    ::el_end(editor_);
+    ::history_end(history_);
+  }
+  Editor(const Editor&) = delete;
+  Editor& operator=(const Editor&) = delete;
+
+  State read(const char* prompt, std::string& line) {
+    prompt_ = prompt;
+    ::el_set(editor_, EL_PREP_TERM, 1);  // before the prompt says that keys are waited for
+    int n_bytes = 0;
+    const char* text = ::el_gets(editor_, &n_bytes);
+    if (text && n_bytes > 0) {
+      line.assign(text, static_cast<std::size_t>(n_bytes));
+      if (line.back() == '\n') line.pop_back();
+      HistEvent event;
+      if (!line.empty()) ::history(history_, &event, H_ENTER, line.c_str());
+      return State::kLine;
+    }
+    std::cerr << "\n" << std::flush;  // below the line that was begun
+    return input_.interrupted_ ? State::kInterrupted : State::kEnd;
+  }
+
+ private:
+  static Editor& of(EditLine* editor) {
+    void* data = nullptr;
+    ::el_get(editor, EL_CLIENTDATA, &data);
+    return *static_cast<Editor*>(data);
+  }
+
+  static char* prompt(EditLine* editor) { return const_cast<char*>(of(editor).prompt_); }
+
+  // 1 with a character of UTF-8, 0 at the end, -1 when interrupted. A byte that begins none stands
+  // for U+FFFD.
+  static int next_character(EditLine* editor, wchar_t* character) {
+    LineInput& input = of(editor).input_;
+    std::mbstate_t state{};
+    for (;;) {
+      const std::optional<char> byte = input.next_byte();
+      if (!byte) return input.interrupted_ ? -1 : 0;
+      const std::size_t n = std::mbrtowc(character, &*byte, 1, &state);
+      if (n == static_cast<std::size_t>(-2)) continue;
+      if (n == static_cast<std::size_t>(-1)) *character = L'\xFFFD';
+      return 1;
+    }
+  }
+
+  LineInput& input_;
+  std::string file_;
+  const char* prompt_ = "";
+  ::History* history_;
+  EditLine* editor_;
+};
+
+LineInput::LineInput(const std::filesystem::path& history) {
+  if (stdin_is_terminal() && stderr_is_terminal())
+    editor_ = std::make_unique<Editor>(*this, history);
+}
+
+LineInput::~LineInput() = default;
+
+std::optional<char> LineInput::next_byte() {
+  while (used_ == held_.size()) {
+    if ((interrupted_ = !wait_for_stdin())) return {};
+    held_.resize(1 << 16), used_ = 0;
+    const ssize_t n = ::read(STDIN_FILENO, held_.data(), held_.size());
+    const int reason = errno;
+    held_.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
+    if (n == 0) return {};
+    if (n < 0 && reason != EINTR) fail("standard input: cannot read: ", std::strerror(reason));
+  }
+  return held_[used_++];
+}
+
+LineInput::State LineInput::read_plain(std::string& line) {
+  line.clear();
+  while (const std::optional<char> byte = next_byte()) {
+    if (*byte == '\n') return State::kLine;
+    line += *byte;
+    require(line.size() <= kMaxLine, "standard input: expected lines of at most ", kMaxLine,
+            " bytes, found a longer one");
+  }
+  if (interrupted_) return State::kInterrupted;
+  return line.empty() ? State::kEnd : State::kLine;
+}
+
+LineInput::State LineInput::read(const char* prompt, std::string& line) {
+  interrupted_ = false;
+  const State state = editor_ ? editor_->read(prompt, line) : read_plain(line);
+  if (line.ends_with('\r')) line.pop_back();
+  return state;
+}
+
+}  // namespace thaw
