@@ -1,5 +1,7 @@
 // thaw chat: a conversation, line by line.
 #include <algorithm>
+#include <filesystem>
+#include <functional>
 #include <iostream>
 #include <memory>
 #include <random>
@@ -13,6 +15,7 @@
 #include "cli/input.h"
 #include "cli/line_input.h"
 #include "cli/options.h"
+#include "cli/session.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
 #include "cli/writing.h"
@@ -30,7 +33,7 @@ struct Options {
   SamplerOptions sampler;
   std::optional<std::uint64_t> seed;
   int max_tokens = -1;
-  std::optional<std::string> system, history;
+  std::optional<std::string> system, session, history;
   bool verbose = false;
 };
 
@@ -45,6 +48,8 @@ void add_chat_flags(Flags& flags, Options& o) {
              "the system message; by default the model's own, \"\" for none");
   flags.integer(o.max_tokens, "-n, --max-tokens",
                 "most tokens of an answer; -1: until the context is full", -1, 1 << 24);
+  flags.path(o.session, "--session", "FILE",
+             "go on with the conversation in FILE, if it is there, and save it there at the end");
   flags.text(o.history, "--history", "FILE",
              "where typed lines are kept for the arrow keys; by default "
              "~/.local/state/thaw/chat_history, \"\" for nowhere");
@@ -116,6 +121,7 @@ class Chat {
   void take(const std::string& line);
   std::optional<std::string> read_block(std::string line);
   void obey(const std::string& line);
+  static void attempt(const std::function<void()>& work);
   void say(const Input& message);
   void answer();
   void note(const std::string& text) const { std::cerr << text << "\n"; }
@@ -125,6 +131,8 @@ class Chat {
   void undo(const std::string&);
   void reset(const std::string&);
   void stats(const std::string&);
+  void save(const std::string& path);
+  void load(const std::string& path);
   void quit(const std::string&) { quits_ = true; }
 
   const Options& o_;
@@ -146,12 +154,17 @@ const Chat::Command Chat::kCommands[] = {
     {"/undo", "", "take back the last message and its answer", &Chat::undo},
     {"/reset", "", "begin a new conversation", &Chat::reset},
     {"/stats", "", "tokens, speed and memory so far", &Chat::stats},
+    {"/save", "FILE", "write the conversation to FILE, with its keys and values", &Chat::save},
+    {"/load", "FILE", "go on with the conversation in FILE", &Chat::load},
     {"/quit", "", "end, as Ctrl-D does", &Chat::quit},
 };
 
 int Chat::run() {
   if (lines_.is_terminal() && !o_.common.quiet)
     note("Type a message, or /help. Ctrl-C ends an answer, Ctrl-D the conversation.");
+  if (o_.session && std::filesystem::exists(*o_.session)) load(*o_.session);
+  if (o_.system && *o_.system != talk_.system())
+    note("warning: --system: the conversation has begun with another system message, which stays");
   if (o_.first.text || o_.first.file) {
     const Input message = read_input(o_.first, "the first message");
     if (lines_.is_terminal() && o_.first.text) note("> " + *o_.first.text);
@@ -168,6 +181,7 @@ int Chat::run() {
       take(line);
   }
   if (!o_.common.quiet) stats("");
+  if (o_.session) save(*o_.session);
   return interrupted_ ? kInterruptedExit : 0;
 }
 
@@ -224,12 +238,19 @@ void Chat::obey(const std::string& line) {
                      guess.empty() ? "; /help lists them" : "; did you mean " + guess + "?"));
 }
 
-void Chat::say(const Input& message) {
+// Work that changes nothing where it fails, unless a device is what failed.
+void Chat::attempt(const std::function<void()>& work) {
   try {
-    talk_.add(message);
+    work();
+  } catch (const DeviceError&) {
+    throw;
   } catch (const Error& error) {
     throw Refused(error.what());
   }
+}
+
+void Chat::say(const Input& message) {
+  attempt([&] { talk_.add(message); });
   answer();
 }
 
@@ -282,6 +303,27 @@ void Chat::reset(const std::string&) {
   talk_.clear();
   recovery_ = Recovery(recovery_.params());
   note("(a new conversation)");
+}
+
+void Chat::save(const std::string& path) {
+  attempt([&] {
+    const std::int64_t n_bytes = write_session(path, model_, talk_);
+    if (!o_.common.quiet) note(join("(saved in ", path, ": ", format_bytes(n_bytes), ")"));
+  });
+}
+
+void Chat::load(const std::string& path) {
+  attempt([&] {
+    if (!resume(read_session(path), model_, talk_))
+      note("(saved with other weights: the next message reads all of it anew)");
+  });
+  recovery_ = Recovery(recovery_.params());
+  const auto& turns = talk_.turns();
+  if (!turns.empty() && lines_.is_terminal())
+    note(join("> ", turns.back().message, "\n", turns.back().answer));
+  if (!o_.common.quiet)
+    note(join("(", count(std::ssize(turns), "message"), ", ",
+              count(std::ssize(talk_.tokens()), "token"), ")"));
 }
 
 void Chat::stats(const std::string&) {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cli/input.h"
+#include "kvstore/saved_rows.h"
 #include "model/forward.h"
 #include "model/generate.h"
 #include "tokenizer/chat_template.h"
@@ -39,12 +40,23 @@ class Conversation {
   bool undo();   // takes back the last turn; false when there is none
   void clear();  // takes back all
 
+  // Becomes the conversation of these. Of the tokens, which are those of the turns, keys and values
+  // are `rows`, as far as they go; the last kReadAgain are read with the next message all the same,
+  // as the policies go by whom they attend. No tokens: the turns' text is encoded. Throws Error,
+  // with nothing changed, when there are more tokens than the store has room for.
+  static constexpr int kReadAgain = 32;
+  void resume(std::string system, std::vector<Turn> turns, std::vector<TokenId> tokens,
+              const SavedRows& rows);
+
+  const std::string& system() const { return system_; }
   const std::vector<Turn>& turns() const { return turns_; }
   const std::vector<TokenId>& tokens() const { return tokens_; }  // known; the store has the first
   const KvStore& kv() const { return kv_; }
 
  private:
   void cut(std::size_t n_tokens);
+  std::vector<TokenId> encode(const std::string& message, bool is_first,
+                              const std::string& system) const;
 
   const Tokenizer& tokenizer_;
   const ChatFormat format_;

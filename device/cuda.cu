@@ -12,7 +12,7 @@ std::string& first_failure() {
 
 [[noreturn]] void fail_for_good(const std::string& message) {
   if (first_failure().empty()) first_failure() = message;
-  throw Error(message);
+  throw DeviceError(message);
 }
 
 std::string text_of(dim3 size) { return join(size.x, "x", size.y, "x", size.z); }
@@ -35,7 +35,7 @@ bool can_overlap() {
 }  // namespace
 
 void check(cudaError_t result, const char* what) {
-  if (!first_failure().empty()) throw Error(first_failure());
+  if (!first_failure().empty()) throw DeviceError(first_failure());
   if (result != cudaSuccess) fail_for_good(join(what, ": ", cudaGetErrorString(result)));
 }
 

@@ -20,6 +20,11 @@ struct UsageError : Error {
   using Error::Error;
 };
 
+// A device that failed. Its context is broken: whoever goes on after other errors ends with this.
+struct DeviceError : Error {
+  using Error::Error;
+};
+
 // Joins its arguments as operator<< prints them.
 template <class... Parts>
 std::string join(const Parts&... parts) {

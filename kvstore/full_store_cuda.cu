@@ -19,6 +19,7 @@ class CudaKvStore final : public KvStore {
   void begin(int n_tokens, Phase phase) override;
   void append(int layer, const float* k, const float* v, int n_tokens) override;
   KvView view(int layer) const override;
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override;
   int stats_rows(int) const override { return 0; }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
@@ -139,6 +140,24 @@ KvView CudaKvStore::view(int layer) const {
   view.head_dim = shape_.head_dim;
   view.device = &views_[static_cast<std::size_t>(layer)];
   return view;
+}
+
+// Page by page, through a copy of the layer's part of it.
+void CudaKvStore::read(int layer, int first, int n_tokens, std::byte* rows) const {
+  const DeviceRows& all = views_[static_cast<std::size_t>(layer)].rows;
+  std::vector<std::byte> part(static_cast<std::size_t>(shape_.n_kv_heads) * all.head_stride);
+  const std::byte* const page = part.data();
+  const KvRows here = {{&page, 1},    0,          all.value_offset, all.head_stride,
+                       all.row_bytes, kTierShift, kTierTokens};
+  for (int token = first, end = first + n_tokens; token < end;) {
+    const int at = token % kTierTokens, n = std::min(kTierTokens - at, end - token);
+    copy_to_host(part.data(),
+                 pages_[static_cast<std::size_t>(token / kTierTokens)].data() + all.offset,
+                 part.size(), stream_);
+    copy_rows(rows, shape_, here, at, n);
+    rows += std::size_t{2} * all.row_bytes * static_cast<std::size_t>(shape_.n_kv_heads * n);
+    token += n;
+  }
 }
 
 void CudaKvStore::settle(int layer, const AttentionStats&) {

@@ -1,5 +1,7 @@
 #include "kvstore/kvstore.h"
 
+#include <cstring>
+
 #include "device/error.h"
 
 namespace thaw {
@@ -7,6 +9,17 @@ namespace thaw {
 std::int64_t KvShape::bytes_per_token() const {
   return std::int64_t{2} * n_layers * n_kv_heads *
          static_cast<std::int64_t>(kv_row_bytes(type, head_dim));
+}
+
+void copy_rows(std::byte* out, const KvShape& shape, const KvRows& rows, int first, int n_tokens) {
+  const std::size_t size = kv_row_bytes(shape.type, shape.head_dim);
+  for (int row = first; row < first + n_tokens; ++row) {
+    for (int head = 0; head < shape.n_kv_heads; ++head) {
+      std::memcpy(out, rows.key(head, row), size);
+      std::memcpy(out + size, rows.value(head, row), size);
+      out += 2 * size;
+    }
+  }
 }
 
 void check_shape(const KvShape& s) {

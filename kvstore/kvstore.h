@@ -42,8 +42,8 @@ struct KvShape {
 };
 
 // How a forward pass attends. Prefill: each row sees every token before it, exactly. Decode: one
-// row, which sees what the policy shows it.
-enum class Phase : std::uint8_t { kPrefill, kDecode };
+// row, which sees what the policy shows it. Restore: keys and values are known, and nobody attends.
+enum class Phase : std::uint8_t { kPrefill, kDecode, kRestore };
 
 // Rows of keys and values, in pages. Row i of a head stands in page i >> page_shift.
 struct KvRows {
@@ -63,6 +63,9 @@ struct KvRows {
   }
   const std::byte* value(int head, int row) const { return key(head, row) + value_offset; }
 };
+
+// Copies rows first ... first + n - 1 of all heads to `out`: n x n_kv_heads x (key, value).
+void copy_rows(std::byte* out, const KvShape& shape, const KvRows& rows, int first, int n_tokens);
 
 // What decode reads of a lane: the heads of a layer that freeze and thaw together, either one head
 // or all of them.
@@ -162,6 +165,10 @@ class KvStore {
 
   // The tokens of `layer`; valid until the next append, settle, rewind, reset or clear.
   virtual KvView view(int layer) const = 0;
+
+  // Copies what is exact of tokens first ... first + n - 1 of `layer` to `rows` in host memory, as
+  // it is stored: n x n_kv_heads x (key, value), each kv_row_bytes(). Waits for what writes it.
+  virtual void read(int layer, int first, int n_tokens, std::byte* rows) const = 0;
 
   // How many of the step's last rows the policy wants statistics of; 0: none at all.
   virtual int stats_rows(int n_tokens) const = 0;

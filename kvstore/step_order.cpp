@@ -6,7 +6,7 @@ namespace thaw {
 
 void StepOrder::prepare(const KvShape& shape, int n_tokens, Phase phase) {
   const auto [first, most] = least_most();
-  require(phase == Phase::kPrefill || n_tokens == 1, "KV store: decode: expected 1 token, found ",
+  require(phase != Phase::kDecode || n_tokens == 1, "KV store: decode: expected 1 token, found ",
           n_tokens);
   require(n_tokens > 0, "KV store: expected at least 1 token, found ", n_tokens);
   require(n_tokens <= shape.capacity - first, "KV store: expected at most ", shape.capacity,

@@ -27,6 +27,9 @@ class TieredKvStore final : public KvStore {
   void begin(int n_tokens, Phase phase) override;
   void append(int layer, const float* k, const float* v, int n_tokens) override;
   KvView view(int layer) const override;
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override {
+    copy_rows(rows, shape_, cold_.rows(layer, length()), first, n_tokens);
+  }
   int stats_rows(int n_tokens) const override;
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
@@ -45,7 +48,7 @@ class TieredKvStore final : public KvStore {
  private:
   const PolicyParams& params() const { return options_.policy; }
   bool full() const { return params().policy == Policy::kFull; }
-  bool exact() const { return full() || phase_ == Phase::kPrefill || relief_.exact_steps > 0; }
+  bool exact() const { return full() || phase_ != Phase::kDecode || relief_.exact_steps > 0; }
   int lane_heads() const { return bounds_.lane_heads(); }
   int lanes_per_layer() const { return shape_.n_kv_heads / lane_heads(); }
   std::span<Residency> lanes(int layer);
@@ -207,6 +210,7 @@ KvView TieredKvStore::view(int layer) const {
 }
 
 int TieredKvStore::stats_rows(int n_tokens) const {
+  if (phase_ == Phase::kRestore) return 0;
   switch (params().policy) {
     case Policy::kFull:
       return 0;

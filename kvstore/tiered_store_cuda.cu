@@ -30,6 +30,7 @@ class CudaTieredStore final : public KvStore {
   void begin(int n_tokens, Phase phase) override;
   void append(int layer, const float* k, const float* v, int n_tokens) override;
   KvView view(int layer) const override;
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override;
   int stats_rows(int n_tokens) const override { return stats_rows(n_tokens, phase_); }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
@@ -47,7 +48,7 @@ class CudaTieredStore final : public KvStore {
 
  private:
   const PolicyParams& params() const { return options_.policy; }
-  bool exact(Phase phase) const { return phase == Phase::kPrefill || hot_.attends_all(); }
+  bool exact(Phase phase) const { return phase != Phase::kDecode || hot_.attends_all(); }
   bool exact() const { return exact(phase_); }
   int stats_rows(int n_tokens, Phase phase) const;
   void begin_decode(int first);
@@ -110,6 +111,7 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       order_(shape.n_layers) {}
 
 int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
+  if (phase == Phase::kRestore) return 0;
   switch (params().policy) {
     case Policy::kWindow:
       return exact(phase) ? 0 : 1;
@@ -213,6 +215,12 @@ KvView CudaTieredStore::view(int layer) const {
   view.lane_heads = hot_.lanes().all().lane_heads;
   if (!exact()) view.recall = hot_.epsilon(), view.caution = caution_of(options_.policy);
   return view;
+}
+
+void CudaTieredStore::read(int layer, int first, int n_tokens, std::byte* rows) const {
+  catch_up();
+  stream_.synchronize();
+  copy_rows(rows, shape_, cold_.host().rows(layer, length()), first, n_tokens);
 }
 
 void CudaTieredStore::settle(int layer, const AttentionStats&) {
@@ -327,7 +335,7 @@ void CudaTieredStore::check_from(int first) const {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     const KvRows cold = cold_.host().rows(layer, n);
     ghost_check_.check(layer, cold, ghosts_.view(layer), first, owes_ghosts_ ? n - 1 : n, stream_);
-    if (!hot_.is_seeded() || phase_ == Phase::kPrefill) continue;
+    if (!hot_.is_seeded() || phase_ != Phase::kDecode) continue;
     for (int i = 0; i < hot_.lanes().per_layer(); ++i)
       check_lane(hot_.lanes().snapshot(layer * hot_.lanes().per_layer() + i, n),
                  {params(), layer, i * hot_.lanes().all().lane_heads, hot_.lanes().all().lane_heads,

@@ -52,6 +52,9 @@ class Backend {
     pass();
   }
 
+  // Copies numbers from host memory to where ops read the pass's scratch.
+  virtual void upload(float* to, std::span<const float> from) = 0;
+
   // n logits of the pass, in host memory, when they are there; valid until the next begin().
   virtual std::span<const float> fetch(const Scratch& a, std::size_t n) = 0;
 

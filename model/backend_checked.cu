@@ -183,6 +183,9 @@ class CheckedKvStore final : public KvStore {
     view.device = cuda_->view(layer).device;
     return view;
   }
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override {
+    cuda_->read(layer, first, n_tokens, rows);
+  }
   int stats_rows(int n_tokens) const override { return cuda_->stats_rows(n_tokens); }
   void settle(int layer, const AttentionStats& stats) override {
     cuda_->settle(layer, stats), cpu_->settle(layer, stats);
@@ -224,6 +227,7 @@ class CheckedBackend final : public Backend {
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override {
     return cuda_.begin(tokens, first_position, n_logits);
   }
+  void upload(float* to, std::span<const float> from) override { cuda_.upload(to, from); }
   std::span<const float> fetch(const Scratch& a, std::size_t n) override {
     return cuda_.fetch(a, n);
   }

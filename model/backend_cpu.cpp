@@ -44,6 +44,9 @@ class CpuBackend final : public Backend {
             positions_};
   }
 
+  void upload(float* to, std::span<const float> from) override {
+    std::copy(from.begin(), from.end(), to);
+  }
   std::span<const float> fetch(const Scratch& a, std::size_t n) override { return {a.logits, n}; }
 
   double time_cold(const std::function<void()>& work) override {

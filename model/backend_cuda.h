@@ -35,6 +35,9 @@ class CudaBackend final : public Backend {
   // A pass of one row is recorded as a graph the second time that a store sees it, and launched as
   // a whole from then on, unless somebody observes or the store checks itself.
   void run(const KvStore& kv, const std::function<void()>& pass) override;
+  void upload(float* to, std::span<const float> from) override {
+    copy_to_device(to, from.data(), from.size(), stream_);
+  }
   // Waits for the stream.
   std::span<const float> fetch(const Scratch& a, std::size_t n) override;
   std::optional<Prediction> predict(const Scratch& a, Sampler& sampler, int n_vocab) override {

@@ -67,6 +67,9 @@ class TimedKvStore final : public KvStore {
   }
   void begin(int n_tokens, Phase phase) override { kv_->begin(n_tokens, phase); }
   KvView view(int layer) const override { return kv_->view(layer); }
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override {
+    kv_->read(layer, first, n_tokens, rows);
+  }
   int stats_rows(int n_tokens) const override { return kv_->stats_rows(n_tokens); }
   void rewind(int position) override { kv_->rewind(position); }
   void clear() override { kv_->clear(); }

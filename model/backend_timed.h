@@ -31,6 +31,7 @@ class TimedBackend final : public Backend {
   int best_rows() const override { return inner_->best_rows(); }
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override;
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override;
+  void upload(float* to, std::span<const float> from) override { inner_->upload(to, from); }
   std::span<const float> fetch(const Scratch& a, std::size_t n) override {
     return inner_->fetch(a, n);
   }

@@ -1,5 +1,7 @@
 #include "model/forward.h"
 
+#include <vector>
+
 #include "device/error.h"
 
 namespace thaw {
@@ -83,6 +85,22 @@ std::span<const float> Transformer::prefill(std::span<const std::int32_t> tokens
   for (; tokens.size() > step; tokens = tokens.subspan(step))
     forward(tokens.first(step), kv, 0, Phase::kPrefill);
   return forward(tokens, kv, 1, Phase::kPrefill);
+}
+
+void Transformer::restore(std::span<const std::int32_t> tokens, KvStore& kv,
+                          const KnownRows& rows) {
+  const int n_rows = static_cast<int>(tokens.size());
+  require(n_rows >= 1 && n_rows <= max_rows_, "restore: tokens: expected 1 to ", max_rows_,
+          ", found ", n_rows);
+  const Scratch a = backend_->begin(tokens, kv.length(), 0);
+  std::vector<float> k(tokens.size() * static_cast<std::size_t>(model_.config.kv_dim())), v(k);
+  kv.begin(n_rows, Phase::kRestore);
+  for (int layer = 0; layer < model_.config.n_layers; ++layer) {
+    rows(layer, k, v);
+    backend_->upload(a.k, k), backend_->upload(a.v, v);
+    kv.append(layer, a.k, a.v, n_rows);
+    kv.settle(layer, {});
+  }
 }
 
 }  // namespace thaw

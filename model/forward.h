@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -41,6 +42,11 @@ class Transformer {
 
   // Prefill of any number of tokens, in calls of at most max_rows; logits of the last token only.
   std::span<const float> prefill(std::span<const std::int32_t> tokens, KvStore& kv);
+
+  // Appends `tokens` (1 .. max_rows) to kv whose keys and values are known: rows(layer, k, v) gives
+  // those of each layer in turn, T x kv_dim each. Nothing is computed.
+  using KnownRows = std::function<void(int, std::span<float>, std::span<float>)>;
+  void restore(std::span<const std::int32_t> tokens, KvStore& kv, const KnownRows& rows);
 
   // Every named intermediate of every forward() from now on; {} to stop.
   void observe(Observer observer);

@@ -45,6 +45,25 @@ else
   failed=$((failed + 1)) && echo "emulated: failed: the trace lacks a step, or what a layer seeded"
 fi
 
+# A conversation that the GPU's store held goes on from a file, there and on the CPU.
+chat() {
+  "$thaw" chat -m "$model" --system "" --temp 0 -n 1 --history "" -q "$@" 2>/dev/null
+}
+hi=$(printf 'Hi\nAnd?\n' | chat --backend cpu --policy full)
+for policy in full thaw; do
+  rm -f "$work/talk"
+  said=$(echo Hi | chat --backend cuda --policy $policy --session "$work/talk")
+  for backend in cuda cpu; do
+    cp "$work/talk" "$work/talk-$backend"
+    more=$(echo "And?" | chat --backend $backend --policy $policy --session "$work/talk-$backend")
+    if [ "$said"$'\n'"$more" = "$hi" ]; then
+      passed=$((passed + 1))
+    else
+      failed=$((failed + 1)) && printf 'emulated: failed: chat, %s, then %s: %s\n' $policy $backend "$said, $more"
+    fi
+  done
+done
+
 # What bench says that a token reads is what kernels read: the difference between 12 decoded tokens
 # and 4, in each of two runs, so that the prompt does not count.
 traffic() {

@@ -97,7 +97,7 @@ class History {
   void prefill(int n) {
     n = std::min(n, kCapacity - length_);
     if (n == 0) return;
-    kv_->begin(n, Phase::kPrefill);
+    kv_->begin(n, one_in(4) ? Phase::kRestore : Phase::kPrefill);
     for (int layer = 0; layer < shape_.n_layers; ++layer) {
       append(layer, n);
       CHECK(kv_->view(layer).lanes.empty());

@@ -180,6 +180,9 @@ class Troubled : public KvStore {
     return at == masses_.end() ? 0.1f : at->second;
   }
   KvView view(int layer) const override { return inner_->view(layer); }
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override {
+    inner_->read(layer, first, n_tokens, rows);
+  }
   int stats_rows(int n_tokens) const override { return inner_->stats_rows(n_tokens); }
   void settle(int layer, const AttentionStats& stats) override { inner_->settle(layer, stats); }
   void rewind(int position) override { inner_->rewind(position); }

@@ -67,6 +67,7 @@ class BothStores {
   }
 
   void prefill(int n, Mood mood) { step(n, Phase::kPrefill, mood); }
+  void restore(int n) { step(n, Phase::kRestore, Mood::kPlain); }
   void decode(int n_steps, Mood mood) {
     for (int i = 0; i < n_steps; ++i) step(1, Phase::kDecode, mood);
   }

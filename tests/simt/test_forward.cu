@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "device/error.h"
+#include "kvstore/saved_rows.h"
 #include "model/backend_cuda.h"
 #include "model/forward.h"
 #include "tests/compare.h"
@@ -143,6 +144,41 @@ TEST_CASE("cuda forward: every type of store") {
     // or 1/127 of one in 32 numbers of one in 11 tokens: 1.8e-7 of the power. Five of them pass.
     CHECK(testing::nmse(a, b) <= 1e-6);
   }
+}
+
+// Saved on one side, restored on the other: two and a bit pages of the full store's.
+TEST_CASE("cuda forward: keys and values that the CPU computed are as good as its own, and back") {
+  const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
+  const int n = kIsSlow ? 20 : 270;
+  const Tokens text = prompt(n + 4, 96);
+  const auto save = [](const KvStore& kv) {
+    std::vector<std::byte> all;
+    save_rows(kv, [&](std::span<const std::byte> some) {
+      all.insert(all.end(), some.begin(), some.end());
+    });
+    return all;
+  };
+  const auto move = [&](Machine& from, Machine& to) {
+    const std::vector<std::byte> bytes = save(*from.kv);
+    const SavedRows rows(bytes, from.kv->shape(), from.kv->length());
+    for (int first = 0; first < n; first += 16)
+      to.transformer.restore(std::span(text).subspan(first, std::min(16, n - first)), *to.kv,
+                             [&](int layer, std::span<float> k, std::span<float> v) {
+                               rows.load(layer, first, k, v);
+                             });
+    CHECK(save(*to.kv) == bytes);
+  };
+  Machine cpu(tiny.model, make_cpu_backend(tiny.model, 1));
+  Machine cuda(tiny.model, make_cuda_backend(tiny.model, 1));
+  Machine back(tiny.model, make_cpu_backend(tiny.model, 1));
+  cpu.transformer.prefill(std::span(text).first(n), *cpu.kv);
+  move(cpu, cuda), move(cuda, back);
+  const auto rest = std::span(text).last(4);
+  const auto a = cuda.transformer.prefill(rest, *cuda.kv);
+  const auto b = cpu.transformer.prefill(rest, *cpu.kv);
+  const auto c = back.transformer.prefill(rest, *back.kv);
+  CHECK(testing::nmse(Logits(a.begin(), a.end()), Logits(b.begin(), b.end())) <= 3.2e-6);
+  CHECK(std::equal(b.begin(), b.end(), c.begin(), c.end()));
 }
 
 TEST_CASE("cuda forward: checked finds nothing, and an op that errs by its name") {

@@ -1,0 +1,257 @@
+// Conversations in files: what is saved goes on, and what is damaged is refused.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <functional>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "cli/session.h"
+#include "cli/tokenizer_source.h"
+#include "device/error.h"
+#include "tests/check_fails.h"
+#include "tests/error_of.h"
+#include "tests/run_thaw.h"
+#include "tests/tiny_cli.h"
+
+namespace thaw {
+namespace {
+
+using testing::check_fails;
+using testing::error_of;
+using testing::read_file;
+using testing::run_thaw;
+using testing::RunResult;
+using testing::TinyCli;
+using testing::write_file;
+using Tokens = std::vector<std::int32_t>;
+
+bool contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
+
+// Greedy conversations of 40 tokens an answer, which end at none, with one model.
+struct Talk {
+  explicit Talk(KvType type = KvType::kF16, int capacity = 512)
+      : kv(make_kv_store(kv_shape(model.config, capacity, type))) {
+    options.max_tokens = 40;
+  }
+  static SamplerOptions sampler() {
+    SamplerOptions s;
+    s.temperature = 0;
+    s.frequency_penalty = 0.05f;
+    s.penalty_window = -1;
+    return s;
+  }
+  Tokens say(const std::string& message) {
+    talk.add({message, "test"});
+    const Generation g = talk.answer(options, [](std::string_view) {});
+    n_read = g.prompt_tokens;
+    return g.tokens;
+  }
+
+  Model model = load_model(TinyCli::get().model());
+  Tokenizer tokenizer = load_tokenizer(model);
+  Transformer transformer{model, 1};
+  std::unique_ptr<KvStore> kv;
+  Conversation talk{tokenizer, transformer, *kv, sampler(), "Be"};
+  GenerateOptions options;
+  int n_read = 0;
+};
+
+struct Saved {
+  testing::TemporaryDirectory directory;
+  std::filesystem::path path = directory.path() / "talk";
+  Tokens answer;  // to "More", by the conversation that went on
+
+  Saved() {
+    Talk talk;
+    talk.say("Hi");
+    const std::int64_t n_bytes = write_session(path, talk.model, talk.talk);
+    CHECK(n_bytes == static_cast<std::int64_t>(std::filesystem::file_size(path)));
+    answer = talk.say("More");
+  }
+};
+
+TEST_CASE("session: a conversation that is loaded goes on as it would have") {
+  const Saved saved;
+  Talk talk;
+  talk.say("Something else");
+  CHECK(resume(read_session(saved.path), talk.model, talk.talk));
+  REQUIRE(talk.talk.turns().size() == 1);
+  CHECK(talk.talk.turns()[0].message == "Hi");
+  CHECK(talk.talk.system() == "Be");
+  const auto n = std::ssize(talk.talk.tokens());
+  CHECK(n == 71);  // 31, and the answer's
+  CHECK(talk.kv->length() == n - Conversation::kReadAgain);
+  CHECK(talk.say("More") == saved.answer);
+  CHECK(talk.n_read == Conversation::kReadAgain + std::ssize(talk.talk.tokens()) - n - 40);
+  CHECK(talk.talk.undo());
+  CHECK(talk.say("More") == saved.answer);
+  CHECK(talk.talk.undo());
+  CHECK(talk.talk.undo());
+  CHECK(talk.kv->length() == 0);
+}
+
+TEST_CASE("session: keys and values go to a store of another type") {
+  const Saved saved;
+  Talk talk(KvType::kF32);
+  CHECK(resume(read_session(saved.path), talk.model, talk.talk));
+  CHECK(talk.say("More") == saved.answer);
+  write_session(saved.path, talk.model, talk.talk);
+  Talk back(KvType::kBF16);
+  CHECK(resume(read_session(saved.path), back.model, back.talk));
+  CHECK(back.talk.turns().size() == 2);
+}
+
+TEST_CASE("session: with other weights its text is read anew") {
+  const Saved saved;
+  Talk talk;
+  talk.model.weights.final_norm[0] += 1;
+  CHECK_FALSE(resume(read_session(saved.path), talk.model, talk.talk));
+  CHECK(talk.kv->length() == 0);
+  CHECK(talk.talk.turns().size() == 1);
+  const auto n = std::ssize(talk.talk.tokens());
+  talk.say("More");
+  const auto more = encode_reply(talk.tokenizer, ChatFormat::kChatML, {"user", "More"});
+  CHECK(talk.n_read == n + std::ssize(more));
+  CHECK(talk.talk.turns()[1].first == static_cast<std::size_t>(n));
+}
+
+TEST_CASE("session: one that is longer than the context is refused, and nothing changes") {
+  const Saved saved;
+  Talk talk(KvType::kF16, 64);
+  talk.say("x");
+  const auto tokens = talk.talk.tokens();
+  CHECK(contains(error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); }),
+                 ": expected at most 64 tokens (the context), found 71"));
+  CHECK(talk.talk.tokens() == tokens);
+  CHECK(talk.talk.turns()[0].message == "x");
+}
+
+TEST_CASE("session: an empty conversation, and one of a message that has no text") {
+  testing::TemporaryDirectory directory;
+  const auto path = directory.path() / "talk";
+  Talk talk, other;
+  write_session(path, talk.model, talk.talk);
+  other.say("x");
+  resume(read_session(path), other.model, other.talk);
+  CHECK(other.talk.turns().empty());
+  CHECK(other.talk.tokens().empty());
+  talk.say("\xff");
+  write_session(path, talk.model, talk.talk);
+  resume(read_session(path), other.model, other.talk);
+  CHECK(other.talk.tokens() == talk.talk.tokens());
+}
+
+TEST_CASE("session: what is wrong in a file is named") {
+  const Saved saved;
+  const std::string bytes = read_file(saved.path);
+  const std::size_t end = bytes.find('\n');
+  const auto error = [&](const std::function<void(nlohmann::ordered_json&)>& change) {
+    auto header = nlohmann::ordered_json::parse(bytes.substr(0, end));
+    change(header);
+    write_file(saved.path, header.dump() + bytes.substr(end));
+    Talk talk;
+    return error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); });
+  };
+  const std::string where = saved.path.string();
+  using Json = nlohmann::ordered_json;
+  CHECK(error([](Json&) {}).empty());
+  CHECK(error([](Json& j) { j["thaw_session"] = 2; }) ==
+        where + ": thaw_session: expected a whole number from 1 to 1, found 2");
+  CHECK(error([](Json& j) { j.erase("tokens"); }) == where + ": tokens: expected it, found none");
+  CHECK(error([](Json& j) { j["tokens"] = "a"; }) ==
+        where + ": tokens: expected a list, found string");
+  CHECK(error([](Json& j) { j["tokens"][3] = -1; }) ==
+        where + ": tokens: expected a whole number from 0 to 2147483647, found -1");
+  CHECK(error([](Json& j) { j["tokens"][3] = 18446744073709551615u; }) ==
+        where +
+            ": tokens: expected a whole number from 0 to 2147483647, found 18446744073709551615");
+  CHECK(error([](Json& j) { j["tokens"][3] = 288; }) ==
+        where + ": tokens: expected ids below 288, found 288");
+  CHECK(error([](Json& j) { j["system"] = 1; }) ==
+        where + ": system: expected a text, found number");
+  CHECK(error([](Json& j) { j["turns"] = Json::array(); }) ==
+        where + ": expected turns where there are tokens, found 0 turns and 71 tokens");
+  CHECK(error([](Json& j) { j["turns"][0]["first"] = 1; }) ==
+        where + ": turn 0: first: expected a whole number from 0 to 0, found 1");
+  CHECK(error([](Json& j) { j["turns"].push_back(j["turns"][0]); }) ==
+        where + ": turn 1: first: expected a whole number from 1 to 70, found 0");
+  CHECK(error([](Json& j) { j["turns"][0] = 5; }) ==
+        where + ": turn 0: expected an object, found number");
+  CHECK(error([](Json& j) { j["model"]["identity"] = "12"; }) ==
+        where + ": model: identity: expected 16 hexadecimal digits, found \"12\"");
+  CHECK(error([](Json& j) { j["kv"]["type"] = "f8"; }) ==
+        where + ": kv: type: expected f16, bf16, f32, q8_0 or q4_0, found \"f8\"");
+  CHECK(error([](Json& j) { j["kv"]["tokens"] = 72; }) ==
+        where + ": kv: tokens: expected a whole number from 0 to 71, found 72");
+  CHECK(error([](Json& j) { j["kv"]["tokens"] = 69; }) ==
+        where + ": keys and values: expected 17664 bytes, found 17920");
+  CHECK(error([](Json& j) { j["kv"]["type"] = "q8_0"; }) ==
+        where + ": KV store: q8_0: expected a head_dim that 32 divides, found 16");
+  CHECK(error([](Json& j) { j["kv"]["layers"] = 1, j["kv"]["heads"] = 4; }) ==
+        where + ": kv: expected 2 layers of 2 heads of 16, found 1 of 4 of 16");
+  CHECK(error([](Json& j) { j["kv"]["layers"] = 1 << 20, j["kv"]["heads"] = 1 << 20; }).size() > 0);
+}
+
+TEST_CASE("session: any damage to a file is an error, or harmless") {
+  const Saved saved;
+  const std::string bytes = read_file(saved.path);
+  const std::size_t end = bytes.find('\n');
+  Talk talk;
+  testing::Random random(3);
+  int n_errors = 0;
+  for (int i = 0; i < 400; ++i) {
+    std::string damaged = bytes;
+    for (int n = 1 + random.below(3); n > 0; --n)
+      damaged[static_cast<std::size_t>(random.below(static_cast<int>(end)))] =
+          static_cast<char>(random.below(256));
+    if (i % 4 == 0)
+      damaged.resize(static_cast<std::size_t>(random.below(static_cast<int>(bytes.size()))));
+    write_file(saved.path, damaged);
+    n_errors += !error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); }).empty();
+  }
+  CHECK(n_errors > 200);
+  CHECK(n_errors < 400);  // letters of what was said
+}
+
+TEST_CASE("chat: --session goes on where the last one ended, /save and /load by name") {
+  testing::TemporaryDirectory directory;
+  const std::string path = (directory.path() / "talk").string();
+  const auto chat = [&](std::vector<std::string> more) {
+    more.insert(more.begin(),
+                {"chat", "-m", TinyCli::get().model(), "--temp", "0", "-n", "8", "--history", ""});
+    return more;
+  };
+  const RunResult whole = run_thaw(chat({"-q"}), {.input = "Hi\nMore\nAnd\n"});
+  const RunResult first = run_thaw(chat({"--session", path}), {.input = "Hi\nMore\n"});
+  const RunResult second = run_thaw(chat({"--session", path}), {.input = "And\n"});
+  CHECK(whole.exit_code == 0);
+  CHECK(first.out + second.out == whole.out);
+  CHECK(contains(first.err, "(saved in " + path + ": "));
+  CHECK(contains(second.err, "(2 messages, "));
+  CHECK(second.err.find("warning") == std::string::npos);
+  CHECK(contains(run_thaw(chat({"--session", path, "--system", "x"})).err, "warning: --system: "));
+  const RunResult third = run_thaw(
+      chat({"-q"}), {.input = "Hi\n/save " + path + "\n/reset\n/load " + path + " \nMore\n"});
+  CHECK(third.exit_code == 0);
+  CHECK(third.out == first.out);
+
+  check_fails(chat({"-q"}), 1, "/load: expected FILE, found nothing", "/load\n");
+  check_fails(chat({"-q"}), 1, "/nowhere/x: cannot", "/save /nowhere/x\n");
+  check_fails(chat({"-q"}), 1, "/nowhere: cannot open", "/load /nowhere\n");
+  write_file(path, "text of mine\n");
+  check_fails(chat({"-q"}), 1,
+              path +
+                  ": expected a saved conversation, which begins with {\"thaw_session\":, found "
+                  "\"text of mine\\x0a\"",
+              "/save " + path + "\n");
+  CHECK(read_file(path) == "text of mine\n");
+  check_fails(chat({"-q", "--session", path}), 1, path + ": expected a saved conversation");
+}
+
+}  // namespace
+}  // namespace thaw
