@@ -77,10 +77,12 @@ SIMT_LINKED := $(SIMT_HOST) $(TEST_MAIN) $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/
 CUDA_TESTS := $(filter-out %/test_block.cu %/test_cublaslt.cu %/test_streams.cu,$(SIMT_TESTS)) \
   tests/simt/on_device.cu
 CUDA_TEST_OBJECTS := $(CUDA_TESTS:%.cu=$(CUDA_BUILD)/%.o)
+# What has no kernels is plain C++, which nvcc need not compile once more for every device.
+CUDA_PLAIN := $(shell grep -L '__global__\|\.cuh"' $(CUDA_SOURCES) $(CUDA_TESTS))
 
 # Real code for Ampere and Hopper, and PTX for what comes after.
-NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. $(CUDA_DEVICES) -lineinfo \
-  -Xcompiler -Wall,-Wextra -Werror all-warnings -Xptxas -v
+NVCC_COMPILE = $(NVCC) -std=c++20 -O3 -I. $(CUDA_CODE) -Xcompiler -Wall,-Wextra -Werror all-warnings
+CUDA_CODE = $(CUDA_DEVICES) -lineinfo -Xptxas -v
 # Tests are compiled for one device only, whose code newer ones translate: that takes half the time.
 CUDA_DEVICES = -gencode arch=compute_80,code=sm_80 \
   -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
@@ -291,6 +293,7 @@ $(BUILD)/simt/%.o: %.cpp $(BUILD)/flags
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) -Itests/simt/include -MMD -MP -c -o $@ $<
 
+$(CUDA_PLAIN:%.cu=$(CUDA_BUILD)/%.o): CUDA_CODE := -x c++
 $(CUDA_TEST_OBJECTS): CUDA_DEVICES := -gencode arch=compute_80,code=compute_80
 $(CUDA_BUILD)/%.o: %.cu Makefile
 	@mkdir -p $(@D)

@@ -279,6 +279,7 @@ TEST_CASE("cuda forward: under two policies, by graph and without, what the CPU 
 }
 
 TEST_CASE("cuda forward: a store's graph is not that of the next store, wherever that stands") {
+  if (kIsSlow) return;  // no kernel of its own
   const testing::TinyModel tiny = testing::make_tiny_model(options(DType::kF32));
   Machine first(tiny.model, make_cuda_backend(tiny.model, 1));
   const auto run = [&](Machine& m, float stay) {
@@ -331,11 +332,12 @@ TEST_CASE("cuda forward: recovery in the middle of a text, by graph and without,
     const Tokens expected = run(make_cpu_backend(tiny.model, 1), cpu);
     CHECK(run(make_cuda_backend(tiny.model, 1), by_graph) == expected);
     if (simt::emulated()) CHECK(n_calls < 10);
+    CHECK(testing::nmse(by_graph, cpu) <= 3.2e-5);
+    if (kIsSlow) continue;
     CHECK(run(std::move(plain), without) == expected);
     if (simt::emulated()) CHECK(n_calls > 20);
     CHECK(by_graph == without);
-    CHECK(testing::nmse(by_graph, cpu) <= 3.2e-5);
-    if (!kIsSlow) CHECK(run(make_checked_backend(tiny.model, 1), checked) == expected);
+    CHECK(run(make_checked_backend(tiny.model, 1), checked) == expected);
   }
 }
 

@@ -184,6 +184,7 @@ TEST_CASE("cuda sampler: generation draws as on the CPU") {
   for (const SamplerOptions& o : {options(0, 40, 1, 0), options(1, 0, 1, 0), penalized}) {
     const Tokens expected = run(make_cpu_backend(tiny.model, 1), o, false);
     CHECK(run(make_cuda_backend(tiny.model, 1), o, false) == expected);
+    if (simt::kIsSlow) continue;
     CHECK(run(make_cuda_backend(tiny.model, 1), o, true) == expected);
     CHECK(run(make_checked_backend(tiny.model, 1), o, false) == expected);
   }
@@ -215,6 +216,7 @@ TEST_CASE("cuda sampler: what the device drafts and the host repeats is the text
     return g.tokens;
   };
   for (const float temperature : {0.0f, 1.0f}) {
+    if (simt::kIsSlow && temperature > 0) continue;
     const Tokens full = run(make_cpu_backend(tiny.model, 1), Policy::kFull, temperature);
     for (const Policy policy : {Policy::kWindow, Policy::kThaw}) {
       if (simt::kIsSlow && policy == Policy::kThaw) continue;  // its attention is tested elsewhere
