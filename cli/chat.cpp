@@ -18,6 +18,7 @@
 #include "cli/session.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
+#include "cli/watch.h"
 #include "cli/writing.h"
 #include "device/error.h"
 
@@ -31,6 +32,7 @@ struct Options {
   RecoveryFlags recovery;
   InputOptions first;
   SamplerOptions sampler;
+  WatchOptions watch;
   std::optional<std::uint64_t> seed;
   int max_tokens = -1;
   std::optional<std::string> system, session, history;
@@ -72,6 +74,8 @@ bool parse(const Args& args, Options& o) {
   flags.section("Output");
   flags.toggle(o.common.quiet, "-q, --quiet", "no progress and no statistics on standard error");
   flags.toggle(o.verbose, "-v, --verbose", "statistics after each answer");
+  add_watch_flags(flags, o.watch);
+  add_heat_flag(flags, o.watch);
   flags.examples(
       "  thaw chat -m model.gguf\n"
       "  thaw chat -m model.gguf --system \"Answer in French.\" --temp 0\n"
@@ -81,6 +85,9 @@ bool parse(const Args& args, Options& o) {
   check_common(o.common);
   check_kv({o.common.kv});
   check_recovery(o.recovery);
+  require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
+  require_two_files("--report", o.watch.report, "--session", o.session);
+  require_two_files("--trace", o.watch.trace, "--session", o.session);
   if (o.common.quiet && o.verbose) throw UsageError("expected -q or -v, found both");
   if (o.first.text && o.first.file) throw UsageError("expected -p or -f, found both");
   o.sampler.seed = o.seed ? *o.seed : std::random_device{}();
@@ -105,6 +112,7 @@ class Chat {
         talk_(tokenizer, transformer_, *kv_, o.sampler,
               o.system.value_or(default_system_message(tokenizer))),
         recovery_(o.recovery.params(o.common.kv.policy)),
+        watch_(o.watch, transformer_, *kv_),
         lines_(o.history ? std::filesystem::path(*o.history) : default_history()) {
     if (o.system) warn_of_missing(tokenizer, {*o.system, "--system"});
   }
@@ -142,9 +150,10 @@ class Chat {
   std::unique_ptr<KvStore> kv_;
   Conversation talk_;
   Recovery recovery_;
+  Watch watch_;
   LineInput lines_;
   bool quits_ = false, interrupted_ = false;
-  int n_read_ = 0, n_steps_ = 0;  // tokens of prompts, and decode steps
+  int n_read_ = 0, n_first_ = 0, n_steps_ = 0;  // tokens of prompts, of the first; decode steps
   double read_seconds_ = 0, decode_seconds_ = 0;
 };
 
@@ -182,6 +191,8 @@ int Chat::run() {
   }
   if (!o_.common.quiet) stats("");
   if (o_.session) save(*o_.session);
+  watch_.finish(tokenizer_, talk_.tokens(),
+                std::min(n_first_, static_cast<int>(talk_.tokens().size())));
   return interrupted_ ? kInterruptedExit : 0;
 }
 
@@ -260,12 +271,14 @@ void Chat::answer() {
       writing_options(model_, tokenizer_, o_.recovery, recovery_, progress, catch_interrupt());
   options.max_tokens = o_.max_tokens;
   bool line_ended = true;
+  watch_.attach(options);
   const Generation g = talk_.answer(options, [&](std::string_view piece) {
     write_stdout(piece);
     if (!piece.empty()) line_ended = piece.back() == '\n';
   });
   progress.clear();
   if (!line_ended) write_stdout("\n");
+  if (n_read_ == 0) n_first_ = g.prompt_tokens;
   n_read_ += g.prompt_tokens, read_seconds_ += g.prefill_seconds;
   n_steps_ += g.decode_steps, decode_seconds_ += g.decode_seconds;
   if (g.finish == Finish::kInterrupted) interrupted_ = !lines_.is_terminal();

@@ -46,7 +46,10 @@ Generation Conversation::answer(GenerateOptions options,
                                 const std::function<void(std::string_view)>& write) {
   std::string& answer = turns_.back().answer;
   TextStream text({}, [&](std::string_view piece) { answer += piece, write(piece); });
-  options.on_token = [&](TokenId id) { return text.feed(tokenizer_.decode(id)); };
+  options.on_token = [&, inner = options.on_token](TokenId id) {
+    text.feed(tokenizer_.decode(id));
+    return !inner || inner(id);
+  };
   const auto in_store = static_cast<std::size_t>(kv_.length());
   if (accepted_ > in_store) sampler_.forget(accepted_ - in_store);  // it is told of them again
   const std::vector<TokenId> prompt(tokens_.begin() + kv_.length(), tokens_.end());

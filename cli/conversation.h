@@ -34,7 +34,8 @@ class Conversation {
   void add(const Input& message);
 
   // Writes the answer to the message that was added last; `write` gets its text as it comes, in
-  // whole characters. The turn is taken back where Ctrl-C came before the first token.
+  // whole characters, before options.on_token sees its tokens. The turn is taken back where Ctrl-C
+  // came before the first token.
   Generation answer(GenerateOptions options, const std::function<void(std::string_view)>& write);
 
   bool undo();   // takes back the last turn; false when there is none

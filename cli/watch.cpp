@@ -117,6 +117,7 @@ Watch::~Watch() {
 void Watch::see_firings() {
   if (!recovery_) return;
   const std::vector<Recovery::Firing>& firings = recovery_->firings();
+  firings_ = std::min(firings_, firings.size());  // of a new conversation
   for (; firings_ < firings.size(); ++firings_) {
     const Recovery::Firing& f = firings[firings_];
     if (map_) map_->recovery(store_steps_ - 1, f.rung, f.value);

@@ -2,7 +2,9 @@
 #include <doctest/doctest.h>
 #include <sys/stat.h>
 
+#include <algorithm>
 #include <atomic>
+#include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
@@ -219,6 +221,24 @@ TEST_CASE("chat: Ctrl-C ends an answer from a pipe, and the program") {
   const RunResult r = run_thaw(args, {.input = "Hi\nMore\n", .interrupt_after = 20});
   CHECK(r.exit_code == 130);
   CHECK(r.out.size() > 20);
+}
+
+TEST_CASE("chat: a map and a trace of what was said, also where some was taken back") {
+  testing::TemporaryDirectory directory;
+  const std::string page = (directory.path() / "map.html").string();
+  const std::string trace = (directory.path() / "trace.json").string();
+  const RunResult r = run_thaw(chat({"--report", page, "--trace", trace, "--recovery", "rewalk",
+                                     "--rewalk-tokens", "2", "--recovery-z", "0.1", "--check-kv"}),
+                               {.input = "Hi\nMore\n/undo\nMore\n/reset\nHi\nMore\n"});
+  CAPTURE(r.err);
+  CHECK(r.exit_code == 0);
+  CHECK(contains(testing::read_file(page), "<html"));
+  const auto events = nlohmann::json::parse(testing::read_file(trace))["traceEvents"];
+  const auto n_answers = std::count_if(
+      events.begin(), events.end(), [](const auto& event) { return event["name"] == "prefill"; });
+  CHECK(n_answers == 5);
+  check_fails(chat({"--report", page, "--session", page}), 2,
+              "--report and --session: expected two");
 }
 
 TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come back") {
