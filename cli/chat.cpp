@@ -1,24 +1,22 @@
 // thaw chat: a conversation, line by line.
 #include <algorithm>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <iostream>
 #include <memory>
-#include <random>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "cli/chat_flags.h"
 #include "cli/commands.h"
 #include "cli/conversation.h"
 #include "cli/format.h"
-#include "cli/input.h"
 #include "cli/line_input.h"
-#include "cli/options.h"
 #include "cli/session.h"
 #include "cli/terminal.h"
 #include "cli/tokenizer_source.h"
-#include "cli/watch.h"
 #include "cli/writing.h"
 #include "device/error.h"
 
@@ -26,72 +24,25 @@ namespace thaw {
 namespace {
 
 constexpr std::string_view kQuotes = "\"\"\"";
+constexpr std::size_t kMaxBlock = std::size_t{256} << 20;
 
-struct Options {
-  CommonOptions common;
-  RecoveryFlags recovery;
-  InputOptions first;
-  SamplerOptions sampler;
-  WatchOptions watch;
-  std::optional<std::uint64_t> seed;
-  int max_tokens = -1;
-  std::optional<std::string> system, session, history;
-  bool verbose = false;
-};
+// What other programs call a command.
+constexpr std::pair<const char*, const char*> kElsewhere[] = {
+    {"/clear", "/reset"}, {"/new", "/reset"}, {"/q", "/quit"},
+    {"/exit", "/quit"},   {"/bye", "/quit"},  {"/regen", "/retry"}};
 
-void add_chat_flags(Flags& flags, Options& o) {
-  flags.section("Model and conversation");
-  add_model_flag(flags, o.common,
-                 "a .gguf file, or a Hugging Face directory with config.json, tokenizer.json and "
-                 "*.safetensors");
-  flags.text(o.first.text, "-p, --prompt", "TEXT", "the first message");
-  flags.path(o.first.file, "-f, --file", "FILE", "read the first message from FILE");
-  flags.text(o.system, "--system", "TEXT",
-             "the system message; by default the model's own, \"\" for none");
-  flags.integer(o.max_tokens, "-n, --max-tokens",
-                "most tokens of an answer; -1: until the context is full", -1, 1 << 24);
-  flags.path(o.session, "--session", "FILE",
-             "go on with the conversation in FILE, if it is there, and save it there at the end");
-  flags.text(o.history, "--history", "FILE",
-             "where typed lines are kept for the arrow keys; by default "
-             "~/.local/state/thaw/chat_history, \"\" for nowhere");
+// "~/x" in the home directory, as a shell has it.
+std::string at_home(const std::string& path) {
+  const char* home = std::getenv("HOME");
+  return home && path.starts_with("~/") ? home + path.substr(1) : path;
 }
 
-bool parse(const Args& args, Options& o) {
-  Flags flags(
-      "chat", "-m MODEL [flags]",
-      "A conversation: each line that you type, or that standard input holds, is a message, and "
-      "its answer goes to standard output. A message of several lines stands between \"\"\" and "
-      "\"\"\". A line that begins with / is a command, and /help lists them; with // it is a "
-      "message that begins with /. Ctrl-C ends an answer, Ctrl-D the conversation.");
-  add_chat_flags(flags, o);
-  add_sampling_flags(flags, o.sampler, o.seed);
-  add_kv_flags(flags, o.common,
-               "most tokens of the conversation; by default the model's context. Memory is taken "
-               "only as tokens arrive");
-  add_recovery_flags(flags, o.recovery);
-  add_run_flags(flags, o.common);
-  flags.section("Output");
-  flags.toggle(o.common.quiet, "-q, --quiet", "no progress and no statistics on standard error");
-  flags.toggle(o.verbose, "-v, --verbose", "statistics after each answer");
-  add_watch_flags(flags, o.watch);
-  add_heat_flag(flags, o.watch);
-  flags.examples(
-      "  thaw chat -m model.gguf\n"
-      "  thaw chat -m model.gguf --system \"Answer in French.\" --temp 0\n"
-      "  thaw chat -m model.gguf -f letter.txt      # talk about a text\n"
-      "  printf 'Hello.\\nAnd in Welsh?\\n' | thaw chat -m model.gguf -q\n");
-  if (!flags.parse(args)) return false;
-  check_common(o.common);
-  check_kv({o.common.kv});
-  check_recovery(o.recovery);
-  require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
-  require_two_files("--report", o.watch.report, "--session", o.session);
-  require_two_files("--trace", o.watch.trace, "--session", o.session);
-  if (o.common.quiet && o.verbose) throw UsageError("expected -q or -v, found both");
-  if (o.first.text && o.first.file) throw UsageError("expected -p or -f, found both");
-  o.sampler.seed = o.seed ? *o.seed : std::random_device{}();
-  return true;
+// What a file says, fit for a terminal: no control characters but ends of lines and tabs.
+std::string visible(std::string_view text) {
+  std::string out;
+  for (const char c : text)
+    if (static_cast<unsigned char>(c) >= 0x20 || c == '\n' || c == '\t') out += c;
+  return out;
 }
 
 // What is said of a line that cannot be taken; nothing has changed then.
@@ -102,18 +53,18 @@ struct Refused : Error {
 // The conversation, and what the user asks of it.
 class Chat {
  public:
-  Chat(const Options& o, const Model& model, const Tokenizer& tokenizer)
+  Chat(const ChatOptions& o, const Model& model, const Tokenizer& tokenizer)
       : o_(o),
         model_(model),
         tokenizer_(tokenizer),
         transformer_(model, make_backend(o.common, model)),
         kv_(make_kv_store(transformer_.backend(), o.common.kv, model.config,
                           context_tokens(o.common, model.config))),
-        talk_(tokenizer, transformer_, *kv_, o.sampler,
-              o.system.value_or(default_system_message(tokenizer))),
+        talk_(tokenizer, transformer_, *kv_, o.sampler),
         recovery_(o.recovery.params(o.common.kv.policy)),
         watch_(o.watch, transformer_, *kv_),
         lines_(o.history ? std::filesystem::path(*o.history) : default_history()) {
+    talk_.begin(system());
     if (o.system) warn_of_missing(tokenizer, {*o.system, "--system"});
   }
 
@@ -126,13 +77,19 @@ class Chat {
   };
   static const Command kCommands[];
 
+  void open();
+  void converse();
+  bool close();
+  void keep();
   void take(const std::string& line);
   std::optional<std::string> read_block(std::string line);
   void obey(const std::string& line);
   static void attempt(const std::function<void()>& work);
   void say(const Input& message);
   void answer();
+  void taken_back() { recovery_ = Recovery(recovery_.params()); }  // it knows other tokens
   void note(const std::string& text) const { std::cerr << text << "\n"; }
+  std::string system() const { return o_.system.value_or(default_system_message(tokenizer_)); }
 
   void help(const std::string&);
   void retry(const std::string&);
@@ -143,7 +100,7 @@ class Chat {
   void load(const std::string& path);
   void quit(const std::string&) { quits_ = true; }
 
-  const Options& o_;
+  const ChatOptions& o_;
   const Model& model_;
   const Tokenizer& tokenizer_;
   Transformer transformer_;
@@ -152,7 +109,7 @@ class Chat {
   Recovery recovery_;
   Watch watch_;
   LineInput lines_;
-  bool quits_ = false, interrupted_ = false;
+  bool quits_ = false, interrupted_ = false, opened_ = false, greeted_ = false, warned_ = false;
   int n_read_ = 0, n_first_ = 0, n_steps_ = 0;  // tokens of prompts, of the first; decode steps
   double read_seconds_ = 0, decode_seconds_ = 0;
 };
@@ -169,19 +126,43 @@ const Chat::Command Chat::kCommands[] = {
 };
 
 int Chat::run() {
+  try {
+    open();
+    do {
+      converse();
+    } while (!close());
+  } catch (const DeviceError&) {
+    throw;
+  } catch (const Error&) {
+    if (opened_) keep();
+    throw;
+  }
+  watch_.finish(tokenizer_, talk_.said().tokens,
+                std::min(n_first_, static_cast<int>(talk_.said().tokens.size())));
+  return ended_by() != 0 ? 128 + ended_by() : interrupted_ ? kInterruptedExit : 0;
+}
+
+void Chat::open() {
+  catch_end();
   if (lines_.is_terminal() && !o_.common.quiet)
     note("Type a message, or /help. Ctrl-C ends an answer, Ctrl-D the conversation.");
-  if (o_.session && std::filesystem::exists(*o_.session)) load(*o_.session);
-  if (o_.system && *o_.system != talk_.system())
+  if (o_.session) require_writable_session(*o_.session);
+  if (o_.session && has_session(*o_.session)) load(*o_.session);
+  opened_ = true;
+  if (o_.system && *o_.system != talk_.said().system)
     note("warning: --system: the conversation has begun with another system message, which stays");
-  if (o_.first.text || o_.first.file) {
+}
+
+void Chat::converse() {
+  if (!std::exchange(greeted_, true) && (o_.first.text || o_.first.file)) {
     const Input message = read_input(o_.first, "the first message");
     if (lines_.is_terminal() && o_.first.text) note("> " + *o_.first.text);
     say(message);
   }
-  while (!quits_ && !interrupted_) {
+  quits_ = false;
+  while (!quits_ && !interrupted_ && ended_by() == 0) {
     std::string line;
-    catch_interrupt();
+    catch_interrupt(0);
     const LineInput::State state = lines_.read("> ", line);
     if (state == LineInput::State::kEnd) break;
     if (state == LineInput::State::kInterrupted)
@@ -189,11 +170,24 @@ int Chat::run() {
     else
       take(line);
   }
-  if (!o_.common.quiet) stats("");
-  if (o_.session) save(*o_.session);
-  watch_.finish(tokenizer_, talk_.tokens(),
-                std::min(n_first_, static_cast<int>(talk_.tokens().size())));
-  return interrupted_ ? kInterruptedExit : 0;
+}
+
+// Whether it is over: somebody at a terminal can still say where else to save it.
+bool Chat::close() {
+  try {
+    if (!o_.common.quiet) stats("");
+    keep();
+    return true;
+  } catch (const Refused& error) {
+    if (!lines_.is_terminal() || ended_by() != 0 || std::exchange(warned_, true)) throw;
+    note(join("thaw: ", one_line(error.what()), "; /save FILE saves it elsewhere"));
+    return false;
+  }
+}
+
+// What --session is for.
+void Chat::keep() {
+  if (o_.session && !talk_.said().turns.empty()) save(*o_.session);
 }
 
 // A message, a command, or nothing at all.
@@ -210,6 +204,7 @@ void Chat::take(const std::string& line) {
   } catch (const Refused& error) {
     if (!lines_.is_terminal()) throw;
     note(join("thaw: ", one_line(error.what())));
+    lines_.drop();
   }
 }
 
@@ -218,6 +213,8 @@ std::optional<std::string> Chat::read_block(std::string line) {
   std::string block;
   while (!line.ends_with(kQuotes)) {
     block += line + "\n";
+    if (block.size() > kMaxBlock)
+      throw Refused(join("the message: expected at most ", kMaxBlock, " bytes, found more"));
     const LineInput::State state = lines_.read(". ", line);
     if (state == LineInput::State::kInterrupted) {
       interrupted_ = !lines_.is_terminal();
@@ -244,9 +241,12 @@ void Chat::obey(const std::string& line) {
                          ", found ", takes_one ? "nothing" : printable(argument)));
     return (this->*command.run)(argument);
   }
-  const std::string guess = closest(name, names);
+  std::string guess = closest(name, names);
+  for (const auto& [theirs, ours] : kElsewhere)
+    if (name == theirs) guess = ours;
   throw Refused(join("unknown command ", printable(name),
-                     guess.empty() ? "; /help lists them" : "; did you mean " + guess + "?"));
+                     guess.empty() ? "; /help lists them, and // begins a message with /"
+                                   : "; did you mean " + guess + "?"));
 }
 
 // Work that changes nothing where it fails, unless a device is what failed.
@@ -268,7 +268,7 @@ void Chat::say(const Input& message) {
 void Chat::answer() {
   Progress progress(o_.common.quiet);
   GenerateOptions options =
-      writing_options(model_, tokenizer_, o_.recovery, recovery_, progress, catch_interrupt());
+      writing_options(model_, tokenizer_, o_.recovery, recovery_, progress, catch_interrupt(3));
   options.max_tokens = o_.max_tokens;
   bool line_ended = true;
   watch_.attach(options);
@@ -281,9 +281,11 @@ void Chat::answer() {
   if (n_read_ == 0) n_first_ = g.prompt_tokens;
   n_read_ += g.prompt_tokens, read_seconds_ += g.prefill_seconds;
   n_steps_ += g.decode_steps, decode_seconds_ += g.decode_seconds;
-  if (g.finish == Finish::kInterrupted) interrupted_ = !lines_.is_terminal();
-  if (g.finish == Finish::kInterrupted && g.tokens.empty())
-    note("(interrupted before an answer: the message is taken back)");
+  if (g.finish == Finish::kInterrupted) {
+    interrupted_ = !lines_.is_terminal();
+    lines_.drop();
+    if (g.tokens.empty()) note("(interrupted before an answer: /retry answers, /undo takes back)");
+  }
   if (g.finish == Finish::kContext)
     note(join("(the context of ", kv_->shape().capacity,
               " tokens is full: /undo takes back, /reset begins anew)"));
@@ -297,51 +299,62 @@ void Chat::help(const std::string&) {
     note("  " + call + std::string(14 - call.size(), ' ') + command.help);
   }
   note("  \"\"\"           opens and closes a message of several lines");
+  note("  //            begins a message that begins with /");
 }
 
 void Chat::retry(const std::string&) {
-  if (talk_.turns().empty()) throw Refused("/retry: expected a message before it, found none");
-  const std::string message = talk_.turns().back().message;
-  talk_.undo();
-  say({message, "the message"});
+  if (!talk_.unanswer()) throw Refused("/retry: expected a message before it, found none");
+  taken_back();
+  answer();
 }
 
 void Chat::undo(const std::string&) {
   if (!talk_.undo()) throw Refused("/undo: expected a message before it, found none");
-  note(talk_.turns().empty() ? "(the conversation is empty)"
-                             : "(back after \"" + printable(talk_.turns().back().message) + "\")");
+  taken_back();
+  const auto& turns = talk_.said().turns;
+  note(turns.empty() ? "(the conversation is empty)"
+                     : "(back after \"" + printable(turns.back().message) + "\")");
 }
 
 void Chat::reset(const std::string&) {
-  talk_.clear();
-  recovery_ = Recovery(recovery_.params());
+  talk_.begin(system());
+  taken_back();
   note("(a new conversation)");
 }
 
 void Chat::save(const std::string& path) {
   attempt([&] {
-    const std::int64_t n_bytes = write_session(path, model_, talk_);
+    const std::int64_t n_bytes = write_session(at_home(path), model_, talk_);
     if (!o_.common.quiet) note(join("(saved in ", path, ": ", format_bytes(n_bytes), ")"));
   });
 }
 
 void Chat::load(const std::string& path) {
+  std::optional<Session> session;
+  Resumed next = {};
   attempt([&] {
-    if (!resume(read_session(path), model_, talk_))
-      note("(saved with other weights: the next message reads all of it anew)");
+    session = read_session(at_home(path));
+    next = resumed(*session, model_, talk_);
   });
-  recovery_ = Recovery(recovery_.params());
-  const auto& turns = talk_.turns();
-  if (!turns.empty() && lines_.is_terminal())
-    note(join("> ", turns.back().message, "\n", turns.back().answer));
+  const bool is_new = next.said.turns.empty();
+  if (is_new) next.said.system = system();
+  if (!is_new && !next.rows)
+    note("(saved with other weights: the next message reads all of it anew)");
+  talk_.resume(std::move(next.said), next.rows ? &session->rows : nullptr);
+  taken_back();
+  const Said& said = talk_.said();
+  if (!is_new && lines_.is_terminal())
+    note(join("> ", visible(said.turns.back().message), "\n", visible(said.turns.back().answer)));
   if (!o_.common.quiet)
-    note(join("(", count(std::ssize(turns), "message"), ", ",
-              count(std::ssize(talk_.tokens()), "token"), ")"));
+    note(join("(", count(std::ssize(said.turns), "message"), ", ",
+              count(std::ssize(said.tokens), "token"), ")"));
 }
 
 void Chat::stats(const std::string&) {
-  note(join("chat     ", count(std::ssize(talk_.turns()), "message"), ", ", talk_.tokens().size(),
-            " of ", kv_->shape().capacity, " tokens"));
+  const int capacity = kv_->shape().capacity;
+  note(join("chat     ", count(std::ssize(talk_.said().turns), "message"), ", ",
+            std::min<std::int64_t>(std::ssize(talk_.said().tokens), capacity), " of ", capacity,
+            " tokens"));
   note(join("speed    ", count(n_read_, "token"), " read at ",
             fixed(rate(n_read_, read_seconds_), 1), " tok/s, ", n_steps_, " written at ",
             fixed(rate(n_steps_, decode_seconds_), 1), " tok/s"));
@@ -354,8 +367,8 @@ void Chat::stats(const std::string&) {
 }  // namespace
 
 int run_chat(const Args& args) {
-  Options o;
-  if (!parse(args, o)) return 0;
+  ChatOptions o;
+  if (!parse_chat(args, o)) return 0;
   const Model model = load_model(*o.common.model);
   const Tokenizer tokenizer = load_tokenizer(model);
   return Chat(o, model, tokenizer).run();

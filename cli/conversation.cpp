@@ -10,102 +10,126 @@
 namespace thaw {
 
 Conversation::Conversation(const Tokenizer& tokenizer, Transformer& transformer, KvStore& kv,
-                           const SamplerOptions& sampler, std::string system)
+                           const SamplerOptions& sampler)
     : tokenizer_(tokenizer),
       format_(recognise_chat_format(tokenizer)),
       transformer_(transformer),
       kv_(kv),
-      sampler_(sampler),
-      system_(std::move(system)) {
+      sampler_(sampler) {
   require(format_ != ChatFormat::kNone, tokenizer.spec().source,
           ": chat template: expected LLaMA-3 or ChatML, found neither; this model cannot chat");
 }
 
-// The message, and what stands before it and behind it.
-std::vector<TokenId> Conversation::encode(const std::string& message, bool is_first,
-                                          const std::string& system) const {
+// The message, and what stands between it and what is `before`, and it and its answer.
+std::vector<TokenId> Conversation::encode(const std::string& message, const Said& before) const {
   const ChatMessage user = {"user", message};
-  if (!is_first) return encode_reply(tokenizer_, format_, user);
-  if (system.empty()) return encode_chat(tokenizer_, format_, {user});
-  return encode_chat(tokenizer_, format_, {{"system", system}, user});
+  if (!before.turns.empty()) return encode_reply(tokenizer_, format_, user);
+  if (before.system.empty()) return encode_chat(tokenizer_, format_, {user});
+  return encode_chat(tokenizer_, format_, {{"system", before.system}, user});
 }
 
 void Conversation::add(const Input& message) {
-  const std::size_t pending = tokens_.size() - static_cast<std::size_t>(kv_.length());
-  const int room = kv_.shape().capacity - kv_.length() - static_cast<int>(pending);
-  require_room(tokenizer_, message, std::max(room, 0));
-  const std::vector<TokenId> ids = encode(message.text, turns_.empty(), system_);
-  require(std::ssize(ids) <= room, message.source, ": expected at most ", std::max(room, 0),
+  const int capacity = kv_.shape().capacity;
+  const int room = capacity - static_cast<int>(said_.tokens.size());
+  require(room > 0, "the context of ", capacity, " tokens is full");
+  const bool is_first = said_.turns.empty() && !said_.system.empty();
+  const std::string source = message.source + (is_first ? " and the system message" : "");
+  require_room(tokenizer_, {message.text, source}, room);
+  const std::vector<TokenId> ids = encode(message.text, said_);
+  require(std::ssize(ids) <= room, source, ": expected at most ", room,
           " tokens, which is what the context has room for, found ", ids.size());
   warn_of_missing(tokenizer_, message);
-  turns_.push_back({message.text, "", tokens_.size()});
-  tokens_.insert(tokens_.end(), ids.begin(), ids.end());
+  said_.turns.push_back({message.text, "", said_.tokens.size(), said_.tokens.size() + ids.size()});
+  said_.tokens.insert(said_.tokens.end(), ids.begin(), ids.end());
 }
 
 Generation Conversation::answer(GenerateOptions options,
                                 const std::function<void(std::string_view)>& write) {
-  std::string& answer = turns_.back().answer;
-  TextStream text({}, [&](std::string_view piece) { answer += piece, write(piece); });
+  Said::Turn& turn = said_.turns.back();
+  TextStream text({}, [&](std::string_view piece) { turn.answer += piece, write(piece); });
   options.on_token = [&, inner = options.on_token](TokenId id) {
     text.feed(tokenizer_.decode(id));
     return !inner || inner(id);
   };
   const auto in_store = static_cast<std::size_t>(kv_.length());
   if (accepted_ > in_store) sampler_.forget(accepted_ - in_store);  // it is told of them again
-  const std::vector<TokenId> prompt(tokens_.begin() + kv_.length(), tokens_.end());
-  Generation result = generate(transformer_, kv_, sampler_, prompt, options);
-  text.finish();
-  tokens_.insert(tokens_.end(), result.tokens.begin(), result.tokens.end());
-  accepted_ = tokens_.size();
-  if (result.finish == Finish::kInterrupted && result.tokens.empty()) undo();
+  const std::vector<TokenId> prompt(said_.tokens.begin() + kv_.length(), said_.tokens.end());
+  Generation result;
+  try {
+    result = generate(transformer_, kv_, sampler_, prompt, options);
+    text.finish();
+  } catch (...) {
+    turn.answer.clear();
+    kv_.rewind(std::min(kv_.length(), static_cast<int>(said_.tokens.size())));
+    throw;
+  }
+  said_.tokens.insert(said_.tokens.end(), result.tokens.begin(), result.tokens.end());
+  accepted_ = said_.tokens.size();
   return result;
 }
 
 bool Conversation::undo() {
-  if (turns_.empty()) return false;
-  cut(turns_.back().first);
-  turns_.pop_back();
+  if (said_.turns.empty()) return false;
+  cut(said_.turns.back().first);
+  said_.turns.pop_back();
   return true;
 }
 
-void Conversation::clear() {
+bool Conversation::unanswer() {
+  if (said_.turns.empty()) return false;
+  Said::Turn& turn = said_.turns.back();
+  const std::vector<TokenId> message(
+      said_.tokens.begin() + static_cast<std::ptrdiff_t>(turn.first),
+      said_.tokens.begin() + static_cast<std::ptrdiff_t>(turn.reply));
+  cut(turn.first);  // the message is read again, as it was before its answer
+  said_.tokens.insert(said_.tokens.end(), message.begin(), message.end());
+  turn.answer.clear();
+  return true;
+}
+
+void Conversation::begin(std::string system) {
   cut(0);
-  turns_.clear();
+  said_ = {std::move(system), {}, {}};
   kv_.clear();
 }
 
-void Conversation::resume(std::string system, std::vector<Turn> turns, std::vector<TokenId> tokens,
-                          const SavedRows& rows) {
-  int n_known = rows.n_tokens();
-  if (tokens.empty()) {
-    n_known = 0;
-    for (Turn& turn : turns) {
-      const auto message = encode(turn.message, tokens.empty(), system);
-      const auto answer = tokenizer_.encode(turn.answer);
-      turn.first = tokens.size();
-      tokens.insert(tokens.end(), message.begin(), message.end());
-      tokens.insert(tokens.end(), answer.begin(), answer.end());
-    }
+Said Conversation::encoded(Said said) const {
+  Said again = {std::move(said.system), {}, {}};
+  for (Said::Turn& turn : said.turns) {
+    turn.first = again.tokens.size();
+    const auto message = encode(turn.message, again), answer = tokenizer_.encode(turn.answer);
+    again.tokens.insert(again.tokens.end(), message.begin(), message.end());
+    turn.reply = again.tokens.size();
+    again.tokens.insert(again.tokens.end(), answer.begin(), answer.end());
+    again.turns.push_back(std::move(turn));
   }
-  const int n_tokens = static_cast<int>(tokens.size()), capacity = kv_.shape().capacity;
-  require(n_tokens <= capacity, "expected at most ", capacity, " tokens (the context), found ",
-          n_tokens);
-  clear();
-  system_ = std::move(system), turns_ = std::move(turns), tokens_ = std::move(tokens);
-  for (int end = std::min(n_known, n_tokens - kReadAgain); kv_.length() < end;) {
+  return again;
+}
+
+// The newest token may have had no room, and needed none.
+bool Conversation::fits(const Said& said) const {
+  return std::ssize(said.tokens) <= std::int64_t{kv_.shape().capacity} + 1;
+}
+
+void Conversation::resume(Said said, const SavedRows* rows) {
+  begin("");
+  said_ = std::move(said);
+  const int n_tokens = static_cast<int>(said_.tokens.size());
+  const int end = rows ? std::min(rows->n_tokens(), n_tokens - kReadAgain) : 0;
+  while (kv_.length() < end) {
     const int first = kv_.length();
     const int n = std::min(transformer_.max_rows(), end - first);
+    const auto tokens = std::span(said_.tokens).subspan(static_cast<std::size_t>(first));
     transformer_.restore(
-        std::span(tokens_).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)),
-        kv_,
-        [&](int layer, std::span<float> k, std::span<float> v) { rows.load(layer, first, k, v); });
+        tokens.first(static_cast<std::size_t>(n)), kv_,
+        [&](int layer, std::span<float> k, std::span<float> v) { rows->load(layer, first, k, v); });
   }
   accepted_ = static_cast<std::size_t>(kv_.length());
-  for (const TokenId id : std::span(tokens_).first(accepted_)) sampler_.accept(id);
+  for (const TokenId id : std::span(said_.tokens).first(accepted_)) sampler_.accept(id);
 }
 
 void Conversation::cut(std::size_t n_tokens) {
-  tokens_.resize(n_tokens);
+  said_.tokens.resize(n_tokens);
   if (accepted_ > n_tokens) sampler_.forget(accepted_ - n_tokens), accepted_ = n_tokens;
   const int kept = static_cast<int>(n_tokens);
   if (kv_.length() > kept) kv_.rewind(kept);

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <cwchar>
+#include <fstream>
 #include <iostream>
 
 #include "cli/terminal.h"
@@ -18,6 +19,23 @@ namespace {
 
 constexpr std::size_t kMaxLine = std::size_t{256} << 20;
 constexpr int kMaxHistory = 1000;  // lines
+
+// libedit would write over any other file.
+void require_history(const std::filesystem::path& path) {
+  constexpr std::string_view kBegins = "_HiStOrY_V2_";
+  std::error_code none;
+  const auto status = std::filesystem::status(path, none);
+  if (path.empty() || !std::filesystem::exists(status)) return;
+  std::string found(kBegins.size(), '\0');
+  if (std::filesystem::is_regular_file(status)) {
+    std::ifstream file(path, std::ios::binary);
+    file.read(found.data(), std::ssize(found));
+    found.resize(static_cast<std::size_t>(file.gcount()));
+    if (found.empty() || found == kBegins) return;
+  }
+  fail("--history: ", path.string(), ": expected a history, which begins with ", kBegins,
+       ", or no file, found another");
+}
 
 // UTF-8 is edited by characters, also where the locale is plain C.
 void use_utf8() {
@@ -102,12 +120,19 @@ class LineInput::Editor {
   static int next_character(EditLine* editor, wchar_t* character) {
     LineInput& input = of(editor).input_;
     std::mbstate_t state{};
+    bool is_inside = false;
     for (;;) {
       const std::optional<char> byte = input.next_byte();
       if (!byte) return input.interrupted_ ? -1 : 0;
       const std::size_t n = std::mbrtowc(character, &*byte, 1, &state);
-      if (n == static_cast<std::size_t>(-2)) continue;
-      if (n == static_cast<std::size_t>(-1)) *character = L'\xFFFD';
+      if (n == static_cast<std::size_t>(-2)) {
+        is_inside = true;
+        continue;
+      }
+      if (n == static_cast<std::size_t>(-1)) {
+        *character = L'\xFFFD';
+        if (is_inside) --input.used_;  // it may begin the next
+      }
       return 1;
     }
   }
@@ -120,8 +145,9 @@ class LineInput::Editor {
 };
 
 LineInput::LineInput(const std::filesystem::path& history) {
-  if (stdin_is_terminal() && stderr_is_terminal())
-    editor_ = std::make_unique<Editor>(*this, history);
+  if (!stdin_is_terminal() || !stderr_is_terminal()) return;
+  require_history(history);
+  editor_ = std::make_unique<Editor>(*this, history);
 }
 
 LineInput::~LineInput() = default;

@@ -19,7 +19,8 @@ class LineInput {
  public:
   enum class State { kLine, kEnd, kInterrupted };
 
-  // history: a file that nobody but the user can read; empty: none.
+  // history: a file that nobody but the user can read; empty: none. Throws Error where there is a
+  // file that is none.
   explicit LineInput(const std::filesystem::path& history);
   ~LineInput();  // writes the history, where it can
 
@@ -29,6 +30,7 @@ class LineInput {
   // Ctrl-C, after catch_interrupt(). Throws Error when standard input cannot be read, or a line is
   // longer than 256 MiB.
   State read(const char* prompt, std::string& line);
+  void drop() { held_.clear(), used_ = 0; }  // what was typed or pasted ahead
 
  private:
   class Editor;

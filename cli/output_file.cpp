@@ -37,7 +37,8 @@ std::string name_of(int fd) { return join("/proc/self/fd/", fd); }
 
 }  // namespace
 
-OutputFile::OutputFile(fs::path path) : path_(std::move(path)), target_(followed(path_)) {
+OutputFile::OutputFile(fs::path path, mode_t mode)
+    : path_(std::move(path)), target_(followed(path_)) {
   require(!path_.empty(), "expected a file to write, found an empty path");
   std::error_code reason;
   const fs::file_type kind = fs::status(target_, reason).type();
@@ -45,11 +46,11 @@ OutputFile::OutputFile(fs::path path) : path_(std::move(path)), target_(followed
   require(kind == fs::file_type::regular || kind == fs::file_type::not_found, path_.string(),
           ": expected a regular file or none to write, found ",
           kind == fs::file_type::directory ? "a directory" : "another kind");
-  fd_ = ::open(directory_of(target_).c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, 0666);
+  fd_ = ::open(directory_of(target_).c_str(), O_WRONLY | O_TMPFILE | O_CLOEXEC, mode);
   if (fd_ >= 0 && ::access(name_of(fd_).c_str(), F_OK) != 0) ::close(std::exchange(fd_, -1));
   if (fd_ < 0) {
-    fd_ = make_temporary([](const char* name) {
-      return ::open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    fd_ = make_temporary([mode](const char* name) {
+      return ::open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, mode);
     });
   }
   if (fd_ < 0) fail_to_write(errno);

@@ -1,6 +1,8 @@
 // Files that commands write.
 #pragma once
 
+#include <sys/types.h>
+
 #include <filesystem>
 #include <functional>
 #include <optional>
@@ -15,9 +17,9 @@ namespace thaw {
 // the file that it names is the one that is written.
 class OutputFile {
  public:
-  // Throws Error when the path names something that is no regular file, or no file can be made
-  // where it leads.
-  explicit OutputFile(std::filesystem::path path);
+  // mode: what may be done with it, less the process's umask. Throws Error when the path names
+  // something that is no regular file, or no file can be made where it leads.
+  explicit OutputFile(std::filesystem::path path, mode_t mode = 0666);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;

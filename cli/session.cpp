@@ -21,7 +21,7 @@ using nlohmann::json;
 
 constexpr std::string_view kBegins = "{\"thaw_session\":";
 constexpr int kVersion = 1;
-constexpr std::size_t kMaxHeader = std::size_t{256} << 20;
+constexpr std::size_t kMaxHeader = std::size_t{64} << 20;
 constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
                              KvType::kQ4_0};
 
@@ -81,23 +81,27 @@ std::uint64_t read_identity(const Reader& model, const std::string& where) {
   return value;
 }
 
-std::vector<Conversation::Turn> read_turns(const Reader& header, const std::string& where,
-                                           std::size_t n_tokens) {
-  std::vector<Conversation::Turn> turns;
+Said read_said(const Reader& header, const std::string& where) {
+  Said said = {header.text("system"), {}, {}};
+  for (const json& item : header.array("tokens"))
+    said.tokens.push_back(header.number(item, "tokens", 0, INT32_MAX));
+  const auto n_tokens = std::ssize(said.tokens);
+  int least = 0;  // where the next turn may begin
   for (const json& item : header.array("turns")) {
-    const Reader turn(item, join(where, ": turn ", turns.size()));
-    const int least = turns.empty() ? 0 : static_cast<int>(turns.back().first) + 1;
-    const auto most = turns.empty() ? 0 : std::int64_t(n_tokens) - 1;
-    const int first = turn.integer("first", least, most);
-    turns.push_back({turn.text("message"), turn.text("answer"), static_cast<std::size_t>(first)});
+    const Reader turn(item, join(where, ": turn ", said.turns.size()));
+    const int first = turn.integer("first", least, least == 0 ? 0 : n_tokens - 1);
+    const int reply = turn.integer("reply", first + 1, n_tokens);
+    said.turns.push_back({turn.text("message"), turn.text("answer"),
+                          static_cast<std::size_t>(first), static_cast<std::size_t>(reply)});
+    least = reply;
   }
-  require(turns.empty() == (n_tokens == 0), where,
-          ": expected turns where there are tokens, found ", turns.size(), " turns and ", n_tokens,
-          " tokens");
-  return turns;
+  require(said.turns.empty() == said.tokens.empty(), where,
+          ": expected turns where there are tokens, found ", said.turns.size(), " turns and ",
+          n_tokens, " tokens");
+  return said;
 }
 
-KvShape read_shape(const Reader& kv, const std::string& where) {
+KvShape read_shape(const Reader& kv, const std::string& where, int n_tokens) {
   constexpr int kMost = 1 << 20;
   KvShape shape;
   const std::string name = kv.text("type");
@@ -109,7 +113,7 @@ KvShape read_shape(const Reader& kv, const std::string& where) {
   shape.n_layers = kv.integer("layers", 1, kMost);
   shape.n_kv_heads = kv.integer("heads", 1, kMost);
   shape.head_dim = kv.integer("head_dim", 1, kMost);
-  shape.capacity = kMost;
+  shape.capacity = std::max(n_tokens, 1);
   try {
     check_shape(shape);
   } catch (const Error& error) {
@@ -129,23 +133,19 @@ std::string_view header_line(std::span<const std::byte> bytes, const std::string
   return text.substr(0, end);
 }
 
-// Throws Error where a file stands that is none of ours.
-void require_ours(const std::filesystem::path& path) {
-  std::error_code none;
-  if (std::filesystem::is_regular_file(path, none) && std::filesystem::file_size(path, none) > 0)
-    header_line(MappedFile(path).bytes(), path.string());
-}
-
 std::string header_of(const Model& model, const Conversation& talk) {
   const KvShape& shape = talk.kv().shape();
   nlohmann::ordered_json turns = json::array();
-  for (const Conversation::Turn& turn : talk.turns())
-    turns.push_back({{"first", turn.first}, {"message", turn.message}, {"answer", turn.answer}});
+  for (const Said::Turn& turn : talk.said().turns)
+    turns.push_back({{"first", turn.first},
+                     {"reply", turn.reply},
+                     {"message", turn.message},
+                     {"answer", turn.answer}});
   return json_line({{"thaw_session", kVersion},
                     {"model", {{"name", model.config.name}, {"identity", hex(identity(model))}}},
-                    {"system", talk.system()},
+                    {"system", talk.said().system},
                     {"turns", turns},
-                    {"tokens", talk.tokens()},
+                    {"tokens", talk.said().tokens},
                     {"kv",
                      {{"type", kv_type_name(shape.type)},
                       {"layers", shape.n_layers},
@@ -163,26 +163,34 @@ Session read_session(const std::filesystem::path& path) {
   const json document = parse_json(line, where, kMaxHeader);
   const Reader header(document, where);
   header.integer("thaw_session", kVersion, kVersion);
-  std::vector<TokenId> tokens;
-  for (const json& item : header.array("tokens"))
-    tokens.push_back(header.number(item, "tokens", 0, INT32_MAX));
   const Reader model = header.object("model"), kv = header.object("kv");
-  std::vector<Conversation::Turn> turns = read_turns(header, where, tokens.size());
-  const int n_rows = kv.integer("tokens", 0, std::ssize(tokens));
-  const KvShape shape = read_shape(kv, where);
+  Said said = read_said(header, where);
+  const int n_rows = kv.integer("tokens", 0, std::ssize(said.tokens));
+  const KvShape shape = read_shape(kv, where, n_rows);
   const std::span<const std::byte> rest = file.bytes().subspan(line.size() + 1);
   const std::int64_t expected = n_rows * shape.bytes_per_token();
   require(std::ssize(rest) == expected, where, ": keys and values: expected ", expected,
           " bytes, found ", rest.size());
-  return {model.text("name"),   read_identity(model, where), header.text("system"),
-          std::move(turns),     std::move(tokens),           std::move(file),
-          {rest, shape, n_rows}};
+  const std::string name = model.text("name");
+  const std::uint64_t number = read_identity(model, where);
+  return {name, number, std::move(said), std::move(file), {rest, shape, n_rows}};
+}
+
+bool has_session(const std::filesystem::path& path) {
+  std::error_code none;
+  return std::filesystem::exists(path, none) &&
+         !(std::filesystem::is_regular_file(path, none) && std::filesystem::file_size(path) == 0);
+}
+
+void require_writable_session(const std::filesystem::path& path) {
+  if (has_session(path)) header_line(MappedFile(path).bytes(), path.string());
+  const OutputFile file(path);
 }
 
 std::int64_t write_session(const std::filesystem::path& path, const Model& model,
                            const Conversation& conversation) {
-  require_ours(path);
-  OutputFile file(path);
+  require_writable_session(path);
+  OutputFile file(path, 0600);
   const std::string header = header_of(model, conversation);
   file.write(header);
   auto n_bytes = std::ssize(header);
@@ -194,12 +202,12 @@ std::int64_t write_session(const std::filesystem::path& path, const Model& model
   return n_bytes;
 }
 
-bool resume(const Session& session, const Model& model, Conversation& conversation) {
+Resumed resumed(const Session& session, const Model& model, const Conversation& conversation) {
   const std::string where = session.file.path().string();
   const KvShape &saved = session.rows.shape(), &shape = conversation.kv().shape();
-  const bool same = session.identity == identity(model);
-  if (same) {
-    for (const TokenId id : session.tokens)
+  Resumed result = {session.said, session.identity == identity(model)};
+  if (result.rows) {
+    for (const TokenId id : session.said.tokens)
       require(id < model.config.vocab_size, where, ": tokens: expected ids below ",
               model.config.vocab_size, ", found ", id);
     require(saved.n_layers == shape.n_layers && saved.n_kv_heads == shape.n_kv_heads &&
@@ -207,14 +215,14 @@ bool resume(const Session& session, const Model& model, Conversation& conversati
             where, ": kv: expected ", shape.n_layers, " layers of ", shape.n_kv_heads, " heads of ",
             shape.head_dim, ", found ", saved.n_layers, " of ", saved.n_kv_heads, " of ",
             saved.head_dim);
+    require(session.rows.finite(), where,
+            ": keys and values: expected finite numbers, found others");
+  } else {
+    result.said = conversation.encoded(std::move(result.said));
   }
-  try {
-    conversation.resume(session.system, session.turns,
-                        same ? session.tokens : std::vector<TokenId>(), session.rows);
-  } catch (const Error& error) {
-    fail(where, ": ", error.what());
-  }
-  return same;
+  require(conversation.fits(result.said), where, ": expected at most ", shape.capacity,
+          " tokens (the context), found ", result.said.tokens.size());
+  return result;
 }
 
 }  // namespace thaw

@@ -17,9 +17,7 @@ namespace thaw {
 struct Session {
   std::string model;       // its name,
   std::uint64_t identity;  // and model/identity.h of it
-  std::string system;
-  std::vector<Conversation::Turn> turns;
-  std::vector<TokenId> tokens;
+  Said said;               // bytes of messages that were not UTF-8 are U+FFFD; tokens are exact
   MappedFile file;
   SavedRows rows;  // of the first tokens; a view into the file
 };
@@ -27,15 +25,24 @@ struct Session {
 // Throws Error when the file is not there, or names the first field that is not as it must be.
 Session read_session(const std::filesystem::path& path);
 
-// Returns the bytes written. The file appears when it is complete. Throws Error when it cannot be
-// written, or stands there already and is no session.
+// Whether there is a file to read: one that is empty does not count.
+bool has_session(const std::filesystem::path& path);
+
+// Throws Error when no session can be written there, or something else stands there.
+void require_writable_session(const std::filesystem::path& path);
+
+// Returns the bytes written. Only the user can read the file, which appears when it is complete.
+// Throws Error as above, or when it cannot be completed.
 std::int64_t write_session(const std::filesystem::path& path, const Model& model,
                            const Conversation& conversation);
 
-// Goes on with it: `conversation` then is that of the file. Where it was written with the weights
-// of `model`, its keys and values are taken as they are, but for the last tokens; otherwise its
-// text is encoded anew, and read with the next message. Returns whether they were taken. Throws
-// Error, with nothing changed, when it does not fit the context.
-bool resume(const Session& session, const Model& model, Conversation& conversation);
+// What a conversation has to be, to go on with that of a file. `rows`: whether the file's keys and
+// values are of the weights of `model`; otherwise the text is encoded anew, and read with the next
+// message. Throws Error when it does not fit the model or the context.
+struct Resumed {
+  Said said;
+  bool rows;
+};
+Resumed resumed(const Session& session, const Model& model, const Conversation& conversation);
 
 }  // namespace thaw

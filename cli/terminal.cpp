@@ -19,12 +19,29 @@ std::atomic<bool> interrupted = false;
 static_assert(std::atomic<bool>::is_always_lock_free);  // so a signal handler may set it
 
 int interrupt_event = -1;  // can be read once it is set, in whichever thread the handler ran
+std::atomic<int> end_signal = 0, presses = 0, deadly_press = 0;
 
-void on_interrupt(int) {
+void on_signal(int signal) {
+  constexpr std::string_view kWarning = "\n(stopping soon; Ctrl-C again ends at once, unsaved)\n";
   const int reason = errno;
   interrupted = true;
+  if (signal != SIGINT) {
+    end_signal = signal;
+  } else if (const int n = ++presses, deadly = deadly_press; n == deadly) {
+    std::signal(SIGINT, SIG_DFL);
+    std::raise(SIGINT);  // when this returns
+  } else if (n > 1 && n + 1 == deadly) {
+    static_cast<void>(!::write(STDERR_FILENO, kWarning.data(), kWarning.size()));
+  }
   ::eventfd_write(interrupt_event, 1);
   errno = reason;
+}
+
+void handle(int signal, int flags) {
+  struct sigaction action {};
+  action.sa_handler = on_signal;
+  action.sa_flags = SA_RESTART | flags;
+  ::sigaction(signal, &action, nullptr);
 }
 
 }  // namespace
@@ -64,18 +81,27 @@ bool stdin_is_terminal() { return ::isatty(STDIN_FILENO) == 1; }
 bool stdout_is_terminal() { return ::isatty(STDOUT_FILENO) == 1; }
 bool stderr_is_terminal() { return ::isatty(STDERR_FILENO) == 1; }
 
-const std::atomic<bool>& catch_interrupt() {
+const std::atomic<bool>& catch_interrupt(int deadly) {
   if (interrupt_event < 0) interrupt_event = ::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
   require(interrupt_event >= 0, "Ctrl-C cannot be caught: ", std::strerror(errno));
+  presses = 0, deadly_press = deadly;
   eventfd_t earlier = 0;
   ::eventfd_read(interrupt_event, &earlier);
-  interrupted = false;
-  struct sigaction action {};
-  action.sa_handler = on_interrupt;
-  action.sa_flags = SA_RESETHAND | SA_RESTART;
-  ::sigaction(SIGINT, &action, nullptr);
+  interrupted = end_signal != 0;
+  handle(SIGINT, 0);
   return interrupted;
 }
+
+void catch_end() {
+  catch_interrupt();
+  for (const int signal : {SIGHUP, SIGQUIT, SIGTERM}) {
+    struct sigaction now {};
+    ::sigaction(signal, nullptr, &now);
+    if (now.sa_handler != SIG_IGN) handle(signal, SA_RESETHAND);
+  }
+}
+
+int ended_by() { return end_signal; }
 
 bool wait_for_stdin() {
   pollfd waits[] = {{STDIN_FILENO, POLLIN, 0}, {interrupt_event, POLLIN, 0}};

@@ -23,9 +23,14 @@ bool stdin_is_terminal();
 bool stdout_is_terminal();
 bool stderr_is_terminal();
 
-// From now on the first Ctrl-C (SIGINT) sets the returned flag, which this clears; a second one
-// ends the process.
-const std::atomic<bool>& catch_interrupt();
+// From now on Ctrl-C (SIGINT) sets the returned flag, which this clears. The one that is number
+// `deadly` ends the process, as the one before it says where that is not the first; 0: none does.
+const std::atomic<bool>& catch_interrupt(int deadly = 2);
+
+// From now on the first SIGHUP, SIGQUIT or SIGTERM, unless it is ignored, sets that flag for good:
+// for who has something to save. A second one ends the process. ended_by(): which came, or 0.
+void catch_end();
+int ended_by();
 
 // Waits until standard input can be read. False when Ctrl-C comes, or came, first.
 bool wait_for_stdin();

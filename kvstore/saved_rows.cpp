@@ -1,6 +1,7 @@
 #include "kvstore/saved_rows.h"
 
 #include <algorithm>
+#include <cmath>
 #include <vector>
 
 #include "device/error.h"
@@ -34,6 +35,17 @@ SavedRows::SavedRows(std::span<const std::byte> bytes, const KvShape& shape, int
     : bytes_(bytes), shape_(shape), n_tokens_(n_tokens) {
   require(std::ssize(bytes) == n_tokens * shape.bytes_per_token(), "keys and values: expected ",
           n_tokens * shape.bytes_per_token(), " bytes, found ", bytes.size());
+}
+
+bool SavedRows::finite() const {
+  std::vector<float> numbers(static_cast<std::size_t>(shape_.head_dim));
+  const std::size_t row = kv_row_bytes(shape_.type, shape_.head_dim);
+  for (std::size_t at = 0; at < bytes_.size(); at += row) {
+    load_row(numbers.data(), bytes_.data() + at, shape_.head_dim, shape_.type);
+    if (!std::all_of(numbers.begin(), numbers.end(), [](float x) { return std::isfinite(x); }))
+      return false;
+  }
+  return true;
 }
 
 void SavedRows::load(int layer, int first, std::span<float> k, std::span<float> v) const {

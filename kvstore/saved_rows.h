@@ -22,6 +22,8 @@ class SavedRows {
   int n_tokens() const { return n_tokens_; }
   const KvShape& shape() const { return shape_; }
 
+  bool finite() const;  // whether all numbers are; reads them all
+
   // Keys and values of tokens first ... of a layer, T x kv_dim f32 each; the spans say how many.
   // A store of the same type rounds them to the bits that were saved (NaN aside).
   void load(int layer, int first, std::span<float> k, std::span<float> v) const;

@@ -21,6 +21,7 @@ namespace thaw {
 namespace {
 
 using testing::check_fails;
+using testing::error_of;
 using testing::run_thaw;
 using testing::run_thaw_in_terminal;
 using testing::RunResult;
@@ -38,6 +39,7 @@ struct Talk {
   explicit Talk(int capacity = 512)
       : kv(make_kv_store(kv_shape(model.config, capacity, KvType::kF32))) {
     options.max_tokens = 12;
+    talk.begin("Be");
   }
 
   static SamplerOptions sampler() {
@@ -63,7 +65,7 @@ struct Talk {
   Tokenizer tokenizer = load_tokenizer(model);
   Transformer transformer{model, 1};
   std::unique_ptr<KvStore> kv;
-  Conversation talk{tokenizer, transformer, *kv, sampler(), "Be"};
+  Conversation talk{tokenizer, transformer, *kv, sampler()};
   GenerateOptions options;
   std::string out;
 };
@@ -76,74 +78,95 @@ TEST_CASE("conversation: a turn is answered as if all before it were read anew")
   CHECK(first == t.anew({kSystem, kFirst}));
   const ChatMessage answer = {"assistant", t.tokenizer.decode(first)};
   CHECK(t.out == answer.content);
-  CHECK(t.talk.turns().back().answer == answer.content);
+  CHECK(t.talk.said().turns.back().answer == answer.content);
   REQUIRE(t.tokenizer.encode(answer.content) == first);
-  const std::size_t read = t.talk.tokens().size();
+  const std::size_t read = t.talk.said().tokens.size();
   CHECK(t.say("More") == t.anew({kSystem, kFirst, answer, kSecond}));
-  CHECK(t.talk.turns()[1].first == read);
-  CHECK(t.kv->length() == std::ssize(t.talk.tokens()) - 1);
+  CHECK(t.talk.said().turns[1].first == read);
+  CHECK(t.kv->length() == std::ssize(t.talk.said().tokens) - 1);
 }
 
 TEST_CASE("conversation: what is taken back leaves nothing behind") {
   Talk t;
   const auto first = t.say("Hi");
-  const auto tokens = t.talk.tokens();
+  const auto tokens = t.talk.said().tokens;
   const auto second = t.say("More");
   CHECK(t.talk.undo());
-  CHECK(t.talk.tokens() == tokens);
+  CHECK(t.talk.said().tokens == tokens);
   CHECK(t.say("More") == second);
   CHECK(t.talk.undo());
   CHECK(t.talk.undo());
   CHECK_FALSE(t.talk.undo());
   CHECK(t.kv->length() == 0);
   CHECK(t.say("Hi") == first);
-  t.talk.clear();
-  CHECK(t.talk.turns().empty());
+  t.talk.begin("Be");
+  CHECK(t.talk.said().turns.empty());
   CHECK(t.say("Hi") == first);
 }
 
-TEST_CASE("conversation: Ctrl-C before an answer takes the message back") {
+TEST_CASE("conversation: an answer can be made again, also one that Ctrl-C came before") {
   Talk t;
-  const auto first = t.say("Hi");
-  const auto tokens = t.talk.tokens();
+  const auto first = t.say("Hi"), second = t.say("More");
+  const auto tokens = t.talk.said().tokens;
+  const auto again = [&] {
+    CHECK(t.talk.unanswer());
+    CHECK(t.talk.said().turns.back().answer.empty());
+    return t.talk.answer(t.options, [](std::string_view) {}).tokens;
+  };
+  CHECK(again() == second);
+  CHECK(t.talk.said().tokens == tokens);
   const std::atomic<bool> interrupted = true;
   t.options.interrupted = &interrupted;
-  t.talk.add({"More", "test"});
-  const Generation g = t.talk.answer(t.options, [](std::string_view) {});
-  CHECK(g.finish == Finish::kInterrupted);
-  CHECK(t.talk.turns().size() == 1);
-  CHECK(t.talk.tokens() == tokens);
+  CHECK(again().empty());
+  CHECK(t.talk.said().turns.size() == 2);
   t.options.interrupted = nullptr;
-  const ChatMessage answer = {"assistant", t.tokenizer.decode(first)};
-  CHECK(t.say("More") == t.anew({kSystem, kFirst, answer, kSecond}));
+  CHECK(again() == second);
+  CHECK(t.talk.said().tokens == tokens);
+  CHECK(t.talk.undo());
+  CHECK(again() == first);
+  CHECK(t.talk.undo());
+  CHECK_FALSE(t.talk.unanswer());
+}
+
+TEST_CASE("conversation: what fails in an answer leaves what was said before") {
+  Talk t;
+  t.say("Hi");
+  const auto tokens = t.talk.said().tokens;
+  t.talk.add({"More", "test"});
+  const auto asked = t.talk.said().tokens;
+  CHECK(error_of([&] {
+          t.talk.answer(t.options, [](std::string_view) { throw Error("the pipe is closed"); });
+        }) == "the pipe is closed");
+  CHECK(t.talk.said().tokens == asked);
+  CHECK(t.talk.said().turns[1].answer.empty());
+  CHECK(t.kv->length() <= std::ssize(asked));
+  CHECK(t.talk.undo());
+  CHECK(t.talk.said().tokens == tokens);
 }
 
 TEST_CASE("conversation: a message that does not fit is refused, and nothing changes") {
   Talk t(64);
   t.say("Hi");
-  const auto tokens = t.talk.tokens();
+  const auto tokens = t.talk.said().tokens;
   const int room = 64 - static_cast<int>(tokens.size());
   const std::string most =
       join("test: expected at most ", room, " tokens, which is what the context has room for");
-  CHECK(contains(testing::error_of([&] { t.talk.add({std::string(20, 'x'), "test"}); }), most));
-  CHECK(contains(testing::error_of([&] {
+  CHECK(contains(error_of([&] { t.talk.add({std::string(20, 'x'), "test"}); }), most));
+  CHECK(contains(error_of([&] {
                    t.talk.add({std::string(9000, 'x'), "test"});
                  }),
                  "test: expected at most "));
-  CHECK(t.talk.tokens() == tokens);
-  CHECK(t.talk.turns().size() == 1);
+  CHECK(t.talk.said().tokens == tokens);
+  CHECK(t.talk.said().turns.size() == 1);
 }
 
 TEST_CASE("conversation: an answer that fills the context ends there") {
   Talk t(44);
   t.options.max_tokens = -1;
   t.say("Hi");
-  CHECK(t.talk.tokens().size() == 45);  // the last one needs no room
+  CHECK(t.talk.said().tokens.size() == 45);  // the last one needs no room
   CHECK(t.kv->length() == 44);
-  CHECK(contains(testing::error_of([&] {
-                   t.talk.add({"", "test"});
-                 }),
-                 "expected at most 0 tokens"));
+  CHECK(error_of([&] { t.talk.add({"", "test"}); }) == "the context of 44 tokens is full");
 }
 
 // thaw chat on the tiny model, which answers at random: greedy, 8 tokens.
@@ -205,12 +228,16 @@ TEST_CASE("chat: what is quoted or begins with two slashes is a message") {
 
 TEST_CASE("chat: a line from a pipe that cannot be taken ends it") {
   check_fails(chat({"-q"}), 1, "unknown command /rest; did you mean /reset?", "/rest\nHi\n");
-  check_fails(chat({"-q"}), 1, "unknown command /x\\x1b; /help lists them", "/x\x1b\n");
+  check_fails(chat({"-q"}), 1, "unknown command /x\\x1b; /help lists them, and // begins",
+              "/x\x1b\n");
+  check_fails(chat({"-q"}), 1, "unknown command /clear; did you mean /reset?", "/clear\n");
   check_fails(chat({"-q"}), 1, "/undo: expected a message before it, found none", "/undo\n");
   check_fails(chat({"-q"}), 1, "/retry: expected a message before it, found none", "/retry\n");
   check_fails(chat({"-q"}), 1, "/help: expected nothing after it, found you", "/help you\n");
-  check_fails(chat({"-q", "-c", "20"}), 1, "the message: expected at most 20 tokens", "Hi\n");
-  check_fails(chat({"-q", "-p", "Hi", "-c", "20"}), 1, "-p: expected at most 20 tokens");
+  check_fails(chat({"-q", "-c", "20"}), 1,
+              "the message and the system message: expected at most 20 tokens", "Hi\n");
+  check_fails(chat({"-q", "-p", "Hi", "-c", "20"}), 1,
+              "-p and the system message: expected at most 20 tokens");
   check_fails(chat({"-p", "a", "-f", "b"}), 2, "expected -p or -f, found both");
   check_fails(chat({"-q", "-v"}), 2, "expected -q or -v, found both");
   check_fails(chat({"-q", "-f", "/nowhere"}), 1, "/nowhere: cannot open");
@@ -260,6 +287,12 @@ TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come 
   hi.pop_back();
   CHECK(contains(r.out, hi.substr(0, hi.find('\n'))));
   CHECK(contains(r.out, "chat     1 message, "));
+  const std::string notes = (directory.path() / "notes").string();
+  testing::write_file(notes, "mine");
+  const RunResult other = run_thaw_in_terminal({"chat", "-m", tiny(), "--history", notes}, {});
+  CHECK(other.exit_code == 1);
+  CHECK(contains(other.out, notes + ": expected a history, which begins with _HiStOrY_V2_"));
+  CHECK(testing::read_file(notes) == "mine");
   struct stat file {};
   REQUIRE(::stat(history.c_str(), &file) == 0);
   CHECK((file.st_mode & 0777) == 0600);

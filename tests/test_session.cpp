@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <csignal>
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -37,6 +38,7 @@ struct Talk {
   explicit Talk(KvType type = KvType::kF16, int capacity = 512)
       : kv(make_kv_store(kv_shape(model.config, capacity, type))) {
     options.max_tokens = 40;
+    talk.begin("Be");
   }
   static SamplerOptions sampler() {
     SamplerOptions s;
@@ -52,11 +54,19 @@ struct Talk {
     return g.tokens;
   }
 
+  // Whether keys and values were taken.
+  bool resume(const std::filesystem::path& path) {
+    const Session session = read_session(path);
+    Resumed next = resumed(session, model, talk);
+    talk.resume(std::move(next.said), next.rows ? &session.rows : nullptr);
+    return next.rows;
+  }
+
   Model model = load_model(TinyCli::get().model());
   Tokenizer tokenizer = load_tokenizer(model);
   Transformer transformer{model, 1};
   std::unique_ptr<KvStore> kv;
-  Conversation talk{tokenizer, transformer, *kv, sampler(), "Be"};
+  Conversation talk{tokenizer, transformer, *kv, sampler()};
   GenerateOptions options;
   int n_read = 0;
 };
@@ -79,15 +89,15 @@ TEST_CASE("session: a conversation that is loaded goes on as it would have") {
   const Saved saved;
   Talk talk;
   talk.say("Something else");
-  CHECK(resume(read_session(saved.path), talk.model, talk.talk));
-  REQUIRE(talk.talk.turns().size() == 1);
-  CHECK(talk.talk.turns()[0].message == "Hi");
-  CHECK(talk.talk.system() == "Be");
-  const auto n = std::ssize(talk.talk.tokens());
+  CHECK(talk.resume(saved.path));
+  REQUIRE(talk.talk.said().turns.size() == 1);
+  CHECK(talk.talk.said().turns[0].message == "Hi");
+  CHECK(talk.talk.said().system == "Be");
+  const auto n = std::ssize(talk.talk.said().tokens);
   CHECK(n == 71);  // 31, and the answer's
   CHECK(talk.kv->length() == n - Conversation::kReadAgain);
   CHECK(talk.say("More") == saved.answer);
-  CHECK(talk.n_read == Conversation::kReadAgain + std::ssize(talk.talk.tokens()) - n - 40);
+  CHECK(talk.n_read == Conversation::kReadAgain + std::ssize(talk.talk.said().tokens) - n - 40);
   CHECK(talk.talk.undo());
   CHECK(talk.say("More") == saved.answer);
   CHECK(talk.talk.undo());
@@ -98,37 +108,60 @@ TEST_CASE("session: a conversation that is loaded goes on as it would have") {
 TEST_CASE("session: keys and values go to a store of another type") {
   const Saved saved;
   Talk talk(KvType::kF32);
-  CHECK(resume(read_session(saved.path), talk.model, talk.talk));
+  CHECK(talk.resume(saved.path));
   CHECK(talk.say("More") == saved.answer);
   write_session(saved.path, talk.model, talk.talk);
   Talk back(KvType::kBF16);
-  CHECK(resume(read_session(saved.path), back.model, back.talk));
-  CHECK(back.talk.turns().size() == 2);
+  CHECK(back.resume(saved.path));
+  CHECK(back.talk.said().turns.size() == 2);
 }
 
 TEST_CASE("session: with other weights its text is read anew") {
   const Saved saved;
   Talk talk;
   talk.model.weights.final_norm[0] += 1;
-  CHECK_FALSE(resume(read_session(saved.path), talk.model, talk.talk));
+  CHECK_FALSE(talk.resume(saved.path));
   CHECK(talk.kv->length() == 0);
-  CHECK(talk.talk.turns().size() == 1);
-  const auto n = std::ssize(talk.talk.tokens());
+  CHECK(talk.talk.said().turns.size() == 1);
+  const auto n = std::ssize(talk.talk.said().tokens);
   talk.say("More");
   const auto more = encode_reply(talk.tokenizer, ChatFormat::kChatML, {"user", "More"});
   CHECK(talk.n_read == n + std::ssize(more));
-  CHECK(talk.talk.turns()[1].first == static_cast<std::size_t>(n));
+  CHECK(talk.talk.said().turns[1].first == static_cast<std::size_t>(n));
 }
 
 TEST_CASE("session: one that is longer than the context is refused, and nothing changes") {
   const Saved saved;
   Talk talk(KvType::kF16, 64);
   talk.say("x");
-  const auto tokens = talk.talk.tokens();
-  CHECK(contains(error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); }),
+  const auto tokens = talk.talk.said().tokens;
+  CHECK(contains(error_of([&] { talk.resume(saved.path); }),
                  ": expected at most 64 tokens (the context), found 71"));
-  CHECK(talk.talk.tokens() == tokens);
-  CHECK(talk.talk.turns()[0].message == "x");
+  CHECK(talk.talk.said().tokens == tokens);
+  CHECK(talk.talk.said().turns[0].message == "x");
+}
+
+TEST_CASE("session: one that filled its context comes back, to be taken back") {
+  testing::TemporaryDirectory directory;
+  Talk full(KvType::kF16, 50), again(KvType::kF16, 50);
+  full.options.max_tokens = -1;
+  full.say("Hi");
+  REQUIRE(full.talk.said().tokens.size() == 51);  // the newest needs no room
+  write_session(directory.path() / "talk", full.model, full.talk);
+  CHECK(again.resume(directory.path() / "talk"));
+  CHECK(error_of([&] { again.talk.add({"x", "test"}); }) == "the context of 50 tokens is full");
+  CHECK(again.talk.undo());
+  again.say("x");
+}
+
+TEST_CASE("session: numbers that are none are refused") {
+  const Saved saved;
+  std::string bytes = read_file(saved.path);
+  bytes.back() = '\x7f', bytes[bytes.size() - 2] = '\0';  // infinity as f16 is 7c00
+  write_file(saved.path, bytes);
+  Talk talk;
+  CHECK(error_of([&] { talk.resume(saved.path); }) ==
+        saved.path.string() + ": keys and values: expected finite numbers, found others");
 }
 
 TEST_CASE("session: an empty conversation, and one of a message that has no text") {
@@ -137,13 +170,13 @@ TEST_CASE("session: an empty conversation, and one of a message that has no text
   Talk talk, other;
   write_session(path, talk.model, talk.talk);
   other.say("x");
-  resume(read_session(path), other.model, other.talk);
-  CHECK(other.talk.turns().empty());
-  CHECK(other.talk.tokens().empty());
+  other.resume(path);
+  CHECK(other.talk.said().turns.empty());
+  CHECK(other.talk.said().tokens.empty());
   talk.say("\xff");
   write_session(path, talk.model, talk.talk);
-  resume(read_session(path), other.model, other.talk);
-  CHECK(other.talk.tokens() == talk.talk.tokens());
+  other.resume(path);
+  CHECK(other.talk.said().tokens == talk.talk.said().tokens);
 }
 
 TEST_CASE("session: what is wrong in a file is named") {
@@ -155,7 +188,7 @@ TEST_CASE("session: what is wrong in a file is named") {
     change(header);
     write_file(saved.path, header.dump() + bytes.substr(end));
     Talk talk;
-    return error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); });
+    return error_of([&] { talk.resume(saved.path); });
   };
   const std::string where = saved.path.string();
   using Json = nlohmann::ordered_json;
@@ -178,8 +211,10 @@ TEST_CASE("session: what is wrong in a file is named") {
         where + ": expected turns where there are tokens, found 0 turns and 71 tokens");
   CHECK(error([](Json& j) { j["turns"][0]["first"] = 1; }) ==
         where + ": turn 0: first: expected a whole number from 0 to 0, found 1");
+  CHECK(error([](Json& j) { j["turns"][0]["reply"] = 0; }) ==
+        where + ": turn 0: reply: expected a whole number from 1 to 71, found 0");
   CHECK(error([](Json& j) { j["turns"].push_back(j["turns"][0]); }) ==
-        where + ": turn 1: first: expected a whole number from 1 to 70, found 0");
+        where + ": turn 1: first: expected a whole number from 31 to 70, found 0");
   CHECK(error([](Json& j) { j["turns"][0] = 5; }) ==
         where + ": turn 0: expected an object, found number");
   CHECK(error([](Json& j) { j["model"]["identity"] = "12"; }) ==
@@ -212,20 +247,21 @@ TEST_CASE("session: any damage to a file is an error, or harmless") {
     if (i % 4 == 0)
       damaged.resize(static_cast<std::size_t>(random.below(static_cast<int>(bytes.size()))));
     write_file(saved.path, damaged);
-    n_errors += !error_of([&] { resume(read_session(saved.path), talk.model, talk.talk); }).empty();
+    n_errors += !error_of([&] { talk.resume(saved.path); }).empty();
   }
   CHECK(n_errors > 200);
   CHECK(n_errors < 400);  // letters of what was said
 }
 
+std::vector<std::string> chat(std::vector<std::string> more) {
+  more.insert(more.begin(),
+              {"chat", "-m", TinyCli::get().model(), "--temp", "0", "-n", "8", "--history", ""});
+  return more;
+}
+
 TEST_CASE("chat: --session goes on where the last one ended, /save and /load by name") {
   testing::TemporaryDirectory directory;
   const std::string path = (directory.path() / "talk").string();
-  const auto chat = [&](std::vector<std::string> more) {
-    more.insert(more.begin(),
-                {"chat", "-m", TinyCli::get().model(), "--temp", "0", "-n", "8", "--history", ""});
-    return more;
-  };
   const RunResult whole = run_thaw(chat({"-q"}), {.input = "Hi\nMore\nAnd\n"});
   const RunResult first = run_thaw(chat({"--session", path}), {.input = "Hi\nMore\n"});
   const RunResult second = run_thaw(chat({"--session", path}), {.input = "And\n"});
@@ -243,6 +279,8 @@ TEST_CASE("chat: --session goes on where the last one ended, /save and /load by 
   check_fails(chat({"-q"}), 1, "/load: expected FILE, found nothing", "/load\n");
   check_fails(chat({"-q"}), 1, "/nowhere/x: cannot", "/save /nowhere/x\n");
   check_fails(chat({"-q"}), 1, "/nowhere: cannot open", "/load /nowhere\n");
+  check_fails(chat({"-q", "--session", "/nowhere/x"}), 1, "/nowhere/x: cannot write", "Hi\n");
+  check_fails(chat({"--history", path, "--session", path}), 2, "--history and --session: expected");
   write_file(path, "text of mine\n");
   check_fails(chat({"-q"}), 1,
               path +
@@ -251,6 +289,38 @@ TEST_CASE("chat: --session goes on where the last one ended, /save and /load by 
               "/save " + path + "\n");
   CHECK(read_file(path) == "text of mine\n");
   check_fails(chat({"-q", "--session", path}), 1, path + ": expected a saved conversation");
+}
+
+TEST_CASE("chat: --session saves however the conversation ends, but nothing over something") {
+  testing::TemporaryDirectory directory;
+  const std::string path = (directory.path() / "talk").string();
+  const auto n_turns = [&] {
+    return std::filesystem::exists(path) ? std::ssize(read_session(path).said.turns) : -1;
+  };
+  const auto run = [&](const std::string& input, testing::RunOptions options = {},
+                       std::vector<std::string> more = {}) {
+    options.input = input;
+    more.insert(more.end(), {"--session", path});
+    return run_thaw(chat(more), options).exit_code;
+  };
+  CHECK(run("") == 0);
+  CHECK(n_turns() == -1);
+  write_file(path, "");
+  CHECK(run("Hi\n/rety\nMore\n") == 1);
+  CHECK(n_turns() == 1);
+  CHECK(run("/reset\n") == 0);
+  CHECK(n_turns() == 1);
+  CHECK(run("More\n", {.stdout_path = "/dev/full"}) == 1);
+  CHECK(n_turns() == 2);
+  CHECK(std::filesystem::status(path).permissions() ==
+        (std::filesystem::perms::owner_read | std::filesystem::perms::owner_write));
+  for (const int signal : {SIGTERM, SIGHUP, SIGINT}) {
+    std::filesystem::remove(path);
+    CHECK(run("Hi\nMore\n", {.interrupt_after = 20, .signal = signal},
+              {"-n", "-1", "-c", "1000000", "--presence-penalty", "-1000", "--penalty-window",
+               "1"}) == 128 + signal);
+    CHECK(n_turns() == 1);
+  }
 }
 
 }  // namespace
