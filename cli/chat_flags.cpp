@@ -34,8 +34,9 @@ bool parse_chat(const Args& args, ChatOptions& o) {
   Flags flags(
       "chat", "-m MODEL [flags]",
       "A conversation: each line that you type, or that standard input holds, is a message, and "
-      "its answer goes to standard output. A message of several lines stands between \"\"\" and "
-      "\"\"\". A line that begins with / is a command, and /help lists them; with // it is a "
+      "its answer goes to standard output. A message of several lines is pasted, or "
+      "stands between \"\"\" and \"\"\". A line that begins with / is a command, and /help lists "
+      "them; with // it is a "
       "message that begins with /. Ctrl-C ends an answer, three of them the program; Ctrl-D ends "
       "the conversation.");
   add_chat_flags(flags, o);

@@ -10,6 +10,7 @@
 #include <cwchar>
 #include <fstream>
 #include <iostream>
+#include <utility>
 
 #include "cli/terminal.h"
 #include "device/error.h"
@@ -19,6 +20,16 @@ namespace {
 
 constexpr std::size_t kMaxLine = std::size_t{256} << 20;
 constexpr int kMaxHistory = 1000;  // lines
+
+// What a terminal sends around what is pasted, once it is asked to ("bracketed paste").
+constexpr std::string_view kAskForPastes = "\x1b[?2004h", kNoMorePastes = "\x1b[?2004l";
+constexpr const char* kPasteBegins = "\x1b[200~";
+constexpr std::string_view kPasteEnds = "\x1b[201~";
+
+bool understands_pastes() {
+  const char* term = std::getenv("TERM");
+  return term && *term != '\0' && std::string_view(term) != "dumb";
+}
 
 // libedit would write over any other file.
 void require_history(const std::filesystem::path& path) {
@@ -60,6 +71,7 @@ class LineInput::Editor {
   Editor(LineInput& input, const std::filesystem::path& file)
       : input_(input),
         file_(file.string()),
+        asks_for_pastes_(understands_pastes()),
         history_(::history_init()),
         editor_((use_utf8(), ::el_init("thaw", stdin, stderr, stderr))) {
     require(history_ && editor_, "libedit: cannot edit lines of this terminal");
@@ -70,6 +82,8 @@ class LineInput::Editor {
     ::el_set(editor_, EL_EDITOR, "emacs");
     ::el_set(editor_, EL_BIND, "^R", "em-inc-search-prev", nullptr);
     ::el_set(editor_, EL_BIND, "^W", "ed-delete-prev-word", nullptr);
+    ::el_set(editor_, EL_ADDFN, "thaw-paste", "Insert what is pasted", &Editor::paste);
+    ::el_set(editor_, EL_BIND, kPasteBegins, "thaw-paste", nullptr);
     ::el_source(editor_, nullptr);
     HistEvent event;
     ::history(history_, &event, H_SETSIZE, kMaxHistory);
@@ -92,9 +106,11 @@ class LineInput::Editor {
 
   State read(const char* prompt, std::string& line) {
     prompt_ = prompt;
+    if (asks_for_pastes_) std::cerr << kAskForPastes << std::flush;
     ::el_set(editor_, EL_PREP_TERM, 1);  // before the prompt says that keys are waited for
     int n_bytes = 0;
     const char* text = ::el_gets(editor_, &n_bytes);
+    if (asks_for_pastes_) std::cerr << kNoMorePastes << std::flush;
     if (text && n_bytes > 0) {
       line.assign(text, static_cast<std::size_t>(n_bytes));
       if (line.back() == '\n') line.pop_back();
@@ -114,6 +130,24 @@ class LineInput::Editor {
   }
 
   static char* prompt(EditLine* editor) { return const_cast<char*>(of(editor).prompt_); }
+
+  // Inserts it at once, without control characters other than ends of lines and tabs.
+  static unsigned char paste(EditLine* editor, int) {
+    LineInput& input = of(editor).input_;
+    std::string text;
+    while (!text.ends_with(kPasteEnds)) {
+      const std::optional<char> byte = input.next_byte();
+      if (!byte) return CC_ERROR;
+      text += *byte == '\r' ? '\n' : *byte;
+      require(text.size() <= kMaxLine, "standard input: expected at most ", kMaxLine,
+              " bytes to be pasted, found more");
+    }
+    text.resize(text.size() - kPasteEnds.size());
+    std::erase_if(text, [](char c) {
+      return static_cast<unsigned char>(c) < 0x20 && c != '\n' && c != '\t';
+    });
+    return ::el_insertstr(editor, text.c_str()) == 0 ? CC_REFRESH : CC_ERROR;
+  }
 
   // 1 with a character of UTF-8, 0 at the end, -1 when interrupted. A byte that begins none stands
   // for U+FFFD.
@@ -140,6 +174,7 @@ class LineInput::Editor {
   LineInput& input_;
   std::string file_;
   const char* prompt_ = "";
+  const bool asks_for_pastes_;
   ::History* history_;
   EditLine* editor_;
 };

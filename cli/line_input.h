@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 
 namespace thaw {
 
@@ -14,7 +15,8 @@ namespace thaw {
 std::filesystem::path default_history();
 
 // Standard input, line by line. When it and standard error are terminals, lines are edited
-// (libedit; ~/.editrc is honoured), and those of earlier runs come back with the arrow keys.
+// (libedit; ~/.editrc is honoured), those of earlier runs come back with the arrow keys, and what
+// is pasted is part of one line, also where it has several.
 class LineInput {
  public:
   enum class State { kLine, kEnd, kInterrupted };

@@ -287,6 +287,12 @@ TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come 
   hi.pop_back();
   CHECK(contains(r.out, hi.substr(0, hi.find('\n'))));
   CHECK(contains(r.out, "chat     1 message, "));
+  const RunResult pasted = run_thaw_in_terminal(
+      {"chat", "-m", tiny(), "--temp", "0", "-n", "8", "--system", "Be", "--history", ""},
+      {{"> ", "\x1b[200~Hi\r\x07you\x1b[20"}, {"", "1~\r"}, {"(-n reached)", "\x04"}});
+  CHECK(pasted.exit_code == 0);
+  CHECK(contains(pasted.out, generated("Hi\nyou").substr(0, generated("Hi\nyou").find('\n'))));
+  CHECK(contains(pasted.out, "chat     1 message, "));
   const std::string notes = (directory.path() / "notes").string();
   testing::write_file(notes, "mine");
   const RunResult other = run_thaw_in_terminal({"chat", "-m", tiny(), "--history", notes}, {});
