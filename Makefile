@@ -17,7 +17,7 @@ SAN_FLAGS := $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer \
 # -fno-trapping-math: nobody asks for floating-point traps, and without it no loop with a choice in
 # it becomes vector code.
 COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -fno-trapping-math -pthread -g1 \
-  -I. -I$(BUILD) $(WARN) $(SAN_FLAGS) \
+  -I. -I$(BUILD) $(WARN) $(SAN_FLAGS) -DDOCTEST_CONFIG_SUPER_FAST_ASSERTS \
   $(CPPFLAGS) $(CXXFLAGS)
 LINK = $(CXX) -pthread $(SAN_FLAGS) $(LDFLAGS)
 LIBS := -lpcre2-8 -ledit
@@ -43,6 +43,7 @@ TESTS := $(sort $(wildcard tests/*.cpp))
 FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
+COMMANDS := $(filter $(BUILD)/cli/%,$(OBJECTS))
 WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
 # Where the objects of tests/*.cpp are: they have no sanitizers, so `make sanitize` takes those of `make test`.
 TESTED ?= $(BUILD)
@@ -258,20 +259,26 @@ $(BUILD)/main.o: main.cu $(BUILD)/flags
 	$(QUIET)$(COMPILE) -MMD -MP -c -x c++ -o $@ $<
 
 $(OBJECTS): $(PARSED:%=%/rooms.h.gch)
+ifeq ($(OPT),-O3)
+$(COMMANDS): $(PARSED:%=%/commands.h.gch)
+$(COMMANDS): WITH = $(PARSED:%=-include %/commands.h)
+endif
 $(filter $(BUILD)/%,$(TEST_OBJECTS)): $(PARSED:%=%/tests.h.gch)
 $(TEST_OBJECTS): WITH = $(PARSED:%=-include %/tests.h)
 $(TEST_MAIN): WITH =  # it asks doctest.h for more
 # These checks are a fifth of compiling them; AddressSanitizer sees what comes of a null pointer.
-$(filter $(BUILD)/cli/%,$(OBJECTS)): private SAN_FLAGS += $(SAN:%=-fno-sanitize=null,alignment)
-# What tests test is not in them. -O1 saves a third of the time, and sanitizers would double it.
-$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private OPT := $(OPT:-O3=-O1)
+$(COMMANDS): private SAN_FLAGS += $(SAN:%=-fno-sanitize=null,alignment)
+# Commands spend their time in the other rooms: -O1 saves a quarter of compiling them.
+$(COMMANDS) $(BUILD)/parsed/commands.h.gch: private OPT := $(OPT:-O3=-O1)
+# What tests test is not in them. -Og saves half of the time, and sanitizers would double it.
+$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private OPT := $(OPT:-O3=-Og)
 $(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private SAN_FLAGS :=
 $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) $(WITH) -MMD -MP -c -o $@ $<
 
-$(BUILD)/parsed/rooms.h.gch: HEADERS := $(PARSED_ROOMS)
+$(BUILD)/parsed/rooms.h.gch $(BUILD)/parsed/commands.h.gch: HEADERS := $(PARSED_ROOMS)
 $(BUILD)/parsed/tests.h.gch: HEADERS := $(PARSED_TESTS)
 $(BUILD)/parsed/%.h.gch: $(BUILD)/flags
 	@mkdir -p $(@D)
@@ -280,7 +287,8 @@ $(BUILD)/parsed/%.h.gch: $(BUILD)/flags
 	$(QUIET)$(COMPILE) -x c++-header -o $@ $(@:.gch=)
 
 # Their time goes into taking turns, so kernels on the emulator need no more either.
-$(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o): private OPT := $(OPT:-O3=-O1)
+$(EMULATED): private OPT := $(OPT:-O3=-O1)
+$(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o): private OPT := $(OPT:-O3=-Og)
 $(BUILD)/simt/%.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "emulate $<"

@@ -17,6 +17,13 @@ inline std::string fixed(double value, int digits) {
   return std::move(out).str();
 }
 
+// 16 hexadecimal digits.
+inline std::string hex(std::uint64_t value) {
+  std::ostringstream out;
+  out << std::hex << std::setw(16) << std::setfill('0') << value;
+  return std::move(out).str();
+}
+
 // "1 token", "2 tokens"
 inline std::string count(std::int64_t n, const std::string& noun) {
   return std::to_string(n) + " " + noun + (n == 1 ? "" : "s");

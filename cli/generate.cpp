@@ -134,12 +134,6 @@ const char* finish_name(Finish finish) {
   return kNames[static_cast<int>(finish)];
 }
 
-std::string hex(std::uint64_t value) {
-  std::ostringstream out;
-  out << std::hex << std::setw(16) << std::setfill('0') << value;
-  return std::move(out).str();
-}
-
 void print_statistics(const Options& o, const Generation& g, const Recovery& recovery,
                       int n_layers) {
   constexpr const char* kFinish[] = {"the model ended the text", "-n reached",

@@ -25,12 +25,6 @@ constexpr std::size_t kMaxHeader = std::size_t{64} << 20;
 constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
                              KvType::kQ4_0};
 
-std::string hex(std::uint64_t value) {
-  char digits[16];
-  const auto end = std::to_chars(digits, digits + 16, value, 16).ptr;
-  return std::string(static_cast<std::size_t>(digits + 16 - end), '0') + std::string(digits, end);
-}
-
 // Reads fields of the header, and says of which file and field one is wrong.
 class Reader {
  public:

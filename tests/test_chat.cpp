@@ -15,6 +15,7 @@
 #include "tests/check_fails.h"
 #include "tests/error_of.h"
 #include "tests/run_thaw.h"
+#include "tests/talk.h"
 #include "tests/tiny_cli.h"
 
 namespace thaw {
@@ -33,26 +34,10 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// Greedy, of at most 12 tokens an answer, with the penalties that would tell if a token were seen
-// twice. f32: what is decoded is what a prompt would have left, but for rounding.
-struct Talk {
-  explicit Talk(int capacity = 512)
-      : kv(make_kv_store(kv_shape(model.config, capacity, KvType::kF32))) {
-    options.max_tokens = 12;
-    talk.begin("Be");
-  }
+// f32: what is decoded is what a prompt would have left, but for rounding.
+struct Talk : testing::Talk {
+  explicit Talk(int capacity = 512) : testing::Talk(KvType::kF32, capacity, 12) {}
 
-  static SamplerOptions sampler() {
-    SamplerOptions s;
-    s.temperature = 0;
-    s.frequency_penalty = 0.05f;
-    s.penalty_window = -1;
-    return s;
-  }
-  std::vector<std::int32_t> say(const std::string& message) {
-    talk.add({message, "test"});
-    return talk.answer(options, [&](std::string_view piece) { out += piece; }).tokens;
-  }
   // What a model answers that reads all of the conversation anew.
   std::vector<std::int32_t> anew(const std::vector<ChatMessage>& messages) {
     const auto store = make_kv_store(kv_shape(model.config, 512, KvType::kF32));
@@ -60,14 +45,6 @@ struct Talk {
     const auto ids = encode_chat(tokenizer, ChatFormat::kChatML, messages);
     return generate(transformer, *store, fresh, ids, options).tokens;
   }
-
-  Model model = load_model(tiny());
-  Tokenizer tokenizer = load_tokenizer(model);
-  Transformer transformer{model, 1};
-  std::unique_ptr<KvStore> kv;
-  Conversation talk{tokenizer, transformer, *kv, sampler()};
-  GenerateOptions options;
-  std::string out;
 };
 
 const ChatMessage kSystem = {"system", "Be"}, kFirst = {"user", "Hi"}, kSecond = {"user", "More"};
@@ -289,7 +266,7 @@ TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come 
   CHECK(contains(r.out, "chat     1 message, "));
   const RunResult pasted = run_thaw_in_terminal(
       {"chat", "-m", tiny(), "--temp", "0", "-n", "8", "--system", "Be", "--history", ""},
-      {{"> ", "\x1b[200~Hi\r\x07you\x1b[20"}, {"", "1~\r"}, {"(-n reached)", "\x04"}});
+      {{"> ", "\x1b[200~Hi\r\x07you\x1b[20"}, {"", "1~\r"}, {"(-n reached)", ""}, {"> ", "\x04"}});
   CHECK(pasted.exit_code == 0);
   CHECK(contains(pasted.out, generated("Hi\nyou").substr(0, generated("Hi\nyou").find('\n'))));
   CHECK(contains(pasted.out, "chat     1 message, "));

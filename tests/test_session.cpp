@@ -15,6 +15,7 @@
 #include "tests/check_fails.h"
 #include "tests/error_of.h"
 #include "tests/run_thaw.h"
+#include "tests/talk.h"
 #include "tests/tiny_cli.h"
 
 namespace thaw {
@@ -33,26 +34,10 @@ bool contains(const std::string& text, const std::string& part) {
   return text.find(part) != std::string::npos;
 }
 
-// Greedy conversations of 40 tokens an answer, which end at none, with one model.
-struct Talk {
+// Answers of 40 tokens, which end before at none.
+struct Talk : testing::Talk {
   explicit Talk(KvType type = KvType::kF16, int capacity = 512)
-      : kv(make_kv_store(kv_shape(model.config, capacity, type))) {
-    options.max_tokens = 40;
-    talk.begin("Be");
-  }
-  static SamplerOptions sampler() {
-    SamplerOptions s;
-    s.temperature = 0;
-    s.frequency_penalty = 0.05f;
-    s.penalty_window = -1;
-    return s;
-  }
-  Tokens say(const std::string& message) {
-    talk.add({message, "test"});
-    const Generation g = talk.answer(options, [](std::string_view) {});
-    n_read = g.prompt_tokens;
-    return g.tokens;
-  }
+      : testing::Talk(type, capacity, 40) {}
 
   // Whether keys and values were taken.
   bool resume(const std::filesystem::path& path) {
@@ -61,14 +46,6 @@ struct Talk {
     talk.resume(std::move(next.said), next.rows ? &session.rows : nullptr);
     return next.rows;
   }
-
-  Model model = load_model(TinyCli::get().model());
-  Tokenizer tokenizer = load_tokenizer(model);
-  Transformer transformer{model, 1};
-  std::unique_ptr<KvStore> kv;
-  Conversation talk{tokenizer, transformer, *kv, sampler()};
-  GenerateOptions options;
-  int n_read = 0;
 };
 
 struct Saved {
