@@ -22,7 +22,7 @@ case ${1:-} in -*) echo "gpu_check: expected --emulated or a folder, found '$1'"
 if $emulated; then
   out=${1:-build} thaw=build/thaw-emulated tests="build/thaw-simt-tests -tc=*attention:*refused*"
   shape=tiny formats="f16 q8_0" depths=4 prompts=9 long_depths=40 long_prompts=20
-  tokens=2 repetitions=1 answer=2
+  tokens=2 repetitions=1 answer=1
 else
   out=${1:-docs} thaw=build/thaw-cuda tests=build/thaw-cuda-tests
   shape=8b formats=${FORMATS:-bf16 q8_0 q4_0} depths=${DEPTHS:-512,8192,32768}
