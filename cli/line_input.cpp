@@ -1,6 +1,7 @@
 #include "cli/line_input.h"
 
 #include <histedit.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -23,8 +24,9 @@ constexpr int kMaxHistory = 1000;  // lines
 
 // What a terminal sends around what is pasted, once it is asked to ("bracketed paste").
 constexpr std::string_view kAskForPastes = "\x1b[?2004h", kNoMorePastes = "\x1b[?2004l";
-constexpr const char* kPasteBegins = "\x1b[200~";
-constexpr std::string_view kPasteEnds = "\x1b[201~";
+constexpr std::string_view kPasteBegins = "\x1b[200~", kPasteEnds = "\x1b[201~";
+constexpr int kKeyTime = 50;          // milliseconds between bytes of one key
+constexpr wchar_t kRedraw = L'\x1e';  // Ctrl-^
 
 bool understands_pastes() {
   const char* term = std::getenv("TERM");
@@ -82,9 +84,8 @@ class LineInput::Editor {
     ::el_set(editor_, EL_EDITOR, "emacs");
     ::el_set(editor_, EL_BIND, "^R", "em-inc-search-prev", nullptr);
     ::el_set(editor_, EL_BIND, "^W", "ed-delete-prev-word", nullptr);
-    ::el_set(editor_, EL_ADDFN, "thaw-paste", "Insert what is pasted", &Editor::paste);
-    ::el_set(editor_, EL_BIND, kPasteBegins, "thaw-paste", nullptr);
     ::el_source(editor_, nullptr);
+    ::el_set(editor_, EL_BIND, "^^", "ed-redisplay", nullptr);  // kRedraw
     HistEvent event;
     ::history(history_, &event, H_SETSIZE, kMaxHistory);
     ::history(history_, &event, H_SETUNIQUE, 1);
@@ -131,13 +132,13 @@ class LineInput::Editor {
 
   static char* prompt(EditLine* editor) { return const_cast<char*>(of(editor).prompt_); }
 
-  // Inserts it at once, without control characters other than ends of lines and tabs.
-  static unsigned char paste(EditLine* editor, int) {
-    LineInput& input = of(editor).input_;
+  // Inserts what is pasted at once, without control characters other than ends of lines and tabs.
+  // False at the end, or when interrupted.
+  bool paste() {
     std::string text;
     while (!text.ends_with(kPasteEnds)) {
-      const std::optional<char> byte = input.next_byte();
-      if (!byte) return CC_ERROR;
+      const std::optional<char> byte = input_.next_byte();
+      if (!byte) return false;
       text += *byte == '\r' ? '\n' : *byte;
       require(text.size() <= kMaxLine, "standard input: expected at most ", kMaxLine,
               " bytes to be pasted, found more");
@@ -146,13 +147,18 @@ class LineInput::Editor {
     std::erase_if(text, [](char c) {
       return static_cast<unsigned char>(c) < 0x20 && c != '\n' && c != '\t';
     });
-    return ::el_insertstr(editor, text.c_str()) == 0 ? CC_REFRESH : CC_ERROR;
+    ::el_insertstr(editor_, text.c_str());
+    return true;
   }
 
   // 1 with a character of UTF-8, 0 at the end, -1 when interrupted. A byte that begins none stands
   // for U+FFFD.
   static int next_character(EditLine* editor, wchar_t* character) {
     LineInput& input = of(editor).input_;
+    if (input.takes(kPasteBegins)) {
+      *character = kRedraw;
+      return of(editor).paste() ? 1 : input.interrupted_ ? -1 : 0;
+    }
     std::mbstate_t state{};
     bool is_inside = false;
     for (;;) {
@@ -187,17 +193,33 @@ LineInput::LineInput(const std::filesystem::path& history) {
 
 LineInput::~LineInput() = default;
 
+bool LineInput::fill() {
+  if ((interrupted_ = !wait_for_stdin())) return false;
+  held_.erase(0, std::exchange(used_, 0));
+  const std::size_t had = held_.size();
+  held_.resize(had + (1 << 16));
+  const ssize_t n = ::read(STDIN_FILENO, held_.data() + had, held_.size() - had);
+  const int reason = errno;
+  held_.resize(had + (n > 0 ? static_cast<std::size_t>(n) : 0));
+  if (n < 0 && reason != EINTR) fail("standard input: cannot read: ", std::strerror(reason));
+  return n != 0;
+}
+
 std::optional<char> LineInput::next_byte() {
-  while (used_ == held_.size()) {
-    if ((interrupted_ = !wait_for_stdin())) return {};
-    held_.resize(1 << 16), used_ = 0;
-    const ssize_t n = ::read(STDIN_FILENO, held_.data(), held_.size());
-    const int reason = errno;
-    held_.resize(n > 0 ? static_cast<std::size_t>(n) : 0);
-    if (n == 0) return {};
-    if (n < 0 && reason != EINTR) fail("standard input: cannot read: ", std::strerror(reason));
-  }
+  while (used_ == held_.size())
+    if (!fill()) return {};
   return held_[used_++];
+}
+
+// Where a part of it is all that there is, the rest is on its way, or it was another key.
+bool LineInput::takes(std::string_view marker) {
+  const auto rest = [&] { return std::string_view(held_).substr(used_); };
+  pollfd input = {STDIN_FILENO, POLLIN, 0};
+  while (rest().size() < marker.size() && marker.starts_with(rest()))
+    if ((!rest().empty() && ::poll(&input, 1, kKeyTime) <= 0) || !fill()) return false;
+  if (!rest().starts_with(marker)) return false;
+  used_ += marker.size();
+  return true;
 }
 
 LineInput::State LineInput::read_plain(std::string& line) {

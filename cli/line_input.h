@@ -40,6 +40,8 @@ class LineInput {
 
   // The next byte; none at the end, or when interrupted.
   std::optional<char> next_byte();
+  bool fill();                          // reads more; likewise false
+  bool takes(std::string_view marker);  // whether it came next, and then it is taken
   State read_plain(std::string& line);
 
   std::string held_;          // bytes that were read,
