@@ -24,7 +24,6 @@ namespace thaw {
 namespace {
 
 constexpr std::string_view kQuotes = "\"\"\"";
-constexpr std::size_t kMaxBlock = std::size_t{256} << 20;
 
 // What other programs call a command.
 constexpr std::pair<const char*, const char*> kElsewhere[] = {
@@ -213,8 +212,8 @@ std::optional<std::string> Chat::read_block(std::string line) {
   std::string block;
   while (!line.ends_with(kQuotes)) {
     block += line + "\n";
-    if (block.size() > kMaxBlock)
-      throw Refused(join("the message: expected at most ", kMaxBlock, " bytes, found more"));
+    if (block.size() > kMaxInput)
+      throw Refused(join("the message: expected at most ", kMaxInput, " bytes, found more"));
     const LineInput::State state = lines_.read(". ", line);
     if (state == LineInput::State::kInterrupted) {
       interrupted_ = !lines_.is_terminal();
@@ -339,7 +338,8 @@ void Chat::load(const std::string& path) {
   const bool is_new = next.said.turns.empty();
   if (is_new) next.said.system = system();
   if (!is_new && !next.rows)
-    note("(saved with other weights: the next message reads all of it anew)");
+    note(join("(saved with other weights, of ", printable(session->model),
+              ": the next message reads all of it anew)"));
   talk_.resume(std::move(next.said), next.rows ? &session->rows : nullptr);
   taken_back();
   const Said& said = talk_.said();

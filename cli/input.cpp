@@ -15,8 +15,6 @@
 namespace thaw {
 namespace {
 
-constexpr std::size_t kMaxInput = std::size_t{256} << 20;
-
 class Descriptor {
  public:
   explicit Descriptor(const std::string& path)

@@ -1,6 +1,7 @@
 // The text that a command works on.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -18,7 +19,8 @@ struct InputOptions {
   bool dash = false;
 };
 void add_input_flags(Flags& flags, InputOptions& options, const std::string& what);
-// At most 256 MiB. `source` names it in messages.
+inline constexpr std::size_t kMaxInput = std::size_t{256} << 20;  // bytes
+// At most kMaxInput. `source` names it in messages.
 struct Input {
   std::string text;
   std::string source;

@@ -60,11 +60,7 @@ std::string ghost_name(const PolicyParams& p) {
   return p.ghost_key_bits == 0 ? "off" : join("k", p.ghost_key_bits, "v", p.ghost_value_bits);
 }
 
-KvType KvFlags::type() const {
-  for (KvType t : {KvType::kBF16, KvType::kF32, KvType::kQ8_0, KvType::kQ4_0})
-    if (kv_type_name(t) == type_name) return t;
-  return KvType::kF16;
-}
+KvType KvFlags::type() const { return kv_type_named(type_name).value_or(KvType::kF16); }
 
 KvOptions KvFlags::options() const {
   KvOptions o;

@@ -13,13 +13,13 @@
 #include <iostream>
 #include <utility>
 
+#include "cli/input.h"
 #include "cli/terminal.h"
 #include "device/error.h"
 
 namespace thaw {
 namespace {
 
-constexpr std::size_t kMaxLine = std::size_t{256} << 20;
 constexpr int kMaxHistory = 1000;  // lines
 
 // What a terminal sends around what is pasted, once it is asked to ("bracketed paste").
@@ -67,7 +67,8 @@ std::filesystem::path default_history() {
   return home.empty() ? home : home / ".local" / "state" / "thaw" / "chat_history";
 }
 
-// libedit, which takes its bytes from the LineInput, so that Ctrl-C ends a line.
+// libedit, which takes its bytes from the LineInput, so that Ctrl-C ends a line. Errors that are
+// thrown there pass through its frames, which have what unwinding needs.
 class LineInput::Editor {
  public:
   Editor(LineInput& input, const std::filesystem::path& file)
@@ -140,7 +141,7 @@ class LineInput::Editor {
       const std::optional<char> byte = input_.next_byte();
       if (!byte) return false;
       text += *byte == '\r' ? '\n' : *byte;
-      require(text.size() <= kMaxLine, "standard input: expected at most ", kMaxLine,
+      require(text.size() <= kMaxInput, "standard input: expected at most ", kMaxInput,
               " bytes to be pasted, found more");
     }
     text.resize(text.size() - kPasteEnds.size());
@@ -227,7 +228,7 @@ LineInput::State LineInput::read_plain(std::string& line) {
   while (const std::optional<char> byte = next_byte()) {
     if (*byte == '\n') return State::kLine;
     line += *byte;
-    require(line.size() <= kMaxLine, "standard input: expected lines of at most ", kMaxLine,
+    require(line.size() <= kMaxInput, "standard input: expected lines of at most ", kMaxInput,
             " bytes, found a longer one");
   }
   if (interrupted_) return State::kInterrupted;

@@ -30,7 +30,7 @@ class LineInput {
 
   // Puts the next line into `line`, without its end, after `prompt` on a terminal. kInterrupted:
   // Ctrl-C, after catch_interrupt(). Throws Error when standard input cannot be read, or a line is
-  // longer than 256 MiB.
+  // longer than kMaxInput (cli/input.h).
   State read(const char* prompt, std::string& line);
   void drop() { held_.clear(), used_ = 0; }  // what was typed or pasted ahead
 

@@ -22,8 +22,6 @@ using nlohmann::json;
 constexpr std::string_view kBegins = "{\"thaw_session\":";
 constexpr int kVersion = 1;
 constexpr std::size_t kMaxHeader = std::size_t{64} << 20;
-constexpr KvType kTypes[] = {KvType::kF16, KvType::kBF16, KvType::kF32, KvType::kQ8_0,
-                             KvType::kQ4_0};
 
 // Reads fields of the header, and says of which file and field one is wrong.
 class Reader {
@@ -99,10 +97,9 @@ KvShape read_shape(const Reader& kv, const std::string& where, int n_tokens) {
   constexpr int kMost = 1 << 20;
   KvShape shape;
   const std::string name = kv.text("type");
-  const auto* type = std::find_if(std::begin(kTypes), std::end(kTypes),
-                                  [&](KvType t) { return kv_type_name(t) == name; });
-  require(type != std::end(kTypes), where,
-          ": kv: type: expected f16, bf16, f32, q8_0 or q4_0, found \"", printable(name), "\"");
+  const std::optional<KvType> type = kv_type_named(name);
+  require(type.has_value(), where, ": kv: type: expected f16, bf16, f32, q8_0 or q4_0, found \"",
+          printable(name), "\"");
   shape.type = *type;
   shape.n_layers = kv.integer("layers", 1, kMost);
   shape.n_kv_heads = kv.integer("heads", 1, kMost);

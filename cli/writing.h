@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "cli/flags.h"
 #include "cli/kv_flags.h"

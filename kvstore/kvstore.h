@@ -11,6 +11,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -26,7 +27,8 @@ namespace thaw {
 class ThreadPool;  // device/thread_pool.h
 
 enum class KvType : std::uint8_t { kF16, kBF16, kF32, kQ8_0, kQ4_0 };
-std::string_view kv_type_name(KvType type);           // "f16", "bf16", "f32", "q8_0", "q4_0"
+std::string_view kv_type_name(KvType type);  // "f16", "bf16", "f32", "q8_0", "q4_0"
+std::optional<KvType> kv_type_named(std::string_view name);
 std::size_t kv_row_bytes(KvType type, int head_dim);  // of one key or value of one head
 
 struct KvShape {

@@ -62,6 +62,12 @@ std::string_view kv_type_name(KvType type) {
   return kNames[static_cast<int>(type)];
 }
 
+std::optional<KvType> kv_type_named(std::string_view name) {
+  for (int i = 0; i <= static_cast<int>(KvType::kQ4_0); ++i)
+    if (kv_type_name(static_cast<KvType>(i)) == name) return static_cast<KvType>(i);
+  return {};
+}
+
 std::size_t kv_row_bytes(KvType type, int head_dim) {
   static constexpr std::size_t kBlockBytes[] = {64, 64, 128, kQ8_0Bytes, kQ4_0Bytes};
   return static_cast<std::size_t>(head_dim) * kBlockBytes[static_cast<int>(type)] / kBlock;

@@ -44,7 +44,8 @@ class Transformer {
   std::span<const float> prefill(std::span<const std::int32_t> tokens, KvStore& kv);
 
   // Appends `tokens` (1 .. max_rows) to kv whose keys and values are known: rows(layer, k, v) gives
-  // those of each layer in turn, T x kv_dim each. Nothing is computed.
+  // those of each layer in turn, T x kv_dim each. Nothing is computed. Throws Error as forward()
+  // does.
   using KnownRows = std::function<void(int, std::span<float>, std::span<float>)>;
   void restore(std::span<const std::int32_t> tokens, KvStore& kv, const KnownRows& rows);
 

@@ -59,7 +59,8 @@ for policy in full thaw; do
     if [ "$said"$'\n'"$more" = "$hi" ]; then
       passed=$((passed + 1))
     else
-      failed=$((failed + 1)) && printf 'emulated: failed: chat, %s, then %s: %s\n' $policy $backend "$said, $more"
+      failed=$((failed + 1))
+      printf 'emulated: failed: chat, %s, then %s: %s\n' $policy $backend "$said, $more"
     fi
   done
 done

@@ -134,6 +134,7 @@ RunResult run_thaw_in_terminal(const std::vector<std::string>& args,
     }
     if (at == std::string::npos) break;
     seen = at + step.shown.size();
+    step.first();
     require(::write(terminal, step.keys.data(), step.keys.size()) == std::ssize(step.keys),
             "cannot type into the terminal");
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <csignal>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -25,10 +26,11 @@ std::string thaw_binary();
 RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& options = {});
 
 // Runs it in a terminal (a pty): each step waits until `shown` has appeared since the step before,
-// and then types `keys`. Returns all that the terminal showed, as `out`. A step that waits in vain
-// ends it after a minute.
+// and then does `first` and types `keys`. Returns all that the terminal showed, as `out`. A step
+// that waits in vain ends it after a minute.
 struct Keys {
   std::string shown, keys;
+  std::function<void()> first = [] {};
 };
 RunResult run_thaw_in_terminal(const std::vector<std::string>& args,
                                const std::vector<Keys>& steps);

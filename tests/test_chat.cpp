@@ -8,9 +8,6 @@
 #include <string>
 #include <vector>
 
-#include "cli/conversation.h"
-#include "cli/line_input.h"
-#include "cli/tokenizer_source.h"
 #include "device/error.h"
 #include "tests/check_fails.h"
 #include "tests/error_of.h"

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <csignal>
+#include <cstdlib>
 #include <filesystem>
 #include <functional>
 #include <nlohmann/json.hpp>
@@ -10,7 +11,6 @@
 #include <vector>
 
 #include "cli/session.h"
-#include "cli/tokenizer_source.h"
 #include "device/error.h"
 #include "tests/check_fails.h"
 #include "tests/error_of.h"
@@ -206,7 +206,10 @@ TEST_CASE("session: what is wrong in a file is named") {
         where + ": KV store: q8_0: expected a head_dim that 32 divides, found 16");
   CHECK(error([](Json& j) { j["kv"]["layers"] = 1, j["kv"]["heads"] = 4; }) ==
         where + ": kv: expected 2 layers of 2 heads of 16, found 1 of 4 of 16");
-  CHECK(error([](Json& j) { j["kv"]["layers"] = 1 << 20, j["kv"]["heads"] = 1 << 20; }).size() > 0);
+  CHECK(contains(error([](Json& j) {
+                   for (const char* size : {"layers", "heads", "head_dim"}) j["kv"][size] = 1 << 20;
+                 }),
+                 " of 1048576 heads of 1048576 do not fit 64 bits"));
 }
 
 TEST_CASE("session: any damage to a file is an error, or harmless") {
@@ -298,6 +301,47 @@ TEST_CASE("chat: --session saves however the conversation ends, but nothing over
                "1"}) == 128 + signal);
     CHECK(n_turns() == 1);
   }
+}
+
+TEST_CASE("chat: a session in a terminal shows where it ended, and can be saved elsewhere") {
+  testing::TemporaryDirectory directory;
+  const auto in = [&](const char* name) { return (directory.path() / name).string(); };
+  std::filesystem::create_directory(in("gone"));
+  ::setenv("HOME", directory.path().c_str(), 1);
+  const RunResult first = run_thaw(chat({"--session", in("talk")}), {.input = "H\x1bi\n"});
+  REQUIRE(first.exit_code == 0);
+  const RunResult r =
+      testing::run_thaw_in_terminal(chat({"--session", in("gone/talk")}),
+                                    {{"> ", "/load ~/talk\r"},
+                                     {"> Hi\r\n", ""},
+                                     {"> ", "\x04", [&] { std::filesystem::remove(in("gone")); }},
+                                     {"; /save FILE saves it elsewhere", ""},
+                                     {"> ", "/save ~/again\r"},
+                                     {"(saved in ~/again: ", ""},
+                                     {"> ", "\x04"}});
+  CAPTURE(r.out);
+  CHECK(r.exit_code == 1);
+  CHECK(read_session(in("again")).said.turns.size() == 1);
+
+  std::string bytes = read_file(in("again"));
+  const std::size_t at = bytes.find("\"identity\":\"") + 12;
+  bytes[at] = bytes[at] == '0' ? '1' : '0';
+  write_file(in("again"), bytes);
+  CHECK(contains(run_thaw(chat({"--session", in("again")})).err,
+                 "(saved with other weights, of tiny: the next message reads all of it anew)\n"));
+}
+
+TEST_CASE("chat: the third Ctrl-C ends at once, as the second says") {
+  testing::TemporaryDirectory directory;
+  const std::string text = (directory.path() / "text").string();
+  write_file(text, std::string(60000, 'x'));  // seconds of reading
+  const RunResult r = testing::run_thaw_in_terminal(
+      {"chat", "-m", TinyCli::get().model(), "--history", "", "-c", "100000", "-f", text},
+      {{"reading the prompt: ", "\x03"},
+       {"", "\x03"},
+       {"(stopping soon; Ctrl-C again ends at once, unsaved)", "\x03"}});
+  CAPTURE(r.out);
+  CHECK(r.exit_code == 128 + SIGINT);
 }
 
 }  // namespace
