@@ -1,7 +1,10 @@
 // Conversations in files: what is saved goes on, and what is damaged is refused.
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <csignal>
 #include <cstdlib>
 #include <filesystem>
@@ -11,6 +14,7 @@
 #include <vector>
 
 #include "cli/session.h"
+#include "cli/terminal.h"
 #include "device/error.h"
 #include "tests/check_fails.h"
 #include "tests/error_of.h"
@@ -331,17 +335,25 @@ TEST_CASE("chat: a session in a terminal shows where it ended, and can be saved 
                  "(saved with other weights, of tiny: the next message reads all of it anew)\n"));
 }
 
-TEST_CASE("chat: the third Ctrl-C ends at once, as the second says") {
-  testing::TemporaryDirectory directory;
-  const std::string text = (directory.path() / "text").string();
-  write_file(text, std::string(60000, 'x'));  // seconds of reading
-  const RunResult r = testing::run_thaw_in_terminal(
-      {"chat", "-m", TinyCli::get().model(), "--history", "", "-c", "100000", "-f", text},
-      {{"reading the prompt: ", "\x03"},
-       {"", "\x03"},
-       {"(stopping soon; Ctrl-C again ends at once, unsaved)", "\x03"}});
-  CAPTURE(r.out);
-  CHECK(r.exit_code == 128 + SIGINT);
+TEST_CASE("Ctrl-C: the one that is said to be deadly ends the process, none where none is") {
+  const auto status_after = [](int deadly, int presses) {
+    const pid_t child = ::fork();
+    REQUIRE(child >= 0);
+    if (child == 0) {
+      const std::atomic<bool>& interrupted = catch_interrupt(deadly);
+      for (int i = 0; i < presses; ++i) std::raise(SIGINT);
+      ::_exit(interrupted ? 7 : 8);
+    }
+    int status = 0;
+    ::waitpid(child, &status, 0);
+    return WIFSIGNALED(status) ? -WTERMSIG(status) : WEXITSTATUS(status);
+  };
+  for (const int deadly : {2, 3}) {
+    CHECK(status_after(deadly, 0) == 8);
+    CHECK(status_after(deadly, deadly - 1) == 7);
+    CHECK(status_after(deadly, deadly) == -SIGINT);
+  }
+  CHECK(status_after(0, 9) == 7);
 }
 
 }  // namespace
