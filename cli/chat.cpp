@@ -132,7 +132,7 @@ int Chat::run() {
     } while (!close());
   } catch (const DeviceError&) {
     throw;
-  } catch (const Error&) {
+  } catch (const std::exception&) {
     if (opened_) keep();
     throw;
   }
@@ -254,7 +254,7 @@ void Chat::attempt(const std::function<void()>& work) {
     work();
   } catch (const DeviceError&) {
     throw;
-  } catch (const Error& error) {
+  } catch (const std::exception& error) {
     throw Refused(error.what());
   }
 }
@@ -302,6 +302,10 @@ void Chat::help(const std::string&) {
 }
 
 void Chat::retry(const std::string&) {
+  const auto& turns = talk_.said().turns;
+  const auto capacity = static_cast<std::size_t>(kv_->shape().capacity);
+  if (!turns.empty() && turns.back().reply > capacity)
+    throw Refused(join("/retry: the context of ", capacity, " tokens is full"));
   if (!talk_.unanswer()) throw Refused("/retry: expected a message before it, found none");
   taken_back();
   answer();

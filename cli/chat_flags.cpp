@@ -59,7 +59,7 @@ bool parse_chat(const Args& args, ChatOptions& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_kv({o.common.kv});
-  check_recovery(o.recovery);
+  check_recovery(o.recovery, {o.common.kv.policy});
   require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
   require_two_files("--report", o.watch.report, "--session", o.session);
   require_two_files("--trace", o.watch.trace, "--session", o.session);

@@ -80,7 +80,7 @@ bool parse(const Args& args, Options& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_kv({o.common.kv});
-  check_recovery(o.recovery);
+  check_recovery(o.recovery, {o.common.kv.policy});
   require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
@@ -248,7 +248,8 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   sink.finish();
   std::vector<TokenId> tokens(prompt.begin(), prompt.begin() + result.prompt_tokens);
   tokens.insert(tokens.end(), result.tokens.begin(), result.tokens.end());
-  watch.finish(tokenizer, tokens, result.prompt_tokens);
+  write_stdout_after([&] { watch.finish(tokenizer, tokens, result.prompt_tokens); },
+                     o.common.json ? to_json(o, result, recovery, sink.text()) : "");
   return result;
 }
 
@@ -269,7 +270,6 @@ int run_generate(const Args& args) {
   if (o.echo) sink.write(input.text);
   const Generation result =
       stream(o, model, tokenizer, prompt, context, interrupted, recovery, sink);
-  if (o.common.json) write_stdout(to_json(o, result, recovery, sink.text()));
   if (!o.common.quiet) print_statistics(o, result, recovery, model.config.n_layers);
   return result.finish == Finish::kInterrupted ? kInterruptedExit : 0;
 }

@@ -1,6 +1,7 @@
 #include "cli/input.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -45,6 +46,11 @@ Input read_file(const std::string& path) {
   for (;;) {
     const ssize_t n = ::read(file.get(), block.data(), block.size());
     if (n < 0 && errno == EINTR) continue;
+    if (n < 0 && errno == EAGAIN) {  // somebody who shares it does not wait for it
+      pollfd more = {file.get(), POLLIN, 0};
+      ::poll(&more, 1, -1);
+      continue;
+    }
     if (n < 0) fail(input.source, ": cannot read: ", std::strerror(errno));
     if (n == 0) return input;
     input.text.append(block.data(), static_cast<std::size_t>(n));

@@ -35,23 +35,25 @@ void apply_preset(const std::string& preset, PolicyParams& p) {
   p.stay = 0;
 }
 
-// The first flag given that says what freezes or how, which is nothing to full; null: none is.
-const char* freezing_flag(const KvFlags& f) {
-  for (const auto& [flag, is_given] : {std::pair{"--preset", f.preset != "default"},
-                                       {"--hot-fraction", f.hot_fraction.has_value()},
-                                       {"--hot-tokens", f.hot_tokens.has_value()},
-                                       {"--hot-bytes", f.hot_bytes.has_value()},
-                                       {"--window", f.window.has_value()},
-                                       {"--sinks", f.sinks.has_value()},
-                                       {"--ghost", f.ghost.has_value()},
-                                       {"--epsilon", f.epsilon.has_value()},
-                                       {"--caution", f.caution.has_value()},
-                                       {"--stay", f.stay.has_value()},
-                                       {"--select", f.select != "head"},
-                                       {"--softness", f.softness.has_value()},
-                                       {"--tau-quantile", f.quantile.has_value()}})
-    if (is_given) return flag;
-  return nullptr;
+// A flag that says what freezes or how, and the policy that alone reads it; "": all but full.
+struct FreezingFlag {
+  const char *name, *policy;
+  bool is_given;
+};
+std::vector<FreezingFlag> freezing_flags(const KvFlags& f) {
+  return {{"--preset", "thaw", f.preset != "default"},
+          {"--hot-fraction", "", f.hot_fraction.has_value()},
+          {"--hot-tokens", "", f.hot_tokens.has_value()},
+          {"--hot-bytes", "", f.hot_bytes.has_value()},
+          {"--window", "", f.window.has_value()},
+          {"--sinks", "", f.sinks.has_value()},
+          {"--ghost", "thaw", f.ghost.has_value()},
+          {"--epsilon", "thaw", f.epsilon.has_value()},
+          {"--caution", "thaw", f.caution.has_value()},
+          {"--stay", "thaw", f.stay.has_value()},
+          {"--select", "thaw", f.select != "head"},
+          {"--softness", "asr", f.softness.has_value()},
+          {"--tau-quantile", "asr", f.quantile.has_value()}};
 }
 
 }  // namespace
@@ -101,13 +103,22 @@ std::vector<KvFlags> with_policies(const KvFlags& kv, const std::vector<std::str
 }
 
 void check_kv(const std::vector<KvFlags>& variants) {
-  const auto full = [](const KvFlags& f) { return f.policy == "full"; };
-  const bool freezes = !std::all_of(variants.begin(), variants.end(), full);
-  for (const KvFlags& f : variants) {
-    const char* given = freezing_flag(f);
-    if (!freezes && given != nullptr)
-      throw UsageError(join(given, ": expected another --policy than full, which never freezes"));
-    f.options();
+  const auto some = [&](const auto& is) {
+    return std::any_of(variants.begin(), variants.end(), is);
+  };
+  const bool freezes = some([](const KvFlags& f) { return f.policy != "full"; });
+  for (const KvFlags& variant : variants) {
+    for (const auto& [name, policy, is_given] : freezing_flags(variant)) {
+      if (!is_given) continue;
+      if (!freezes)
+        throw UsageError(join(name, ": expected another --policy than full, which never freezes"));
+      const auto reads = [only = std::string(policy)](const KvFlags& f) {
+        return f.policy == only;
+      };
+      if (*policy != '\0' && !some(reads))
+        throw UsageError(join(name, ": expected --policy ", policy, ", which alone reads it"));
+    }
+    variant.options();
   }
 }
 

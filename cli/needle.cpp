@@ -118,7 +118,7 @@ bool parse(const Args& args, Options& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_kv(with_policies(o.common.kv, o.policies));
-  check_recovery(o.recovery);
+  check_recovery(o.recovery, o.policies);
   if (o.file && o.filler) throw UsageError("expected -f or --filler, found both");
   if (o.prefill && o.prefill_all)
     throw UsageError("expected --prefill or --prefill-all, found both");
@@ -197,10 +197,10 @@ class Reader {
       const NeedleKey& key = text.keys[i];
       std::vector<TokenId> prompt = needle_question(tokenizer_, key, o_.chat, false);
       const std::vector<TokenId> first = answer(*kv, alarm, prompt, spec, 1, key, run);
-      if (!o_.second || first.empty()) continue;
+      if (!o_.second || interrupted_) continue;
       const NeedleKey& other = text.keys[(i + 1) % text.keys.size()];
       prompt = needle_question(tokenizer_, other, o_.chat, true);
-      prompt.insert(prompt.begin(), first.back());  // not in the store yet
+      if (!first.empty()) prompt.insert(prompt.begin(), first.back());  // not in the store yet
       answer(*kv, alarm, prompt, spec, 2, other, run);
     }
     account(*kv, run);

@@ -46,7 +46,10 @@ void add_recovery_flags(Flags& flags, RecoveryFlags& r) {
                 0, 1024);
 }
 
-void check_recovery(const RecoveryFlags& r) {
+void check_recovery(const RecoveryFlags& r, const std::vector<std::string>& policies) {
+  const auto full = [](const std::string& policy) { return policy == "full"; };
+  if (r.highest && r.rung() != "off" && std::all_of(policies.begin(), policies.end(), full))
+    throw UsageError("--recovery: expected another --policy than full, which never freezes");
   if (r.z && !r.highest) throw UsageError("--recovery-z needs --recovery");
   if (r.rewalk_tokens && r.rung() != "rewalk")
     throw UsageError("--rewalk-tokens needs --recovery rewalk");

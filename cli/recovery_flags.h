@@ -23,7 +23,8 @@ struct RecoveryFlags {
 };
 
 void add_recovery_flags(Flags& flags, RecoveryFlags& recovery);
-void check_recovery(const RecoveryFlags& recovery);  // throws UsageError
+// Throws UsageError. policies: of all variants that run.
+void check_recovery(const RecoveryFlags& recovery, const std::vector<std::string>& policies);
 
 // "soft 2 (at 130, 192), full 1 (at 208)", or "never".
 std::string describe(const Recovery& recovery);

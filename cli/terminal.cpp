@@ -61,6 +61,9 @@ void write_stdout(std::string_view text) {
     const ssize_t n = ::write(STDOUT_FILENO, text.data(), text.size());
     if (n >= 0) {
       text.remove_prefix(static_cast<std::size_t>(n));
+    } else if (errno == EAGAIN) {  // somebody who shares it does not wait for it
+      pollfd room = {STDOUT_FILENO, POLLOUT, 0};
+      ::poll(&room, 1, -1);
     } else if (errno != EINTR) {
       fail("standard output: cannot write: ", std::strerror(errno));
     }

@@ -1,6 +1,9 @@
 #include "device/thread_pool.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <iostream>
+#include <new>
 #include <system_error>
 
 #include "device/error.h"
@@ -105,6 +108,12 @@ void ThreadPool::start(std::uint32_t n_tasks, int n_parts, Call call, const void
   loop_.notify_all();
   take_tasks(0);
   wait_until([this, n_tasks] { return done_.load(std::memory_order_acquire) == n_tasks; });
+}
+
+void ThreadPool::end_process(const std::exception& error) {
+  const bool memory = dynamic_cast<const std::bad_alloc*>(&error) != nullptr;
+  std::cerr << "thaw: " << (memory ? "out of memory" : one_line(error.what())) << std::endl;
+  std::_Exit(1);
 }
 
 void ThreadPool::take_tasks(int thread) {

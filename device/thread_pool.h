@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -26,7 +27,8 @@ class ThreadPool {
 
   // Calls body(task, thread) once for each task in [0, n_tasks), n_tasks < 2^32 - 1, and returns
   // when all have returned; thread is in [0, size()), and differs between calls that run at the
-  // same time. body must not throw, and must not call run(). One caller at a time.
+  // same time. body must not call run(). If it throws (out of memory), the process ends with one
+  // line, as others may wait for its task. One caller at a time.
   // Tasks are begun in ascending order, so that one may wait for those before it.
   template <class Body>
   void run(std::int64_t n_tasks, const Body& body) {
@@ -46,7 +48,11 @@ class ThreadPool {
 
   template <class Body>
   static void invoke(const void* body, std::int64_t task, int thread) {
-    (*static_cast<const Body*>(body))(task, thread);
+    try {
+      (*static_cast<const Body*>(body))(task, thread);
+    } catch (const std::exception& error) {
+      end_process(error);
+    }
   }
 
   template <class Body>
@@ -64,6 +70,7 @@ class ThreadPool {
     std::atomic<std::uint64_t> ticket = 0;
   };
 
+  [[noreturn]] static void end_process(const std::exception& error);
   void start(std::uint32_t n_tasks, int n_parts, Call call, const void* body);
   void take_tasks(int thread);
   void take_from(int part, int thread);

@@ -37,11 +37,16 @@ SavedRows::SavedRows(std::span<const std::byte> bytes, const KvShape& shape, int
           n_tokens * shape.bytes_per_token(), " bytes, found ", bytes.size());
 }
 
-bool SavedRows::finite() const {
+bool SavedRows::finite_as(KvType type) const {
   std::vector<float> numbers(static_cast<std::size_t>(shape_.head_dim));
+  std::vector<std::byte> rounded(kv_row_bytes(type, shape_.head_dim));
   const std::size_t row = kv_row_bytes(shape_.type, shape_.head_dim);
   for (std::size_t at = 0; at < bytes_.size(); at += row) {
     load_row(numbers.data(), bytes_.data() + at, shape_.head_dim, shape_.type);
+    if (type != shape_.type) {
+      store_row(rounded.data(), numbers.data(), shape_.head_dim, type);
+      load_row(numbers.data(), rounded.data(), shape_.head_dim, type);
+    }
     if (!std::all_of(numbers.begin(), numbers.end(), [](float x) { return std::isfinite(x); }))
       return false;
   }

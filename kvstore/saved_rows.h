@@ -22,7 +22,7 @@ class SavedRows {
   int n_tokens() const { return n_tokens_; }
   const KvShape& shape() const { return shape_; }
 
-  bool finite() const;  // whether all numbers are; reads them all
+  bool finite_as(KvType type) const;  // whether all numbers are once a store rounds them to it
 
   // Keys and values of tokens first ... of a layer, T x kv_dim f32 each; the spans say how many.
   // A store of the same type rounds them to the bits that were saved (NaN aside).

@@ -24,7 +24,7 @@ void demand_positive(const std::string& source, const char* field, double value)
 }  // namespace
 
 void validate(const Config& c, const std::string& source) {
-  demand_range(source, "width (dim)", c.dim, 1, kMaxSize);
+  demand_range(source, "width (dim)", c.dim, 1, kMaxWidth);
   demand_range(source, "layers", c.n_layers, 1, 1 << 16);
   demand_range(source, "heads", c.n_heads, 1, 1 << 16);
   demand_range(source, "key/value heads", c.n_kv_heads, 1, c.n_heads);
@@ -33,9 +33,9 @@ void validate(const Config& c, const std::string& source) {
   demand_range(source, "head width (head_dim)", c.head_dim, 2, 1 << 16);
   require(c.head_dim % 2 == 0, source, ": head width (head_dim): expected an even number, found ",
           c.head_dim);
-  demand_range(source, "heads x head width", std::int64_t{c.n_heads} * c.head_dim, 2, kMaxSize);
-  demand_range(source, "feed-forward width", c.ffn_dim, 1, kMaxSize);
-  demand_range(source, "vocabulary", c.vocab_size, 1, kMaxSize);
+  demand_range(source, "heads x head width", std::int64_t{c.n_heads} * c.head_dim, 2, kMaxWidth);
+  demand_range(source, "feed-forward width", c.ffn_dim, 1, kMaxWidth);
+  demand_range(source, "vocabulary", c.vocab_size, 1, 4 * kMaxWidth);
   demand_range(source, "context length", c.context_length, 1, kMaxSize);
   require(std::isfinite(c.norm_eps) && c.norm_eps >= 0, source,
           ": RMSNorm epsilon: expected a finite number, 0 or more, found ", c.norm_eps);
@@ -44,6 +44,10 @@ void validate(const Config& c, const std::string& source) {
   require(n_factors == 0 || n_factors == c.head_dim / 2, source, ": RoPE factors: expected ",
           c.head_dim / 2, " or none, found ", n_factors);
   for (const float factor : c.rope_factors) demand_positive(source, "RoPE factors", factor);
+  for (const float frequency : rope_inverse_frequencies(c))
+    require(std::isfinite(frequency), source,
+            ": RoPE frequency (of rope_theta and factors): expected a finite number, found ",
+            frequency);
 }
 
 std::vector<float> linear_rope_factors(int head_dim, double factor) {

@@ -12,7 +12,8 @@ enum class RopePairing {
   kHalves,       // (i, i + head_dim / 2): Hugging Face checkpoints
 };
 
-constexpr int kMaxSize = 1 << 24;  // no size in a Config is larger: far above any model
+constexpr int kMaxSize = 1 << 24;   // no size in a Config is larger: far above any model
+constexpr int kMaxWidth = 1 << 20;  // nor a row of activations: a prompt takes 512 of them
 
 struct Config {
   std::string name;  // for people; printable ASCII, may be empty

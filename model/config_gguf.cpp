@@ -21,6 +21,7 @@ class Reader {
   int vocab_size() const;
   float rope_theta() const;
   std::vector<float> rope_factors(int head_dim) const;
+  void demand_plain(int context_length) const;
 
   const Gguf& gguf_;
   const std::string source_;
@@ -89,6 +90,24 @@ std::vector<float> Reader::rope_factors(int head_dim) const {
   return factors;
 }
 
+// What other architectures do with these keys would change the numbers of this one.
+void Reader::demand_plain(int context_length) const {
+  for (const std::string_view key : {"llama.rope.scaling.attn_factor", "llama.logit_scale",
+                                     "llama.embedding_scale", "llama.residual_scale"}) {
+    const double factor = gguf_.real(key, 1);
+    require(factor == 1, source_, ": ", key, ": expected 1, found ", factor);
+  }
+  constexpr std::string_view kScale = "llama.attention.scale";
+  require(gguf_.real(kScale, 0) == 0, source_, ": ", kScale, ": expected none, found ",
+          gguf_.real(kScale, 0));
+  constexpr std::string_view kCausal = "llama.attention.causal";
+  require(gguf_.boolean(kCausal, true), source_, ": ", kCausal, ": expected true, found false");
+  constexpr std::string_view kWindow = "llama.attention.sliding_window";
+  const std::int64_t window = gguf_.integer(kWindow, 0);  // 0: none
+  require(window == 0 || window >= context_length, source_, ": ", kWindow,
+          ": expected none, or at least llama.context_length ", context_length, ", found ", window);
+}
+
 Config Reader::read() const {
   const std::string_view architecture = gguf_.string("general.architecture");
   require(architecture == "llama", source_, ": general.architecture: expected llama, found ",
@@ -117,6 +136,7 @@ Config Reader::read() const {
   c.ffn_dim = same_for_all_layers("llama.feed_forward_length", c.n_layers);
   c.vocab_size = vocab_size();
   c.context_length = size("llama.context_length");
+  demand_plain(c.context_length);
   c.norm_eps = static_cast<float>(gguf_.real("llama.attention.layer_norm_rms_epsilon"));
   c.rope_theta = rope_theta();
   c.rope_factors = rope_factors(c.head_dim);

@@ -138,6 +138,8 @@ std::vector<float> read_rope_factors(const Fields& rope, const Config& c) {
 // alone and the scaling in "rope_scaling".
 void read_rope(const Fields& fields, Config& c) {
   const bool is_new = fields.find("rope_parameters");
+  require(!is_new || !fields.find("rope_scaling"), fields.source(),
+          ": rope_scaling: expected none beside rope_parameters, found both");
   const char* key = is_new ? "rope_parameters" : "rope_scaling";
   double theta = fields.real("rope_theta", 10000);
   if (is_new) theta = fields.object(key).real("rope_theta", theta);

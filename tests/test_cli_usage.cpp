@@ -50,6 +50,12 @@ TEST_CASE("cli: a flag that nothing would read is wrong usage") {
   check_usage({"bench", "-m", m, "--softness", "1"}, "--softness" + never);
   check_usage({"needle", "-m", m, "--policy", "full", "--hot-tokens", "40"},
               "--hot-tokens" + never);
+  check_usage({"generate", "-m", m, "-p", "a", "--policy", "window", "--epsilon", "1e-3"},
+              "--epsilon: expected --policy thaw, which alone reads it");
+  check_usage({"needle", "-m", m, "--policy", "full,thaw", "--softness", "1"},
+              "--softness: expected --policy asr, which alone reads it");
+  check_usage({"generate", "-m", m, "-p", "a", "--policy", "full", "--recovery", "rewalk"},
+              "--recovery" + never);
   check_usage({"bench", "-m", m, "--weights", "q8_0"}, "--weights needs --random");
   check_usage({"generate", "-m", m, "-p", "a", "--recovery-z", "2"},
               "--recovery-z needs --recovery");

@@ -210,6 +210,11 @@ TEST_CASE("config: what would change the result and is not computed is refused b
   for (const json& harmless : {json(nullptr), json(false), json(131072)}) {
     CHECK(error_with("sliding_window", harmless) == "");
   }
+  json both = llama32();
+  both["rope_parameters"] = {{"rope_type", "default"}};
+  CHECK(error_in(both) ==
+        "config.json: rope_scaling: expected none beside rope_parameters, found both");
+
   json unused = llama32();
   unused["sliding_window"] = 4096, unused["use_sliding_window"] = false;
   CHECK(error_in(unused) == "");
@@ -314,7 +319,7 @@ TEST_CASE("config: validate demands each field and how they fit together") {
     return error_of([&] { validate(c, "m"); });
   };
   CHECK(error_if([](Config& c) { c.dim = 0; }) ==
-        "m: width (dim): expected 1 to 16777216, found 0");
+        "m: width (dim): expected 1 to 1048576, found 0");
   CHECK(error_if([](Config& c) { c.n_layers = -1; }) == "m: layers: expected 1 to 65536, found -1");
   CHECK(error_if([](Config& c) { c.n_heads = 0; }) == "m: heads: expected 1 to 65536, found 0");
   CHECK(error_if([](Config& c) { c.n_kv_heads = 3; }) ==
@@ -322,11 +327,11 @@ TEST_CASE("config: validate demands each field and how they fit together") {
   CHECK(error_if([](Config& c) { c.head_dim = 15; }) ==
         "m: head width (head_dim): expected an even number, found 15");
   CHECK(error_if([](Config& c) { c.n_heads = c.n_kv_heads = 65536, c.head_dim = 65536; }) ==
-        "m: heads x head width: expected 2 to 16777216, found 4294967296");
+        "m: heads x head width: expected 2 to 1048576, found 4294967296");
   CHECK(error_if([](Config& c) { c.ffn_dim = 0; }) ==
-        "m: feed-forward width: expected 1 to 16777216, found 0");
+        "m: feed-forward width: expected 1 to 1048576, found 0");
   CHECK(error_if([](Config& c) { c.vocab_size = 0; }) ==
-        "m: vocabulary: expected 1 to 16777216, found 0");
+        "m: vocabulary: expected 1 to 4194304, found 0");
   CHECK(error_if([](Config& c) { c.context_length = 0; }) ==
         "m: context length: expected 1 to 16777216, found 0");
   CHECK(error_if([](Config& c) { c.norm_eps = -1; }) ==
@@ -336,6 +341,8 @@ TEST_CASE("config: validate demands each field and how they fit together") {
   CHECK(error_if([](Config& c) {
           c.rope_factors = {1, 2};
         }) == "m: RoPE factors: expected 8 or none, found 2");
+  CHECK(error_if([](Config& c) { c.rope_factors.assign(8, 1e-39f); }) ==
+        "m: RoPE frequency (of rope_theta and factors): expected a finite number, found inf");
   CHECK(error_if([](Config& c) { c.rope_factors.assign(8, kInf); }) ==
         "m: RoPE factors: expected a finite number above 0, found inf");
 }

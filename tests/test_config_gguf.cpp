@@ -1,4 +1,5 @@
-// The config that a GGUF header gives: tests/test_config.cpp has config.json and the checks of both.
+// The config that a GGUF header gives: tests/test_config.cpp has config.json and the checks of
+// both.
 #include <doctest/doctest.h>
 
 #include <cstdint>
@@ -117,6 +118,21 @@ TEST_CASE("gguf config: metadata out of range or of another model is an error") 
   }
   CHECK(gguf_error_with("llama.attention.layer_norm_rms_epsilon", kNan) ==
         "model.gguf: RMSNorm epsilon: expected a finite number, 0 or more, found nan");
+  for (const char* key : {"llama.rope.scaling.attn_factor", "llama.logit_scale",
+                          "llama.embedding_scale", "llama.residual_scale"}) {
+    CHECK(gguf_error_with(key, 0.5f) == join("model.gguf: ", key, ": expected 1, found 0.5"));
+    CHECK(gguf_error_with(key, 1.0f) == "");
+  }
+  CHECK(gguf_error_with("llama.attention.scale", 0.5f) ==
+        "model.gguf: llama.attention.scale: expected none, found 0.5");
+  CHECK(gguf_error_with("llama.attention.causal", false) ==
+        "model.gguf: llama.attention.causal: expected true, found false");
+  CHECK(
+      gguf_error_with("llama.attention.sliding_window", std::uint32_t{16})
+          .find(
+              "llama.attention.sliding_window: expected none, or at least llama.context_length ") !=
+      std::string::npos);
+  CHECK(gguf_error_with("llama.attention.sliding_window", std::uint32_t{1 << 20}) == "");
   GgufWriter w = gguf_header();
   w.erase("llama.attention.key_length");
   w.set("llama.attention.head_count", std::uint32_t{6});

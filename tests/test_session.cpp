@@ -142,7 +142,17 @@ TEST_CASE("session: numbers that are none are refused") {
   write_file(saved.path, bytes);
   Talk talk;
   CHECK(error_of([&] { talk.resume(saved.path); }) ==
-        saved.path.string() + ": keys and values: expected finite numbers, found others");
+        saved.path.string() + ": keys and values: expected numbers that are finite in the store's type, found others");
+}
+
+TEST_CASE("session: numbers that the store's type cannot hold are refused") {
+  const float large = 70000;  // the largest of f16 is 65504
+  const KvShape shape = {1, 1, 8, 1, KvType::kF32};
+  std::vector<float> numbers(16, large);
+  const SavedRows rows(std::as_bytes(std::span(numbers)), shape, 1);
+  CHECK(rows.finite_as(KvType::kF32));
+  CHECK(rows.finite_as(KvType::kBF16));
+  CHECK(!rows.finite_as(KvType::kF16));
 }
 
 TEST_CASE("session: an empty conversation, and one of a message that has no text") {

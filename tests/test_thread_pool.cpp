@@ -1,4 +1,6 @@
 #include <doctest/doctest.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <memory>
@@ -130,6 +132,25 @@ TEST_CASE("thread pool: claims are a thread's own first, then what others have l
     pool.run(n, [&](std::int64_t, int thread) { ++times[shared.claim(thread)]; });
     CHECK(std::count(times.begin(), times.end(), 1) == n);
   }
+}
+
+TEST_CASE("thread pool: a task that throws ends the process, whoever waits for it") {
+  const pid_t child = ::fork();
+  REQUIRE(child >= 0);
+  if (child == 0) {
+    std::freopen("/dev/null", "w", stderr);
+    ThreadPool pool(2);
+    Flag never;
+    pool.run(2, [&](std::int64_t task, int) {
+      if (task == 1) throw std::bad_alloc();
+      never.wait();
+    });
+    ::_exit(0);
+  }
+  int status = 0;
+  REQUIRE(::waitpid(child, &status, 0) == child);
+  CHECK(WIFEXITED(status));
+  CHECK(WEXITSTATUS(status) == 1);
 }
 
 TEST_CASE("thread pool: no threads is an error") {

@@ -64,6 +64,13 @@ TEST_CASE("the default system message is the one that the template spells") {
   CHECK(default_system_message(chatml("{{ 'unclosed <|im_start|>system\\nx")) == "");
 }
 
+TEST_CASE("a hostile template takes no longer than its length") {
+  std::string blocks = "<|im_start|>";
+  for (int i = 0; i < 1 << 18; ++i) blocks += "{{}}";
+  CHECK(default_system_message(chatml(blocks)) == "");  // minutes if each looks on for "{%"
+  CHECK(default_system_message(chatml("{ {{ '<|im_start|>system\\nx<|im_end|>' }}")) == "x");
+}
+
 TEST_CASE("turns are wrapped in control tokens, and the assistant's is opened") {
   const std::vector<ChatMessage> messages = {{"system", "Be brief."}, {"user", " Hi\n"}};
   const Tokenizer ml = chatml();

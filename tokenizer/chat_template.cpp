@@ -54,10 +54,11 @@ std::string unescape(std::string_view literal) {
 // The string literals of a Jinja template: what stands in quotes inside {{ }} or {% %}.
 std::vector<std::string> string_literals(std::string_view jinja) {
   std::vector<std::string> literals;
-  std::size_t at = 0;
-  const auto code_begins = [&] { return std::min(jinja.find("{{", at), jinja.find("{%", at)); };
-  while ((at = code_begins()) != std::string_view::npos) {
-    for (at += 2; at < jinja.size();) {
+  for (std::size_t at = 0; (at = jinja.find('{', at)) != std::string_view::npos;) {
+    const std::string_view begins = jinja.substr(at, 2);
+    at += 1;
+    if (begins != "{{" && begins != "{%") continue;
+    for (at += 1; at < jinja.size();) {
       const std::string_view two = jinja.substr(at, 2);
       if (two == "}}" || two == "%}") break;
       const char quote = jinja[at++];

@@ -23,6 +23,7 @@ using MatchContext = std::unique_ptr<pcre2_match_context, Deleter<pcre2_match_co
 using MatchData = std::unique_ptr<pcre2_match_data, Deleter<pcre2_match_data_free>>;
 
 constexpr std::size_t kMaxPattern = 16384;    // bytes; published ones stay below 1000
+constexpr std::size_t kMaxPatterns = 16;      // each splits what the one before left
 constexpr std::uint32_t kMaxHeapKiB = 65536;  // of PCRE2's interpreter, where it has no JIT
 
 std::string message_of(int error) {
@@ -88,6 +89,8 @@ std::pair<std::size_t, std::size_t> Pretokenizer::Regex::find(std::string_view t
 
 Pretokenizer::Pretokenizer(const std::vector<std::string>& patterns, const std::string& source)
     : source_(source) {
+  require(patterns.size() <= kMaxPatterns, source, ": pre-tokenizer: expected at most ",
+          kMaxPatterns, " patterns, found ", patterns.size());
   for (const std::string& pattern : patterns) {
     stages_.push_back(std::make_unique<Regex>(pattern, source));
   }
