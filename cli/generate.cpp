@@ -4,6 +4,7 @@
 #include <cmath>
 #include <iostream>
 #include <random>
+#include <utility>
 
 #include "cli/commands.h"
 #include "cli/format.h"
@@ -240,7 +241,11 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.max_tokens = o.max_tokens;
   options.fingerprint = o.verbose || o.common.json;
   if (o.ignore_eos) options.is_end = {};
-  options.on_token = [&](TokenId id) { return text.feed(tokenizer.decode(id)); };
+  options.on_token = [&,
+                      begins = o.chat || tokenizer.is_special(prompt.back())](TokenId id) mutable {
+    return text.feed(std::exchange(begins, false) ? tokenizer.decode_first(id)
+                                                  : tokenizer.decode(id));
+  };
   watch.attach(options);
   Generation result = generate(transformer, *kv, sampler, prompt, options);
   progress.clear();

@@ -68,6 +68,11 @@ std::string sentence(Dice& dice) {
   return join(" ", out, ".");
 }
 
+// A part of a text that has begun.
+Tokens go_on(const Tokenizer& tokenizer, const std::string& text) {
+  return tokenizer.encode(text, {.continues = true});
+}
+
 // What stands between the keys, piece by piece.
 class Source {
  public:
@@ -75,18 +80,18 @@ class Source {
       : tokenizer_(tokenizer), filler_(spec.filler), dice_(dice) {
     if (filler_ == Filler::kText) {
       const auto enough = std::size_t{128} * spec.context;  // bytes: a token has fewer
-      text_ = tokenizer.encode(std::string_view(spec.text).substr(0, enough));
+      text_ = go_on(tokenizer, spec.text.substr(0, enough));
     }
   }
 
   // Empty when a user's text is used up.
   Tokens next() {
-    if (filler_ == Filler::kSentences) return tokenizer_.encode(sentence(dice_));
+    if (filler_ == Filler::kSentences) return go_on(tokenizer_, sentence(dice_));
     if (filler_ == Filler::kRepeated) {
       constexpr const char* kLines[] = {" The grass is green.", " The sky is blue.",
                                         " The sun is yellow.", " Here we go.",
                                         " There and back again."};
-      return tokenizer_.encode(kLines[n_pieces_++ % std::size(kLines)]);
+      return go_on(tokenizer_, kLines[n_pieces_++ % std::size(kLines)]);
     }
     const std::size_t begin = at_;
     while (at_ < text_.size() && at_ - begin < kLongestPiece) {
@@ -131,7 +136,7 @@ Tokens preamble(const Tokenizer& tokenizer, bool chat, bool several) {
   messages.push_back({"user", text});
   Tokens ids = encode_chat(tokenizer, format, messages);
   ids.resize(ids.size() - turn_change(tokenizer, format, {}).size());
-  const Tokens gap = tokenizer.encode("\n\n");
+  const Tokens gap = go_on(tokenizer, "\n\n");
   ids.insert(ids.end(), gap.begin(), gap.end());
   return ids;
 }
@@ -154,7 +159,7 @@ std::vector<Insert> make_inserts(const Tokenizer& tokenizer, const NeedleSpec& s
   constexpr const char* kOthers[] = {"Ivan", "Julia", "Karl", "Laura", "Marco", "Nina", "Oscar"};
   const auto say = [&](const std::string& thing, const std::string& owner,
                        const std::string& number) {
-    return tokenizer.encode(join(" The ", thing, of(owner), " is ", number, ". Remember it. ",
+    return go_on(tokenizer, join(" The ", thing, of(owner), " is ", number, ". Remember it. ",
                                  number, " is the ", thing, of(owner), "."));
   };
   std::vector<Insert> inserts;
@@ -217,13 +222,13 @@ std::vector<TokenId> needle_question(const Tokenizer& tokenizer, const NeedleKey
                                      bool again) {
   const std::string question = join("What is the pass key", of(key.owner), "?");
   const std::string answer = join("The pass key", of(key.owner), " is");
-  if (!chat) return tokenizer.encode(join("\n\n", question, " ", answer));
+  if (!chat) return go_on(tokenizer, join("\n\n", question, " ", answer));
   const ChatFormat format = recognise_chat_format(tokenizer);
   Tokens ids;
   if (again) {
     ids = turn_change(tokenizer, format, {{"user", question}});
   } else {
-    ids = tokenizer.encode("\n\n" + question);
+    ids = go_on(tokenizer, "\n\n" + question);
     const Tokens change = turn_change(tokenizer, format, {});
     ids.insert(ids.end(), change.begin(), change.end());
   }

@@ -1,34 +1,56 @@
 #include "cli/tokenizer_source.h"
 
 #include <algorithm>
+#include <cmath>
+#include <numeric>
 #include <unordered_map>
 #include <utility>
 
 #include "device/error.h"
 #include "model/file_kind.h"
 #include "tokenizer/byte_alphabet.h"
+#include "tokenizer/sentencepiece.h"
 
 namespace thaw {
 namespace {
 
 constexpr std::string_view kTokens = "tokenizer.ggml.tokens";
 constexpr std::string_view kTypes = "tokenizer.ggml.token_type";
+constexpr std::string_view kScores = "tokenizer.ggml.scores";
 constexpr std::string_view kMerges = "tokenizer.ggml.merges";
 
 // Types of the GGUF specification, "tokenizer.ggml.token_type".
-TokenKind kind_of_type(std::int64_t type, const std::string& source, std::size_t id) {
+TokenKind kind_of_type(std::int64_t type, const TokenizerSpec& spec, std::size_t id) {
   switch (type) {
     case 1:  // normal
-    case 5:
-      return TokenKind::kText;  // unused: padding, which no merge makes
-    case 2:                     // unknown
+      return TokenKind::kText;
+    case 2:  // unknown
     case 3:
       return TokenKind::kControl;  // control
     case 4:
       return TokenKind::kLiteral;  // user defined
+    case 5:                        // unused: padding, which no merge of bytes makes
+      return spec.characters ? TokenKind::kControl : TokenKind::kText;
+    case 6:
+      if (spec.characters) return TokenKind::kByte;
+      break;
     default:
-      fail(source, ": ", kTypes, ": token ", id, ": expected 1 to 5, found ", type);
+      break;
   }
+  fail(spec.source, ": ", kTypes, ": token ", id, ": expected 1 to ", spec.characters ? 6 : 5,
+       ", found ", type);
+}
+
+// The bytes that a token of the file stands for.
+std::string bytes_of(std::string_view text, TokenKind kind, const TokenizerSpec& spec,
+                     std::size_t id) {
+  if (!spec.characters)
+    return kind == TokenKind::kText ? from_byte_alphabet(text) : std::string(text);
+  if (kind != TokenKind::kByte) return from_space_marks(text);
+  const auto byte = byte_named(text);
+  require(byte.has_value(), spec.source, ": ", kTokens, ": token ", id,
+          ": expected a byte such as <0x0A>, found \"", printable(text), "\"");
+  return {*byte};
 }
 
 using Ids = std::unordered_map<std::string_view, TokenId>;  // by the text that the file has
@@ -42,10 +64,9 @@ Ids read_tokens(const Gguf& gguf, TokenizerSpec& spec) {
   Ids ids;
   ids.reserve(tokens.size());
   for (std::size_t i = 0; i < tokens.size(); ++i) {
-    const TokenKind kind = kind_of_type(types[i], spec.source, i);
+    const TokenKind kind = kind_of_type(types[i], spec, i);
     spec.kinds.push_back(kind);
-    spec.tokens.push_back(kind == TokenKind::kText ? from_byte_alphabet(tokens[i])
-                                                   : std::string(tokens[i]));
+    spec.tokens.push_back(bytes_of(tokens[i], kind, spec, i));
     const auto [it, added] = ids.emplace(tokens[i], static_cast<TokenId>(i));
     require(added, spec.source, ": ", kTokens, ": expected each token once, found \"",
             printable(tokens[i]), "\" as ", it->second, " and ", i);
@@ -69,6 +90,27 @@ void read_merges(const Gguf& gguf, const Ids& ids, TokenizerSpec& spec) {
     };
     spec.merges.emplace_back(id(merge.substr(0, space)), id(merge.substr(space + 1)));
   }
+}
+
+// Tokens, and ranks by their scores: the highest merges first, equal ones from the left.
+void read_sentencepiece(const Gguf& gguf, TokenizerSpec& spec) {
+  read_tokens(gguf, spec);
+  const auto& scores = gguf.reals(kScores);
+  require(scores.size() == spec.tokens.size(), spec.source, ": ", kScores, ": expected ",
+          spec.tokens.size(), " as there are tokens, found ", scores.size());
+  for (std::size_t i = 0; i < scores.size(); ++i)
+    require(std::isfinite(scores[i]), spec.source, ": ", kScores, ": token ", i,
+            ": expected a finite number, found ", scores[i]);
+  std::vector<std::size_t> order(scores.size());
+  std::iota(order.begin(), order.end(), std::size_t{0});
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return scores[a] > scores[b]; });
+  spec.ranks.resize(scores.size());
+  for (std::size_t i = 1; i < order.size(); ++i)
+    spec.ranks[order[i]] = spec.ranks[order[i - 1]] + (scores[order[i]] < scores[order[i - 1]]);
+  constexpr std::string_view kTrims = "tokenizer.ggml.remove_extra_whitespaces";
+  require(!gguf.boolean(kTrims, false), spec.source, ": ", kTrims, ": expected false, found true");
+  if (gguf.boolean("tokenizer.ggml.add_space_prefix", true)) spec.prefix = SpacePrefix::kEach;
 }
 
 // The token id under "tokenizer.ggml.NAME_token_id", or -1 when the file has none.
@@ -126,16 +168,24 @@ TokenizerSpec tokenizer_spec(const Gguf& gguf) {
   TokenizerSpec spec;
   spec.source = gguf.path().string();
   const std::string_view model = gguf.string("tokenizer.ggml.model");
-  require(model == "gpt2", spec.source,
-          ": tokenizer.ggml.model: expected gpt2 (byte-level BPE), found \"", printable(model),
-          "\"");
-  const NamedPretokenizer named =
-      named_pretokenizer(gguf.string("tokenizer.ggml.pre"), spec.source);
-  spec.patterns = named.patterns;
-  spec.whole_pieces_first = named.whole_pieces_first;
-  read_merges(gguf, read_tokens(gguf, spec), spec);
+  require(
+      model == "gpt2" || model == "llama", spec.source,
+      ": tokenizer.ggml.model: expected gpt2 (byte-level BPE) or llama (SentencePiece), found \"",
+      printable(model), "\"");
+  spec.characters = model == "llama";
+  bool adds_bos = spec.characters;
+  if (spec.characters) {
+    read_sentencepiece(gguf, spec);
+  } else {
+    const NamedPretokenizer named =
+        named_pretokenizer(gguf.string("tokenizer.ggml.pre"), spec.source);
+    spec.patterns = named.patterns;
+    spec.whole_pieces_first = named.whole_pieces_first;
+    adds_bos = named.add_bos;
+    read_merges(gguf, read_tokens(gguf, spec), spec);
+  }
   spec.bos = token_id(gguf, "bos", spec);
-  spec.add_bos = gguf.boolean("tokenizer.ggml.add_bos_token", named.add_bos && spec.bos >= 0);
+  spec.add_bos = gguf.boolean("tokenizer.ggml.add_bos_token", adds_bos && spec.bos >= 0);
   for (const char* name : {"eos", "eot", "eom"}) {
     const TokenId id = token_id(gguf, name, spec);
     if (id >= 0 && std::find(spec.eog.begin(), spec.eog.end(), id) == spec.eog.end()) {
@@ -156,6 +206,7 @@ Tokenizer load_tokenizer(const Model& model) {
           " as the embedding has rows, found ", spec.tokens.size());
   spec.tokens.resize(rows);
   spec.kinds.resize(rows, TokenKind::kText);
+  if (!spec.ranks.empty()) spec.ranks.resize(rows);
   return Tokenizer(std::move(spec));
 }
 

@@ -21,6 +21,8 @@ static_assert(std::endian::native == std::endian::little, "GGUF files are read i
 constexpr std::uint64_t kMaxEntries = 1 << 16;        // metadata keys, and tensors
 constexpr std::uint64_t kMaxArrayElements = 1 << 24;  // in all arrays together
 constexpr int kMaxArrayDepth = 4;
+constexpr std::uint64_t kMaxName = 65535;  // bytes of a key, as the format says
+constexpr std::uint64_t kMaxText = 1 << 24;
 constexpr std::uint64_t kMaxLength = std::numeric_limits<std::int64_t>::max();
 
 // Metadata value types, by their number in the file.
@@ -87,7 +89,8 @@ class Parser {
   void need(std::uint64_t n, std::string_view field) const;
   template <class T>
   T scalar(std::string_view field);
-  std::string_view text(std::string_view field, std::uint64_t least = 0);
+  std::string_view text(std::string_view field, std::uint64_t least = 0,
+                        std::uint64_t most = kMaxText);
   ValueType value_type(std::string_view field);
   GgufValue value(ValueType type, std::string_view field, int depth);
   GgufValue array(std::string_view field, int depth);
@@ -114,10 +117,12 @@ T Parser::scalar(std::string_view field) {
   return value;
 }
 
-std::string_view Parser::text(std::string_view field, std::uint64_t least) {
+std::string_view Parser::text(std::string_view field, std::uint64_t least, std::uint64_t most) {
   const auto n = scalar<std::uint64_t>(field);
   need(n, field);
   require(n >= least, source_, ": ", field, ": expected a text, found an empty one");
+  require(n <= most, source_, ": ", field, ": expected a text of at most ", most, " bytes, found ",
+          n);
   const auto* begin = reinterpret_cast<const char*>(bytes_.data() + at_);
   at_ += n;
   return {begin, static_cast<std::size_t>(n)};
@@ -153,7 +158,7 @@ ValueType Parser::value_type(std::string_view field) {
 }
 
 std::pair<std::string, GgufValue> Parser::entry() {
-  const std::string key(text("metadata key", 1));
+  const std::string key(text("metadata key", 1, kMaxName));
   const std::string field = printable(key);
   const ValueType type = value_type(field);
   return {key, value(type, field, 0)};
@@ -244,7 +249,7 @@ GgufValue Parser::array(std::string_view field, int depth) {
 TensorInfo Parser::tensor_info() {
   TensorInfo info;
   Tensor& tensor = info.tensor;
-  tensor.name = text("tensor name", 1);
+  tensor.name = text("tensor name", 1, kMaxName);
   const std::string field = join("tensor ", printable(tensor.name));
   const auto n_dims = scalar<std::uint32_t>(field + ": dimensions");
   require(n_dims >= 1 && n_dims <= 4, source_, ": ", field, ": dimensions: expected 1 to 4, found ",
@@ -413,6 +418,10 @@ const std::vector<std::string_view>& Gguf::strings(std::string_view key) const {
 
 const std::vector<std::int64_t>& Gguf::integers(std::string_view key) const {
   return get<std::vector<std::int64_t>>(key, "an array of integers");
+}
+
+const std::vector<double>& Gguf::reals(std::string_view key) const {
+  return get<std::vector<double>>(key, "an array of numbers");
 }
 
 }  // namespace thaw

@@ -47,6 +47,7 @@ class Gguf {
   std::string_view string(std::string_view key, std::string_view fallback) const;
   const std::vector<std::string_view>& strings(std::string_view key) const;
   const std::vector<std::int64_t>& integers(std::string_view key) const;
+  const std::vector<double>& reals(std::string_view key) const;
 
  private:
   void parse(std::span<const std::byte> bytes);

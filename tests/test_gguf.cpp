@@ -200,6 +200,19 @@ TEST_CASE("gguf: counts and lengths that lie allocate nothing") {
   CHECK(error_in(w) == "");  // the data of the third lies in the gap; nothing is wrong with that
 }
 
+TEST_CASE("gguf: names and texts have an end") {
+  GgufWriter w = small();
+  w.set(std::string(65535, 'k'), std::uint32_t{1});
+  CHECK(error_in(w) == "");
+  w.set(std::string(65536, 'k'), std::uint32_t{1});
+  CHECK(error_in(w) ==
+        "model.gguf: metadata key: expected a text of at most 65535 bytes, found 65536");
+  w = small();
+  w.set("liar", std::string((1 << 24) + 1, 'x'));
+  CHECK(error_in(w) ==
+        "model.gguf: liar: expected a text of at most 16777216 bytes, found 16777217");
+}
+
 TEST_CASE("gguf: arrays of arrays are skipped, to a depth") {
   const auto nested = [](int depth) {
     std::string payload;

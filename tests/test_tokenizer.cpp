@@ -1,5 +1,6 @@
 #include <doctest/doctest.h>
 
+#include <numeric>
 #include <random>
 #include <string>
 #include <vector>
@@ -108,12 +109,14 @@ TEST_CASE("a piece that is a token skips the merges only with whole_pieces_first
   CHECK(Tokenizer(spec).encode("abc") == Ids{abc});
 }
 
-TEST_CASE("with ranks that are ids any two neighbours that spell a token merge") {
+TEST_CASE("with ranks of tokens any two neighbours that spell a token merge") {
   TokenizerSpec spec = byte_spec();
-  spec.ranks_are_ids = true;
   const TokenId bc = add_token(spec, "bc");
   const TokenId ab = add_token(spec, "ab");
   const TokenId abc = add_token(spec, "abc");
+  spec.ranks.assign(259, 0);
+  CHECK(Tokenizer(spec).encode("abc") == Ids{abc});  // of equal ranks the leftmost
+  std::iota(spec.ranks.begin(), spec.ranks.end(), 0);
   const Tokenizer tokenizer(spec);
   CHECK(tokenizer.encode("abc") == Ids{abc});
   CHECK(tokenizer.encode("abcab") == Ids{abc, ab});

@@ -203,7 +203,8 @@ TEST_CASE("GGUF metadata that cannot be a tokenizer is refused") {
   const auto set = [](const char* key, auto value) {
     return [=](W& w) { w.set(std::string("tokenizer.ggml.") + key, value); };
   };
-  contains(error(set("model", "llama")), "expected gpt2");
+  contains(error(set("model", "bert")), "expected gpt2 (byte-level BPE) or llama");
+  contains(error(set("model", "llama")), "tokenizer.ggml.scores: expected the key, found none");
   contains(error(set("pre", "tekken")), "tokenizer.ggml.pre");
   contains(error([](W& w) { w.erase("tokenizer.ggml.pre"); }), "tokenizer.ggml.pre");
   contains(error([](W& w) { w.erase("tokenizer.ggml.tokens"); }), "tokenizer.ggml.tokens");
@@ -236,7 +237,14 @@ TEST_CASE("a tokenizer.json that thaw would read wrongly is refused") {
     return files.error("tokenizer.json", json.dump());
   };
   contains(error("/model/type", "WordPiece"), "model: type: expected \"BPE\"");
-  contains(error("/model/byte_fallback", true), "byte_fallback: expected false");
+  contains(error("/model/byte_fallback", true), "pre_tokenizer: type: expected Metaspace");
+  contains(error("/model/fuse_unk", true), "fuse_unk: expected false");
+  const Json one = {{"type", "Split"}, {"pattern", {{"Regex", "a"}}}, {"behavior", "Isolated"}};
+  Json many = Json::array();
+  for (int i = 0; i < 17; ++i) many.push_back(one);
+  many.push_back({{"type", "ByteLevel"}, {"add_prefix_space", false}, {"use_regex", false}});
+  contains(error("/pre_tokenizer", {{"type", "Sequence"}, {"pretokenizers", many}}),
+           "pre-tokenizer: expected at most 16 patterns, found 17");
   contains(error("/model/dropout", 0.1), "dropout");
   contains(error("/model/continuing_subword_prefix", "##"), "continuing_subword_prefix");
   contains(error("/model/unk_token", "no such"), "unk_token");
@@ -301,7 +309,8 @@ TEST_CASE("tiktoken lines that lie are refused with their number") {
   contains(error("Yw== 128000"), "expected below 128000");
   contains(error("Yw== 6"), "rank 5: expected a token, found none");
   contains(error("YQ== 5"), "expected each once, found token 0");
-  contains(error(std::string(4000, 'A') + " 5"), "at most 512 bytes");
+  contains(error(std::string(800, 'A') + " 5"), "at most 512 bytes");
+  contains(error(std::string(4000, 'A') + " 5"), "expected a token in base64");
 }
 
 TEST_CASE("padding rows of the embedding are tokens without text, missing rows an error") {

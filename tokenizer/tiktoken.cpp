@@ -1,6 +1,7 @@
 // Reads a tiktoken tokenizer.model: lines of a token in base64, a space, and its rank.
 #include <algorithm>
 #include <charconv>
+#include <numeric>
 
 #include "device/error.h"
 #include "device/mapped_file.h"
@@ -11,6 +12,7 @@ namespace {
 
 constexpr std::size_t kMaxTokens = 128000;  // LLaMA 3; later models have more, and another regex
 constexpr std::size_t kMaxTokenBytes = 512;
+constexpr std::size_t kMaxLine = 2 * kMaxTokenBytes;
 
 // -1 for what is not in the alphabet of base64 (RFC 4648).
 int base64_digit(char c) {
@@ -41,8 +43,8 @@ bool decode_base64(std::string_view text, std::string& bytes) {
 void read_line(std::string_view line, const std::string& where, std::vector<std::string>& tokens) {
   const std::size_t space = line.find(' ');
   std::string bytes;
-  const bool spelled =
-      space != std::string_view::npos && decode_base64(line.substr(0, space), bytes);
+  const bool spelled = space != std::string_view::npos && line.size() <= kMaxLine &&
+                       decode_base64(line.substr(0, space), bytes);
   TokenId rank = -1;
   if (spelled) {
     const char* const end = line.data() + line.size();
@@ -108,7 +110,8 @@ TokenizerSpec read_tiktoken(const std::filesystem::path& path) {
   spec.patterns = llama3.patterns;
   spec.whole_pieces_first = llama3.whole_pieces_first;
   spec.add_bos = llama3.add_bos;
-  spec.ranks_are_ids = true;
+  spec.ranks.resize(spec.tokens.size());
+  std::iota(spec.ranks.begin(), spec.ranks.end(), 0);
   spec.max_part = 400'000;
   spec.max_run = 25'000;
   spec.bos = first_special;

@@ -10,13 +10,16 @@
 #include "tokenizer/bpe.h"
 #include "tokenizer/long_text.h"
 #include "tokenizer/pretokenizer.h"
+#include "tokenizer/sentencepiece.h"
+#include "tokenizer/utf8.h"
 
 namespace thaw {
 namespace {
 
 using TokenMap = std::unordered_map<std::string_view, TokenId>;
 
-constexpr std::size_t kMaxAddedToken = 1024;  // bytes; keeps the search for them fast
+constexpr std::size_t kMaxAddedToken = 1024;   // bytes; keeps the search for them fast
+constexpr std::size_t kMaxRankedToken = 1024;  // bytes; each place to cut it is tried
 
 std::string token_name(const TokenizerSpec& spec, TokenId id) {
   return join("token ", id, " \"", printable(spec.tokens[static_cast<std::size_t>(id)]), "\"");
@@ -41,11 +44,31 @@ void check_ids(const TokenizerSpec& spec) {
   check("bos", spec.bos, -1);
   check("unk", spec.unk, -1);
   for (const TokenId id : spec.eog) check("end of generation", id, 0);
+  require(spec.ranks.empty() || spec.ranks.size() == spec.tokens.size(), source,
+          ": token ranks: expected ", spec.tokens.size(), ", found ", spec.ranks.size());
   for (const auto& [left, right] : spec.merges) {
     check("merge", left, 0);
     check("merge", right, 0);
   }
   require(!spec.add_bos || spec.bos >= 0, source, ": expected a begin-of-text token, found none");
+}
+
+// The tokens of byte i; -1 where the vocabulary lacks it.
+std::array<TokenId, 256> map_bytes(const TokenizerSpec& spec) {
+  std::array<TokenId, 256> map;
+  map.fill(-1);
+  const TokenKind kind = spec.characters ? TokenKind::kByte : TokenKind::kText;
+  for (TokenId id = 0; id < static_cast<TokenId>(spec.tokens.size()); ++id) {
+    const std::string& text = spec.tokens[static_cast<std::size_t>(id)];
+    if (text.size() == 1 && kind_of(spec, id) == kind)
+      map[static_cast<unsigned char>(text[0])] = id;
+  }
+  const auto n = std::count_if(map.begin(), map.end(), [](TokenId id) { return id >= 0; });
+  if (spec.characters)
+    require(n == 256, spec.source, ": byte tokens: expected <0x00> to <0xFF>, found ", n);
+  require(n > 0 || spec.unk >= 0, spec.source,
+          ": tokens: expected one for each of the 256 bytes, found none of them");
+  return map;
 }
 
 // The tokens that `wanted` picks, by their bytes; empty ones are padding.
@@ -79,10 +102,13 @@ TokenId lookup(const TokenMap& map, std::string_view text) {
   return it == map.end() ? -1 : it->second;
 }
 
-// Every way to cut a token into two tokens is a merge, ranked by the id of what it makes.
-MergeTable merges_by_id(const TokenMap& text_tokens) {
+// Every way to cut a token into two tokens is a merge, ranked as what it makes.
+MergeTable merges_by_product(const TokenizerSpec& spec, const TokenMap& text_tokens) {
   std::vector<std::array<TokenId, 3>> merges;  // left, right, product
   for (const auto& [text, id] : text_tokens) {
+    if (text.size() > kMaxRankedToken)
+      fail(spec.source, ": ", token_name(spec, id), ": expected at most ", kMaxRankedToken,
+           " bytes, found ", text.size());
     for (std::size_t cut = 1; cut < text.size(); ++cut) {
       const TokenId left = lookup(text_tokens, text.substr(0, cut));
       if (left < 0) continue;
@@ -91,7 +117,8 @@ MergeTable merges_by_id(const TokenMap& text_tokens) {
     }
   }
   MergeTable table(merges.size());
-  for (const auto& [left, right, id] : merges) table.add(left, right, {id, id});
+  for (const auto& [left, right, id] : merges)
+    table.add(left, right, {spec.ranks[static_cast<std::size_t>(id)], id});
   return table;
 }
 
@@ -122,10 +149,13 @@ MergeTable merges_by_rank(const TokenizerSpec& spec, const TokenMap& text_tokens
 struct Tokenizer::Impl {
   explicit Impl(TokenizerSpec s);
 
-  void encode_part(std::string_view text, bool parse_special, Merger& merger,
+  void encode_part(std::string_view text, const EncodeOptions& options, Merger& merger,
                    std::vector<TokenId>& out) const;
+  bool wants_prefix(std::string_view text, bool first) const;
   void encode_plain(std::string_view text, Merger& merger, std::vector<TokenId>& out) const;
   void encode_piece(std::string_view piece, Merger& merger, std::vector<TokenId>& out) const;
+  void add_bytes(std::string_view bytes, std::vector<TokenId>& out) const;
+  void add_characters(std::string_view piece, std::vector<TokenId>& out) const;
 
   TokenizerSpec spec;
   TokenMap text_tokens;  // by their bytes, which lie in spec
@@ -134,41 +164,49 @@ struct Tokenizer::Impl {
   AddedTokens literals_and_controls;
   MergeTable merges;
   Pretokenizer pretokenizer;
-  std::array<TokenId, 256> byte_tokens{};  // -1 where the vocabulary lacks the byte
-  std::vector<bool> eog;                   // of token i
+  std::array<TokenId, 256> byte_tokens;  // -1 where the vocabulary lacks the byte
+  std::vector<bool> eog;                 // of token i
 };
 
 Tokenizer::Impl::Impl(TokenizerSpec s)
     : spec((check_ids(s), std::move(s))),
       text_tokens(map_tokens(spec, [](TokenKind kind) { return kind == TokenKind::kText; })),
-      added(map_tokens(spec, [](TokenKind kind) { return kind != TokenKind::kText; })),
+      added(map_tokens(spec,
+                       [](TokenKind kind) {
+                         return kind == TokenKind::kLiteral || kind == TokenKind::kControl;
+                       })),
       literals(added_tokens(spec, added, false)),
       literals_and_controls(added_tokens(spec, added, true)),
-      merges(spec.ranks_are_ids ? merges_by_id(text_tokens)
-                                : merges_by_rank(spec, text_tokens, added)),
+      merges(spec.ranks.empty() ? merges_by_rank(spec, text_tokens, added)
+                                : merges_by_product(spec, text_tokens)),
       pretokenizer(spec.patterns, spec.source),
+      byte_tokens(map_bytes(spec)),
       eog(spec.tokens.size()) {
-  bool any = spec.unk >= 0;
-  for (int byte = 0; byte < 256; ++byte) {
-    const char text = static_cast<char>(byte);
-    byte_tokens[static_cast<std::size_t>(byte)] = lookup(text_tokens, {&text, 1});
-    any = any || byte_tokens[static_cast<std::size_t>(byte)] >= 0;
-  }
-  require(any, spec.source, ": tokens: expected one for each of the 256 bytes, found none of them");
   for (const TokenId id : spec.eog) eog[static_cast<std::size_t>(id)] = true;
 }
 
 // One part of a long text: added tokens, and what lies between them.
-void Tokenizer::Impl::encode_part(std::string_view text, bool parse_special, Merger& merger,
-                                  std::vector<TokenId>& out) const {
-  const AddedTokens& wanted = parse_special ? literals_and_controls : literals;
+void Tokenizer::Impl::encode_part(std::string_view text, const EncodeOptions& options,
+                                  Merger& merger, std::vector<TokenId>& out) const {
+  const AddedTokens& wanted = options.parse_special ? literals_and_controls : literals;
   for (std::size_t at = 0; at < text.size();) {
     const AddedTokens::Match match = wanted.find(text, at);
-    encode_plain(text.substr(at, match.begin - at), merger, out);
+    const std::string_view between = text.substr(at, match.begin - at);
+    if (!(options.continues && at == 0) && wants_prefix(between, at == 0)) {
+      encode_plain(join(' ', between), merger, out);
+    } else {
+      encode_plain(between, merger, out);
+    }
     if (match.bytes == 0) break;
     out.push_back(match.id);
     at = match.begin + match.bytes;
   }
+}
+
+bool Tokenizer::Impl::wants_prefix(std::string_view text, bool first) const {
+  if (text.empty() || spec.prefix == SpacePrefix::kNone) return false;
+  if (spec.prefix == SpacePrefix::kFirst && !first) return false;
+  return !(spec.prefix_if_missing && (text.starts_with(' ') || text.starts_with(kSpaceMark)));
 }
 
 void Tokenizer::Impl::encode_plain(std::string_view text, Merger& merger,
@@ -182,7 +220,16 @@ void Tokenizer::Impl::encode_piece(std::string_view piece, Merger& merger,
     if (const TokenId whole = lookup(text_tokens, piece); whole >= 0) return out.push_back(whole);
   }
   const std::size_t begin = out.size();
-  for (const char byte : piece) {
+  if (spec.characters) {
+    add_characters(piece, out);
+  } else {
+    add_bytes(piece, out);
+  }
+  merger.merge(out, begin);
+}
+
+void Tokenizer::Impl::add_bytes(std::string_view bytes, std::vector<TokenId>& out) const {
+  for (const char byte : bytes) {
     const TokenId token = byte_tokens[static_cast<unsigned char>(byte)];
     if (token >= 0) {
       out.push_back(token);
@@ -190,7 +237,21 @@ void Tokenizer::Impl::encode_piece(std::string_view piece, Merger& merger,
       out.push_back(spec.unk);
     }
   }
-  merger.merge(out, begin);
+}
+
+void Tokenizer::Impl::add_characters(std::string_view piece, std::vector<TokenId>& out) const {
+  for (std::size_t at = 0; at < piece.size();) {
+    const CodePoint c = code_point_at(piece, at);
+    const std::string_view character = piece.substr(at, std::max<std::size_t>(c.bytes, 1));
+    const TokenId token =
+        c.bytes == 0 ? -1 : lookup(text_tokens, character == kSpaceMark ? " " : character);
+    if (token >= 0) {
+      out.push_back(token);
+    } else {
+      add_bytes(character, out);
+    }
+    at += character.size();
+  }
 }
 
 Tokenizer::Tokenizer(TokenizerSpec spec) : impl_(std::make_unique<Impl>(std::move(spec))) {}
@@ -204,9 +265,8 @@ std::vector<TokenId> Tokenizer::encode(std::string_view text, EncodeOptions opti
   std::vector<TokenId> out;
   if (options.add_special && impl_->spec.add_bos) out.push_back(impl_->spec.bos);
   Merger merger(impl_->merges);
-  split_long_text(text, impl_->spec.max_part, impl_->spec.max_run, [&](std::string_view part) {
-    impl_->encode_part(part, options.parse_special, merger, out);
-  });
+  split_long_text(text, impl_->spec.max_part, impl_->spec.max_run,
+                  [&](std::string_view part) { impl_->encode_part(part, options, merger, out); });
   return out;
 }
 
@@ -217,9 +277,21 @@ std::string_view Tokenizer::decode(TokenId id, bool show_special) const {
   return spec().tokens[static_cast<std::size_t>(id)];
 }
 
+std::string_view Tokenizer::decode_first(TokenId id, bool show_special) const {
+  std::string_view text = decode(id, show_special);
+  if (spec().prefix != SpacePrefix::kNone && text.starts_with(' ')) text.remove_prefix(1);
+  return text;
+}
+
 std::string Tokenizer::decode(const std::vector<TokenId>& ids, bool show_special) const {
   std::string text;
-  for (const TokenId id : ids) text += decode(id, show_special);
+  bool first = true;
+  for (const TokenId id : ids) {
+    const std::string_view piece =
+        first ? decode_first(id, show_special) : decode(id, show_special);
+    first = first && is_special(id);
+    text += piece;
+  }
   return text;
 }
 

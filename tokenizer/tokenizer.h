@@ -1,9 +1,14 @@
-// Byte-level BPE: text to token ids and back.
+// BPE of bytes (LLaMA 3, SmolLM2) or of characters (SentencePiece: LLaMA 2, TinyLlama, Mistral):
+// text to token ids and back.
 //
 // A tokenizer is built from one of three sources (GGUF metadata, a Hugging Face tokenizer.json, a
 // tiktoken tokenizer.model), all reduced to the same TokenizerSpec. Encoding: cut out added tokens
 // (control tokens only where asked), split the rest by the pre-tokenizer's regexes
-// (pretokenizer.h), then merge the bytes of each piece by rank (bpe.h).
+// (pretokenizer.h), then merge the symbols of each piece by rank (bpe.h).
+//
+// SentencePiece has no regexes. It puts a space before a text, so that a word is the same token at
+// the beginning and within; a character that no token spells becomes byte tokens. In its files a
+// space is written as U+2581, here as itself.
 //
 // Invalid UTF-8 is no error: a maximal run of bytes that are not UTF-8 is a piece of its own. A
 // vocabulary may lack single bytes (SmolLM2 lacks 21, among them 0xFF); as in Hugging Face's
@@ -24,19 +29,26 @@ namespace thaw {
 using TokenId = std::int32_t;
 
 enum class TokenKind : std::uint8_t {
-  kText,     // made from bytes by merges
+  kText,     // made by merges
+  kByte,     // SentencePiece: a byte of a character that is no token; merges never make one
   kLiteral,  // found whole in every text before it is split ("added token", not special)
   kControl,  // found whole only with parse_special; hidden on output; merges never make one
 };
 
+// Before which parts of a text, between added tokens, encode() puts a space.
+enum class SpacePrefix : std::uint8_t { kNone, kFirst, kEach };
+
 struct TokenizerSpec {
   std::string source;               // file it came from, for messages
-  std::vector<std::string> tokens;  // raw bytes of token i (not the GPT-2 byte alphabet)
+  std::vector<std::string> tokens;  // raw bytes of token i (not in the file's alphabet)
   std::vector<TokenKind> kinds;     // of token i
-  // Ranked merges, best first, as pairs of token ids. Empty with ranks_are_ids (tiktoken), where
-  // two neighbours merge when their concatenation is a token, lowest id first.
+  bool characters = false;          // symbols are characters, and bytes only where those lack
+  SpacePrefix prefix = SpacePrefix::kNone;
+  bool prefix_if_missing = false;  // only where the part does not begin with a space
+  // Ranked merges, best first, as pairs of token ids; or else (tiktoken, SentencePiece) the rank of
+  // token i: two neighbours merge when their concatenation is a token, lowest rank first.
   std::vector<std::pair<TokenId, TokenId>> merges;
-  bool ranks_are_ids = false;
+  std::vector<std::int32_t> ranks;
   bool whole_pieces_first = false;    // "ignore_merges": a piece that is a token is that token
   std::vector<std::string> patterns;  // pre-tokenizer regexes, applied one after the other
   // Meta's reader of tiktoken files encodes long texts part by part: at most max_part code points,
@@ -83,6 +95,7 @@ class Tokenizer {
   struct EncodeOptions {
     bool add_special = false;    // prepend bos where the model wants it
     bool parse_special = false;  // read "<|im_start|>" in the text as the control token
+    bool continues = false;      // the text goes on from another: no space is put before it
   };
   // Any bytes, valid UTF-8 or not. decode(encode(x)) == x where count_missing(x) is 0. Takes
   // O(n log n) and at most about 50 bytes of memory for each byte of text. Texts are below 2 GiB.
@@ -92,7 +105,9 @@ class Tokenizer {
   // The bytes of a token; control tokens give "" unless show_special. Throws Error on an id
   // outside.
   std::string_view decode(TokenId id, bool show_special = false) const;
+  // Of a text from its beginning on: without the space that encode() puts there.
   std::string decode(const std::vector<TokenId>& ids, bool show_special = false) const;
+  std::string_view decode_first(TokenId id, bool show_special = false) const;
 
   int vocab_size() const;
   TokenId bos() const;

@@ -1,5 +1,6 @@
-// Reads a Hugging Face tokenizer.json with the files beside it. Whatever would change the tokens
-// and is not known here is an error.
+// Reads a Hugging Face tokenizer.json with the files beside it: of byte-level BPE, or with
+// "byte_fallback" of SentencePiece. Whatever would change the tokens and is not known here is an
+// error.
 #include <nlohmann/json.hpp>
 #include <unordered_map>
 
@@ -7,6 +8,7 @@
 #include "device/json.h"
 #include "device/mapped_file.h"
 #include "tokenizer/byte_alphabet.h"
+#include "tokenizer/sentencepiece.h"
 #include "tokenizer/tokenizer.h"
 
 namespace thaw {
@@ -163,7 +165,8 @@ void read_merges(const Node& merges, const Ids& ids, TokenizerSpec& spec) {
 void read_model(const Node& root, TokenizerSpec& spec) {
   const Node model = root["model"];
   if (model.has("type") && model["type"].string() != "BPE") model["type"].unsupported("\"BPE\"");
-  for (const char* flag : {"byte_fallback", "fuse_unk"}) model.expect_false(flag);
+  spec.characters = model.boolean("byte_fallback", false);
+  if (!spec.characters) model.expect_false("fuse_unk");  // with all bytes, nothing is unknown
   for (const char* affix : {"continuing_subword_prefix", "end_of_word_suffix"}) {
     if (model.has(affix) && !model[affix].string().empty()) model[affix].unsupported("none");
   }
@@ -215,6 +218,64 @@ bool read_pretokenizer(const Node& node, TokenizerSpec& spec) {
   node["type"].unsupported("Sequence, Split, Digits or ByteLevel");
 }
 
+void expect_mark(const Node& node) {
+  if (node.string() != kSpaceMark) node.unsupported("\"\\u2581\"");
+}
+
+// A normalizer that puts a space before a text, or writes spaces as marks, as the tokens have them.
+void read_normalizer(const Node& node, TokenizerSpec& spec) {
+  const std::string& type = node["type"].string();
+  if (type == "Sequence") {
+    const Node parts = node["normalizers"];
+    for (std::size_t i = 0; i < parts.size(); ++i) read_normalizer(parts.at(i), spec);
+  } else if (type == "Prepend") {
+    expect_mark(node["prepend"]);
+    spec.prefix = SpacePrefix::kEach;
+  } else if (type == "Replace") {
+    if (node["pattern"]["String"].string() != " ") node["pattern"].unsupported("a space");
+    expect_mark(node["content"]);
+  } else {
+    node["type"].unsupported("Sequence, Prepend or Replace");
+  }
+}
+
+// The same as a pre-tokenizer, which may also split a text before each space.
+void read_metaspace(const Node& node, TokenizerSpec& spec) {
+  if (node["type"].string() != "Metaspace") node["type"].unsupported("Metaspace");
+  expect_mark(node["replacement"]);
+  const bool always = node.boolean("add_prefix_space", true);
+  const std::string scheme = node.has("prepend_scheme") ? node["prepend_scheme"].string()
+                             : always                   ? "always"
+                                                        : "never";
+  if (scheme == "always") {
+    spec.prefix = SpacePrefix::kEach;
+  } else if (scheme == "first") {
+    spec.prefix = SpacePrefix::kFirst;
+  } else if (scheme != "never") {
+    node["prepend_scheme"].unsupported("always, first or never");
+  }
+  spec.prefix_if_missing = true;
+  if (node.boolean("split", true)) spec.patterns = {"[ \u2581][^ \u2581]*|[^ \u2581]+"};
+}
+
+// How a text becomes pieces, and their symbols.
+void read_steps(const Node& root, TokenizerSpec& spec) {
+  if (!spec.characters) {
+    if (root.has("normalizer")) root["normalizer"].unsupported("none");
+    const Node pretokenizer = root["pre_tokenizer"];
+    if (!read_pretokenizer(pretokenizer, spec)) pretokenizer.unsupported("ByteLevel at the end");
+    if (root.has("decoder") && root["decoder"]["type"].string() != "ByteLevel")
+      root["decoder"].unsupported("ByteLevel");
+    return;
+  }
+  const bool normalizes = root.has("normalizer"), splits = root.has("pre_tokenizer");
+  require(normalizes != splits, root.where(),
+          ": expected a normalizer or a pre_tokenizer beside byte_fallback, found ",
+          normalizes ? "both" : "neither");
+  if (normalizes) read_normalizer(root["normalizer"], spec);
+  if (splits) read_metaspace(root["pre_tokenizer"], spec);
+}
+
 // Which tokens the post-processor puts before a text: begin of text, or none.
 void read_post_processor(const Node& node, const Ids& ids, TokenizerSpec& spec) {
   const std::string& type = node["type"].string();
@@ -240,7 +301,16 @@ void read_post_processor(const Node& node, const Ids& ids, TokenizerSpec& spec) 
 
 void decode_tokens(TokenizerSpec& spec) {
   for (std::size_t id = 0; id < spec.tokens.size(); ++id) {
-    if (spec.kinds[id] == TokenKind::kText) spec.tokens[id] = from_byte_alphabet(spec.tokens[id]);
+    std::string& token = spec.tokens[id];
+    TokenKind& kind = spec.kinds[id];
+    const auto byte = spec.characters ? byte_named(token) : std::nullopt;
+    if (kind == TokenKind::kText && byte) {
+      token = *byte, kind = TokenKind::kByte;
+    } else if (spec.characters) {
+      token = from_space_marks(token);
+    } else if (kind == TokenKind::kText) {
+      token = from_byte_alphabet(token);
+    }
   }
 }
 
@@ -294,27 +364,26 @@ TokenizerSpec read_tokenizer_json(const std::filesystem::path& path) {
   spec.source = path.string();
   const Json json = parse_json(read_text(path, kMaxFile), spec.source, kMaxFile);
   const Node root(json, spec.source);
-  if (root.has("normalizer")) root["normalizer"].unsupported("none");
   read_model(root, spec);
   Ids ids;
   const std::vector<std::string> texts = spec.tokens;
   for (std::size_t id = 0; id < texts.size(); ++id)
     ids.emplace(texts[id], static_cast<TokenId>(id));
-  const Node pretokenizer = root["pre_tokenizer"];
-  if (!read_pretokenizer(pretokenizer, spec)) pretokenizer.unsupported("ByteLevel at the end");
-  if (root.has("decoder") && root["decoder"]["type"].string() != "ByteLevel") {
-    root["decoder"].unsupported("ByteLevel");
-  }
+  read_steps(root, spec);
   if (root.has("post_processor")) read_post_processor(root["post_processor"], ids, spec);
   decode_tokens(spec);
   const std::filesystem::path directory = path.parent_path();
-  if (const auto beside = directory / "tokenizer_config.json"; std::filesystem::exists(beside)) {
+  std::error_code none;
+  if (const auto beside = directory / "tokenizer_config.json";
+      std::filesystem::exists(beside, none)) {
     read_tokenizer_config(beside, ids, spec);
   }
-  if (const auto beside = directory / "generation_config.json"; std::filesystem::exists(beside)) {
+  if (const auto beside = directory / "generation_config.json";
+      std::filesystem::exists(beside, none)) {
     read_generation_config(beside, spec);
   }
-  if (const auto beside = directory / "chat_template.jinja"; std::filesystem::exists(beside)) {
+  if (const auto beside = directory / "chat_template.jinja";
+      std::filesystem::exists(beside, none)) {
     spec.chat_template = read_text(beside, kMaxTemplate);
   }
   add_known_eog(spec);
