@@ -16,8 +16,8 @@ Conversation::Conversation(const Tokenizer& tokenizer, Transformer& transformer,
       transformer_(transformer),
       kv_(kv),
       sampler_(sampler) {
-  require(format_ != ChatFormat::kNone, tokenizer.spec().source,
-          ": chat template: expected LLaMA-3 or ChatML, found neither; this model cannot chat");
+  require(format_ != ChatFormat::kNone, tokenizer.spec().source, ": chat template: expected ",
+          kChatFormats, ", found another; this model cannot chat");
 }
 
 // The message, and what stands between it and what is `before`, and it and its answer.
@@ -97,7 +97,8 @@ Said Conversation::encoded(Said said) const {
   Said again = {std::move(said.system), {}, {}};
   for (Said::Turn& turn : said.turns) {
     turn.first = again.tokens.size();
-    const auto message = encode(turn.message, again), answer = tokenizer_.encode(turn.answer);
+    const auto message = encode(turn.message, again),
+               answer = encode_answer(tokenizer_, format_, turn.answer);
     again.tokens.insert(again.tokens.end(), message.begin(), message.end());
     turn.reply = again.tokens.size();
     again.tokens.insert(again.tokens.end(), answer.begin(), answer.end());

@@ -102,9 +102,8 @@ Input read_prompt(const Options& o) {
 std::vector<TokenId> encode_message(const Options& o, const Tokenizer& tokenizer,
                                     const Input& message) {
   const ChatFormat format = recognise_chat_format(tokenizer);
-  require(
-      format != ChatFormat::kNone, *o.common.model,
-      ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is not for this model");
+  require(format != ChatFormat::kNone, *o.common.model, ": chat template: expected ", kChatFormats,
+          ", found another; --chat is not for this model");
   std::vector<ChatMessage> messages;
   const std::string system = o.system ? *o.system : default_system_message(tokenizer);
   if (!system.empty()) messages.push_back({"system", system});

@@ -91,7 +91,7 @@ Sizes sizes_of(const Model& model) {
 }
 
 std::string chat_format_name(const Tokenizer& tokenizer) {
-  constexpr const char* kNames[] = {"none", "llama3", "chatml"};
+  constexpr const char* kNames[] = {"none", "llama3", "chatml", "llama2", "mistral", "zephyr"};
   return kNames[static_cast<int>(recognise_chat_format(tokenizer))];
 }
 

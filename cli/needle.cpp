@@ -358,11 +358,9 @@ int run_needle(const Args& args) {
   if (!parse(args, o)) return 0;
   const Model model = load_model(*o.common.model);
   const Tokenizer tokenizer = load_tokenizer(model);
-  if (o.chat && recognise_chat_format(tokenizer) == ChatFormat::kNone) {
-    fail(*o.common.model,
-         ": chat template: expected LLaMA-3 or ChatML, found neither; --chat is "
-         "not for this model");
-  }
+  require(!o.chat || has_roles(recognise_chat_format(tokenizer)), *o.common.model,
+          ": chat template: expected that of LLaMA 3, ChatML or Zephyr, whose answers have a role, "
+          "found another; --chat is not for this model");
   o.common.context = o.contexts.back();
   context_tokens(o.common, model.config);
   std::vector<CommonOptions> variants;

@@ -81,14 +81,17 @@ class Fields {
   const std::string source_;
 };
 
-// Demands that this is a LLaMA, without the variations that this engine does not compute.
+// Demands that this is a LLaMA, or a Mistral, which is one but for its sliding window, without the
+// variations that this engine does not compute.
 void demand_llama(const Fields& fields) {
   const std::string& source = fields.source();
   const std::string type = fields.string("model_type", "llama");
-  require(type == "llama", source, ": model_type: expected llama, found ", printable(type));
+  require(type == "llama" || type == "mistral", source,
+          ": model_type: expected llama or mistral, found ", printable(type));
   const json* architectures = fields.find("architectures");
-  require(!architectures || *architectures == json{"LlamaForCausalLM"}, source,
-          ": architectures: expected LlamaForCausalLM, found ",
+  require(!architectures || *architectures == json{"LlamaForCausalLM"} ||
+              *architectures == json{"MistralForCausalLM"},
+          source, ": architectures: expected LlamaForCausalLM or MistralForCausalLM, found ",
           architectures ? shown(*architectures) : "");
   require(architectures || fields.find("model_type"), source,
           ": model_type: expected llama, found none");

@@ -175,12 +175,15 @@ TEST_CASE("config: a default rope_type scales nothing") {
 }
 
 TEST_CASE("config: what is not a LLaMA, or one of another kind, is refused by name") {
-  CHECK(error_with("architectures", json::array({"MistralForCausalLM"})) ==
-        "config.json: architectures: expected LlamaForCausalLM, found [\"MistralForCausalLM\"]");
-  CHECK(error_with("architectures", 3) ==
-        "config.json: architectures: expected LlamaForCausalLM, found 3");
-  CHECK(error_with("model_type", "mistral") ==
-        "config.json: model_type: expected llama, found mistral");
+  const std::string expected =
+      "config.json: architectures: expected LlamaForCausalLM or MistralForCausalLM, found ";
+  CHECK(error_with("architectures", json::array({"MixtralForCausalLM"})) ==
+        expected + "[\"MixtralForCausalLM\"]");
+  CHECK(error_with("architectures", 3) == expected + "3");
+  CHECK(error_with("architectures", json::array({"MistralForCausalLM"})) == "");
+  CHECK(error_with("model_type", "mistral") == "");
+  CHECK(error_with("model_type", "mixtral") ==
+        "config.json: model_type: expected llama or mistral, found mixtral");
   CHECK(error_with("hidden_act", "gelu") == "config.json: hidden_act: expected silu, found gelu");
   CHECK(error_with("attention_bias", true) ==
         "config.json: attention_bias: expected false, found true");

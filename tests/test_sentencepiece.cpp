@@ -16,6 +16,7 @@
 #include "tests/gguf_writer.h"
 #include "tests/run_thaw.h"
 #include "tests/tiny_files.h"
+#include "tokenizer/chat_template.h"
 
 namespace thaw {
 namespace {
@@ -63,15 +64,29 @@ Json golden_json(const std::string& name) {
   return document;
 }
 
-Tokenizer tokenizer_of(const Json& document) {
+TokenizerSpec spec_of(const Json& document) {
   const TemporaryDirectory directory;
   write_file(directory.path() / "tokenizer.json", document.dump());
-  return load_tokenizer(directory.path() / "tokenizer.json");
+  return read_tokenizer_json(directory.path() / "tokenizer.json");
 }
 
-Tokenizer tokenizer_of(const GgufWriter& gguf) {
+TokenizerSpec spec_of(const GgufWriter& gguf) {
   const std::vector<std::byte> bytes = testing::exact(gguf.bytes());
-  return Tokenizer(tokenizer_spec(Gguf(bytes, "model.gguf")));
+  return tokenizer_spec(Gguf(bytes, "model.gguf"));
+}
+
+template <class Source>
+Tokenizer tokenizer_of(const Source& source) {
+  return Tokenizer(spec_of(source));
+}
+
+// With [INST] and [/INST] as control tokens, as Mistral has them.
+Json golden_json_with_marks() {
+  Json document = golden_json("first");
+  std::size_t id = golden()["pieces"].size();
+  for (const char* mark : {"[INST]", "[/INST]"})
+    document["added_tokens"].push_back({{"id", id++}, {"content", mark}, {"special", true}});
+  return document;
 }
 
 template <class Source>
@@ -115,6 +130,37 @@ TEST_CASE("golden tokens of LLaMA 2's and Mistral's kinds of tokenizer.json") {
   compare(tokenizer_of(golden_json("prepend")), "prepend", true);
   compare(tokenizer_of(golden_json("first")), "first", true);
   compare(tokenizer_of(golden_json("split")), "split", true);
+}
+
+TEST_CASE("golden tokens of conversations in the formats of LLaMA 2, Mistral and Zephyr") {
+  for (const Json& chat : golden()["chats"]) {
+    const auto name = chat["format"].get<std::string>();
+    CAPTURE(name);
+    TokenizerSpec spec =
+        name == "marks" ? spec_of(golden_json_with_marks()) : spec_of(golden_gguf());
+    spec.chat_template = chat["template"].get<std::string>();
+    spec.bos = 1, spec.add_bos = true;
+    const Tokenizer tokenizer(spec);
+    const ChatFormat format = recognise_chat_format(tokenizer);
+    CHECK(format == (name == "llama2"   ? ChatFormat::kLlama2
+                     : name == "zephyr" ? ChatFormat::kZephyr
+                                        : ChatFormat::kMistral));
+    std::vector<ChatMessage> messages;
+    for (const Json& m : chat["messages"])
+      messages.push_back({m["role"].get<std::string>(), m["content"].get<std::string>()});
+    const auto expected = chat["ids"].get<Ids>();
+    CHECK(encode_chat(tokenizer, format, messages) == expected);
+    if (messages.size() < 3) continue;  // and turn by turn
+    const ChatMessage reply = messages.back(), answer = messages[messages.size() - 2];
+    messages.resize(messages.size() - 2);
+    Ids ids = encode_chat(tokenizer, format, messages);
+    std::string text = answer.content;
+    if (name == "llama2" || name == "marks") text = " " + text;  // as these models write it
+    for (const Ids& more :
+         {tokenizer.encode(text, {.continues = true}), encode_reply(tokenizer, format, reply)})
+      ids.insert(ids.end(), more.begin(), more.end());
+    CHECK(ids == expected);
+  }
 }
 
 TEST_CASE("a text gets a space before it, and loses it again") {
@@ -191,6 +237,27 @@ TEST_CASE("a model with a SentencePiece vocabulary tokenizes, writes and is insp
       Json::parse(out({"generate", "-p", "a b", "-n", "9", "--json", "-q", "--temp", "0"}));
   CHECK(prompt["prompt_tokens"] == 5);  // with <s>
   CHECK(contains(out({"inspect"}), "begins with <s> (1)"));
+}
+
+TEST_CASE("a model with LLaMA 2's chat format answers, and goes on from a file") {
+  const TemporaryDirectory directory;
+  const std::string model = write_tiny_model(directory, "[INST] <<SYS>>");
+  const std::string session = (directory.path() / "talk").string();
+  const std::vector<std::string> args = {"chat",   "-m",        model,      "-n", "8",
+                                         "-q",     "--session", session,    "-c", "200",
+                                         "--seed", "1",         "--system", "Hi"};
+  const testing::RunResult first = testing::run_thaw(args, {.input = "One\nTwo\n"});
+  CHECK(first.exit_code == 0);
+  const testing::RunResult second = testing::run_thaw(args, {.input = "Three\n"});
+  CHECK(second.exit_code == 0);
+  CHECK(std::count(first.out.begin(), first.out.end(), '\n') >= 2);
+  const std::string header = testing::read_file(session);
+  const Json talk = Json::parse(header.substr(0, header.find('\n')));
+  CHECK(talk["turns"].size() == 3);
+  const testing::RunResult needle =
+      testing::run_thaw({"needle", "-m", model, "--chat", "--context", "200"});
+  CHECK(needle.exit_code == 1);
+  CHECK(contains(needle.err, "--chat is not for this model"));
 }
 
 TEST_CASE("bad SentencePiece metadata in GGUF is named") {

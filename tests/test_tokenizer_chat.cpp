@@ -43,7 +43,12 @@ TEST_CASE("the chat format is read from the template, or from the vocabulary wit
   CHECK(recognise_chat_format(chatml()) == ChatFormat::kChatML);
   CHECK(recognise_chat_format(chatml("{{ '<|start_header_id|>' }}")) == ChatFormat::kLlama3);
   CHECK(recognise_chat_format(llama3("{{ '<|im_start|>' }}")) == ChatFormat::kChatML);
-  CHECK(recognise_chat_format(chatml("[INST]")) == ChatFormat::kNone);
+  CHECK(recognise_chat_format(chatml("[INST] <<SYS>>")) == ChatFormat::kLlama2);
+  CHECK(recognise_chat_format(chatml("[INST]")) == ChatFormat::kMistral);
+  CHECK(recognise_chat_format(chatml("[INST] [SYSTEM_PROMPT]")) == ChatFormat::kNone);
+  CHECK(recognise_chat_format(chatml("'<|user|>' + eos_token")) == ChatFormat::kZephyr);
+  CHECK(recognise_chat_format(make("'<|user|>' + eos_token", {"<|user|>"})) == ChatFormat::kNone);
+  CHECK(recognise_chat_format(chatml("<start_of_turn>")) == ChatFormat::kNone);
   CHECK(recognise_chat_format(make("", {})) == ChatFormat::kNone);
 }
 
@@ -110,6 +115,7 @@ TEST_CASE("a message cannot forge a turn") {
 
 TEST_CASE("a format whose control tokens the vocabulary lacks is an error") {
   CHECK_THROWS_AS(encode_chat(chatml(), ChatFormat::kLlama3, {}), Error);
+  CHECK_THROWS_AS(encode_chat(chatml(), ChatFormat::kMistral, {}), Error);
   CHECK_THROWS_AS(encode_chat(chatml(), ChatFormat::kNone, {}), Error);
 }
 

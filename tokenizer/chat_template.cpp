@@ -10,6 +10,7 @@ namespace {
 
 constexpr std::string_view kLlama3Mark = "<|start_header_id|>";
 constexpr std::string_view kChatMLMark = "<|im_start|>";
+constexpr std::string_view kInstruction = "[INST]", kInstructionEnd = "[/INST]";
 
 TokenId control_token(const Tokenizer& tokenizer, std::string_view text) {
   const TokenId id = tokenizer.find(text);
@@ -73,50 +74,120 @@ std::vector<std::string> string_literals(std::string_view jinja) {
   return literals;
 }
 
-// The turns of a conversation as tokens.
+// The turns of a conversation as tokens. A system message of LLaMA 2 or Mistral stands within the
+// user's first.
 class Turns {
  public:
-  Turns(const Tokenizer& tokenizer, ChatFormat format)
-      : tokenizer_(tokenizer), llama3_(format == ChatFormat::kLlama3) {
-    require(format != ChatFormat::kNone, tokenizer.spec().source,
-            ": chat template: expected LLaMA-3 or ChatML, found neither");
-    open_ = control_token(tokenizer, llama3_ ? kLlama3Mark : kChatMLMark);
-    close_ = control_token(tokenizer, llama3_ ? "<|eot_id|>" : "<|im_end|>");
+  Turns(const Tokenizer& tokenizer, ChatFormat format) : tokenizer_(tokenizer), format_(format) {
+    require(format != ChatFormat::kNone, tokenizer.spec().source, ": chat template: expected ",
+            kChatFormats, ", found another");
+    close_ = control_token(tokenizer, format == ChatFormat::kLlama3   ? "<|eot_id|>"
+                                      : format == ChatFormat::kChatML ? "<|im_end|>"
+                                                                      : "</s>");
   }
 
-  void open(std::vector<TokenId>& ids, const std::string& role, std::string_view content) const {
-    ids.push_back(open_);
-    if (llama3_) {
-      append(ids, tokenizer_.encode(role));
-      ids.push_back(control_token(tokenizer_, "<|end_header_id|>"));
-      append(ids, tokenizer_.encode(join("\n\n", trim(content))));
+  void begin(std::vector<TokenId>& ids) const {
+    if (format_ != ChatFormat::kLlama2) append(ids, tokenizer_.encode("", {.add_special = true}));
+  }
+
+  void add(std::vector<TokenId>& ids, const ChatMessage& message) {
+    if (has_roles(format_)) {
+      open(ids, message.role, message.content);
+      close(ids);
+    } else if (message.role == "system") {
+      system_ = message.content;
+    } else if (message.role == "user") {
+      instruct(ids, message.content);
     } else {
-      append(ids, tokenizer_.encode(join(role, "\n", content)));
+      append(ids, answer(ids, message.content));
+      ids.push_back(close_);
     }
   }
 
-  void close(std::vector<TokenId>& ids) const {
-    ids.push_back(close_);
-    if (!llama3_) append(ids, tokenizer_.encode("\n"));
+  // What an answer follows.
+  void open_answer(std::vector<TokenId>& ids) const {
+    if (has_roles(format_)) open(ids, "assistant", "");
   }
-
-  void add(std::vector<TokenId>& ids, const ChatMessage& message) const {
-    open(ids, message.role, message.content);
-    close(ids);
+  // Behind a message, or an answer's own tokens.
+  void close(std::vector<TokenId>& ids) const {
+    if (format_ == ChatFormat::kLlama2) append(ids, encode(ids, " ", true));
+    ids.push_back(close_);
+    if (format_ == ChatFormat::kChatML) append(ids, encode(ids, "\n"));
+  }
+  // An answer's own tokens.
+  std::vector<TokenId> answer(const std::vector<TokenId>& ids, std::string_view text) const {
+    if (format_ == ChatFormat::kLlama2) return encode(ids, join(" ", trim(text), " "), true);
+    if (has_marks_as_tokens()) return encode(ids, join(" ", trim(text)), true);
+    return encode(ids, text, true);
   }
 
  private:
+  // As Mistral's vocabularies do since 0.3.
+  bool has_marks_as_tokens() const {
+    return format_ == ChatFormat::kMistral &&
+           tokenizer_.is_special(tokenizer_.find(kInstruction)) &&
+           tokenizer_.is_special(tokenizer_.find(kInstructionEnd));
+  }
+
+  // A part of the conversation between control tokens, or one that goes on.
+  std::vector<TokenId> encode(const std::vector<TokenId>& ids, std::string_view text,
+                              bool continues = false) const {
+    const bool once = tokenizer_.spec().prefix == SpacePrefix::kFirst;
+    return tokenizer_.encode(text, {.continues = continues || (once && !ids.empty())});
+  }
+
+  void open(std::vector<TokenId>& ids, const std::string& role, std::string_view content) const {
+    if (format_ == ChatFormat::kZephyr) {
+      const bool first = ids.empty() || (ids.size() == 1 && ids[0] == tokenizer_.bos());
+      return append(ids, encode(ids, join(first ? "" : "\n", "<|", role, "|>\n", content)));
+    }
+    ids.push_back(
+        control_token(tokenizer_, format_ == ChatFormat::kLlama3 ? kLlama3Mark : kChatMLMark));
+    if (format_ == ChatFormat::kChatML) return append(ids, encode(ids, join(role, "\n", content)));
+    append(ids, encode(ids, role));
+    ids.push_back(control_token(tokenizer_, "<|end_header_id|>"));
+    append(ids, encode(ids, join("\n\n", trim(content))));
+  }
+
+  void instruct(std::vector<TokenId>& ids, std::string_view content) {
+    std::string text(content);
+    if (format_ == ChatFormat::kLlama2) {
+      if (tokenizer_.bos() >= 0) ids.push_back(tokenizer_.bos());
+      if (!system_.empty()) text = join("<<SYS>>\n", system_, "\n<</SYS>>\n\n", content);
+      text = trim(text);
+    } else if (!system_.empty()) {
+      text = join(system_, "\n\n", content);
+    }
+    system_.clear();
+    if (!has_marks_as_tokens())
+      return append(ids, encode(ids, join(kInstruction, " ", text, " ", kInstructionEnd)));
+    ids.push_back(tokenizer_.find(kInstruction));
+    append(ids, encode(ids, join(" ", text)));
+    ids.push_back(tokenizer_.find(kInstructionEnd));
+  }
+
   const Tokenizer& tokenizer_;
-  bool llama3_;
-  TokenId open_, close_;
+  ChatFormat format_;
+  TokenId close_;
+  std::string system_;  // that the next user's message begins with
 };
 
 }  // namespace
 
+bool has_roles(ChatFormat format) {
+  return format != ChatFormat::kLlama2 && format != ChatFormat::kMistral &&
+         format != ChatFormat::kNone;
+}
+
 ChatFormat recognise_chat_format(const Tokenizer& tokenizer) {
   const std::string& jinja = tokenizer.spec().chat_template;
-  if (jinja.find(kLlama3Mark) != std::string::npos) return ChatFormat::kLlama3;
-  if (jinja.find(kChatMLMark) != std::string::npos) return ChatFormat::kChatML;
+  const auto has = [&](std::string_view part) { return jinja.find(part) != std::string::npos; };
+  if (has(kLlama3Mark)) return ChatFormat::kLlama3;
+  if (has(kChatMLMark)) return ChatFormat::kChatML;
+  if (has(kInstruction) && !has("[SYSTEM_PROMPT]"))
+    return has("<<SYS>>") ? ChatFormat::kLlama2 : ChatFormat::kMistral;
+  const bool text_roles = has("<|user|>") && !tokenizer.is_special(tokenizer.find("<|user|>"));
+  if (text_roles && has("eos_token")) return ChatFormat::kZephyr;
   if (!jinja.empty()) return ChatFormat::kNone;
   if (tokenizer.is_special(tokenizer.find(kLlama3Mark))) return ChatFormat::kLlama3;
   if (tokenizer.is_special(tokenizer.find(kChatMLMark))) return ChatFormat::kChatML;
@@ -137,21 +208,27 @@ std::string default_system_message(const Tokenizer& tokenizer) {
 
 std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                                  const std::vector<ChatMessage>& messages) {
-  const Turns turns(tokenizer, format);
-  std::vector<TokenId> ids = tokenizer.encode("", {.add_special = true});
+  Turns turns(tokenizer, format);
+  std::vector<TokenId> ids;
+  turns.begin(ids);
   for (const ChatMessage& message : messages) turns.add(ids, message);
-  turns.open(ids, "assistant", "");
+  turns.open_answer(ids);
   return ids;
 }
 
 std::vector<TokenId> encode_reply(const Tokenizer& tokenizer, ChatFormat format,
                                   const ChatMessage& message) {
-  const Turns turns(tokenizer, format);
+  Turns turns(tokenizer, format);
   std::vector<TokenId> ids;
   turns.close(ids);
   turns.add(ids, message);
-  turns.open(ids, "assistant", "");
+  turns.open_answer(ids);
   return ids;
+}
+
+std::vector<TokenId> encode_answer(const Tokenizer& tokenizer, ChatFormat format,
+                                   std::string_view text) {
+  return Turns(tokenizer, format).answer({0}, text);
 }
 
 }  // namespace thaw

@@ -9,7 +9,13 @@
 
 namespace thaw {
 
-enum class ChatFormat { kNone, kLlama3, kChatML };
+// LLaMA 2 and Mistral open a user's turn by [INST], Zephyr (and TinyLlama) by <|user|>: where these
+// are no control tokens but text, a message can write them, too.
+enum class ChatFormat { kNone, kLlama3, kChatML, kLlama2, kMistral, kZephyr };
+inline constexpr const char* kChatFormats = "that of LLaMA 2 or 3, ChatML, Mistral or Zephyr";
+
+// Whether each message, and an answer, begins with its role.
+bool has_roles(ChatFormat format);
 
 struct ChatMessage {
   std::string role;  // "system", "user", "assistant"
@@ -27,6 +33,10 @@ std::string default_system_message(const Tokenizer& tokenizer);
 // cannot forge a turn. Throws Error for kNone.
 std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                                  const std::vector<ChatMessage>& messages);
+
+// The tokens of an answer, as encode_chat() has them within a conversation.
+std::vector<TokenId> encode_answer(const Tokenizer& tokenizer, ChatFormat format,
+                                   std::string_view text);
 
 // What follows an answer's own tokens in a conversation: the end of its turn, the next message, and
 // the opening of the assistant's next turn.

@@ -90,6 +90,10 @@ TokenizerSpec read_tiktoken(const std::filesystem::path& path) {
   std::string_view rest(reinterpret_cast<const char*>(file.bytes().data()), file.bytes().size());
   TokenizerSpec spec;
   spec.source = path.string();
+  require(
+      !rest.starts_with("\n\x0e\n\x05<unk>"), spec.source,
+      ": expected tiktoken's lines, found SentencePiece's binary; thaw reads tokenizer.json or a "
+      "GGUF file of such a model");
   for (int number = 1; !rest.empty(); ++number) {
     const std::size_t end = std::min(rest.find('\n'), rest.size());
     std::string_view line = rest.substr(0, end);

@@ -10,7 +10,8 @@ published models have, and of each string
     model          the ids that sentencepiece gives
     prepend        those of tokenizers with LLaMA 2's and TinyLlama's normalizer; control tokens are read
     first, split   those with Metaspace, as Mistral 0.3 has it, and splitting at spaces
-Needs sentencepiece and tokenizers; `make test` runs without them.
+and the tokens of conversations by chat templates that write what published ones do.
+Needs sentencepiece and transformers; `make test` runs without them.
 """
 import argparse
 import io
@@ -20,6 +21,7 @@ import random
 
 import sentencepiece
 import tokenizers
+import transformers
 from golden_tokenizer import CODE, KINDS, LANGUAGES
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -75,6 +77,41 @@ KINDS = KINDS | {
 }
 
 
+# {name: (tokenizer, template)}; the vocabulary of "marks" has [INST] and [/INST] as control tokens.
+TEMPLATES = {
+    "llama2": ("prepend", """\
+{% set start = 1 if messages[0].role == 'system' else 0 %}{% for m in messages[start:] %}\
+{% set text = '<<SYS>>\\n' + messages[0].content + '\\n<</SYS>>\\n\\n' + m.content if start and loop.first else m.content %}\
+{{ bos_token + '[INST] ' + text.strip() + ' [/INST]' if m.role == 'user' else ' ' + text.strip() + ' ' + eos_token }}\
+{% endfor %}"""),
+    "mistral": ("prepend", """\
+{{ bos_token }}{% for m in messages %}\
+{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content + eos_token }}{% endfor %}"""),
+    "marks": ("marks", """\
+{{ bos_token }}{% for m in messages %}\
+{{ '[INST] ' + m.content + '[/INST]' if m.role == 'user' else ' ' + m.content.strip() + eos_token }}{% endfor %}"""),
+    "zephyr": ("prepend", """\
+{{ bos_token }}{% for m in messages %}
+{{ ('<|user|>\\n' if m.role == 'user' else '<|' + m.role + '|>\\n') + m.content + eos_token }}
+{% if loop.last and add_generation_prompt %}
+{{ '<|assistant|>' }}
+{% endif %}{% endfor %}"""),
+}  # fmt: skip
+TALK = [{"role": "user", "content": "What is a glacier?"}, {"role": "assistant", "content": "Ice that flows."},
+        {"role": "user", "content": " And\na fox? "}]  # fmt: skip
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def conversations(variants):
+    for name, (variant, template) in TEMPLATES.items():
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=variants[variant], bos_token="<s>", eos_token="</s>", unk_token="<unk>")  # fmt: skip
+        for messages in [TALK[:1], TALK] + [[SYSTEM] + TALK] * (name in ("llama2", "zephyr")):
+            ids = tokenizer.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=True, return_dict=False)  # fmt: skip
+            yield {"format": name, "template": template, "messages": messages, "ids": ids}
+
+
 def strings(seed, count):
     r, seen = random.Random(seed), {""}
     yield ""
@@ -101,6 +138,10 @@ def main():
         "first": fast(vocabulary, ranked, pre_tokenizer=pre_tokenizers.Metaspace(MARK, "first", split=False)),
         "split": fast(vocabulary, ranked, pre_tokenizer=pre_tokenizers.Metaspace(MARK, "always", split=True)),
     }
+    variants["marks"] = fast(vocabulary, ranked, pre_tokenizer=pre_tokenizers.Metaspace(MARK, "first", split=False))
+    variants["marks"].add_special_tokens(["[INST]", "[/INST]"])
+    chats = list(conversations(variants))
+    del variants["marks"]
     cases = []
     for text in strings(args.seed, args.count):
         case = {"text": text, "model": model.encode(text)}
@@ -115,9 +156,10 @@ def main():
         "types": [gguf_type(model, i) for i in range(n)],
         "merges": [" ".join(cut) for cut in ranked],
         "steps": steps,
+        "chats": chats,
         "cases": cases,
     }
-    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).replace('{"text"', '\n{"text"')
+    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":")).replace('{"text"', '\n{"text"').replace('{"format"', '\n{"format"')
     pathlib.Path(args.output).write_text(text + "\n")
     print(f"{len(cases)} strings, {len(text.encode())} bytes")
 
