@@ -1,11 +1,12 @@
-// Any bytes as text, under each pre-tokenizer: they come back, and no control token appears
-// unasked.
+// Any bytes as text, under each pre-tokenizer and with SentencePiece: they come back, but for its
+// space marks, and no control token appears unasked.
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>
 #include <vector>
 
+#include "tokenizer/sentencepiece.h"
 #include "tokenizer/tokenizer.h"
 
 namespace {
@@ -32,6 +33,24 @@ thaw::Tokenizer make_tokenizer(const char* name) {
   return thaw::Tokenizer(std::move(spec));
 }
 
+// Byte tokens, and merges by rank of characters.
+thaw::Tokenizer make_sentencepiece() {
+  thaw::TokenizerSpec spec;
+  spec.source = "fuzz";
+  spec.characters = true;
+  spec.prefix = thaw::SpacePrefix::kEach;
+  for (int byte = 0; byte < 256; ++byte) spec.tokens.emplace_back(1, static_cast<char>(byte));
+  spec.kinds.assign(256, thaw::TokenKind::kByte);
+  for (const char* text : {" ", "a", "b", "\n", "\xc3\xa9", " a", "ab", " ab", "  ", "    ",
+                           "\xc3\xa9"
+                           "a"})
+    spec.tokens.emplace_back(text);
+  spec.kinds.resize(spec.tokens.size(), thaw::TokenKind::kText);
+  for (std::size_t id = 0; id < spec.tokens.size(); ++id)
+    spec.ranks.push_back(static_cast<std::int32_t>(id / 2));
+  return thaw::Tokenizer(std::move(spec));
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
@@ -49,5 +68,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const auto parsed = tokenizer.encode(text, {.parse_special = true});
     if (tokenizer.decode(parsed, true) != text) std::abort();
   }
+  static const thaw::Tokenizer sentencepiece = make_sentencepiece();
+  if (sentencepiece.decode(sentencepiece.encode(text)) != thaw::from_space_marks(text))
+    std::abort();
   return 0;
 }

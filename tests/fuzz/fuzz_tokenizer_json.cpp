@@ -21,7 +21,8 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     const std::string text = "Hello, \xff world 123 <|im_start|>";
     const auto ids = tokenizer.encode(text, {.add_special = true, .parse_special = true});
     tokenizer.decode(ids, true);
-    thaw::recognise_chat_format(tokenizer);
+    const thaw::ChatFormat format = thaw::recognise_chat_format(tokenizer);
+    thaw::encode_chat(tokenizer, format, {{"system", text}, {"user", text}});
   } catch (const thaw::Error&) {
   }
   return 0;
