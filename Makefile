@@ -22,12 +22,14 @@ COMPILE = $(CXX) -std=c++20 $(OPT) -march=$(ARCH) -fopenmp-simd -fno-trapping-ma
 LINK = $(CXX) -pthread $(SAN_FLAGS) $(LDFLAGS)
 LIBS := -lpcre2-8 -ledit
 
-# Library headers, parsed once for all files: saves 1 to 2 seconds a file. clang goes without.
+# Library headers, parsed once for all files with the same flags, and once more with JSON, which costs
+# half a second a file: saves 1 to 2 seconds each. clang goes without.
 PARSED := $(if $(findstring clang,$(CXX)),,$(BUILD)/parsed)
-PARSED_ROOMS := algorithm atomic chrono cmath filesystem functional iostream map memory \
-  nlohmann/json.hpp optional set span sstream string thread variant vector
+PARSED_ROOMS := algorithm atomic chrono cmath filesystem functional iostream map memory optional set \
+  span sstream string thread variant vector
 PARSED_TESTS := doctest/doctest.h $(PARSED_ROOMS)
-WITH = $(PARSED:%=-include %/rooms.h)
+KIND := rooms
+WITH = $(PARSED:%=-include %/$(KIND)$(if $(filter $<,$(USE_JSON)),-json).h)
 
 # V=1 shows whole commands.
 QUIET := $(if $(V),,@)
@@ -44,9 +46,12 @@ FUZZERS := $(sort $(wildcard tests/fuzz/*.cpp))
 FUZZED := $(filter device/% tokenizer/% $(addprefix model/,config% file_kind% gguf% safetensors% tensor%),$(SOURCES))
 OBJECTS := $(SOURCES:%.cpp=$(BUILD)/%.o)
 COMMANDS := $(filter $(BUILD)/cli/%,$(OBJECTS))
+USE_JSON := $(shell grep -l '<nlohmann/json.hpp>' $(SOURCES) $(TESTS))
 WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
-# Where the objects of tests/*.cpp are: they have no sanitizers, so `make sanitize` takes those of `make test`.
+# Where the objects of tests are, which have no sanitizers: `make sanitize` takes those of `make test`.
 TESTED ?= $(BUILD)
+# And where the host's are that the emulator's tests need: a race of kernels is none of theirs.
+HOST ?= $(BUILD)
 TEST_OBJECTS := $(patsubst %.cpp,$(TESTED)/%.o,$(filter-out tests/main.cpp,$(TESTS)))
 TEST_MAIN := $(BUILD)/tests/main.o  # tells tests whether the code has sanitizers
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)
@@ -71,9 +76,13 @@ SIMT_TESTS := $(sort $(wildcard tests/simt/test_*.cu))
 SIMT_OBJECTS := $(SIMT:%.cpp=$(BUILD)/simt/%.o)
 # What the emulator's tests are linked with: the host code that they need, and the kernels.
 SIMT_NEEDS := device/% kvstore/% attention/% model/%
-SIMT_HOST := $(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA))
+SIMT_HOST := $(patsubst $(BUILD)/%,$(HOST)/%,$(filter $(SIMT_NEEDS:%=$(BUILD)/%.o),$(WITH_CUDA)))
 EMULATED := $(CUDA_SOURCES:%.cu=$(BUILD)/simt/%.o)
-SIMT_LINKED := $(SIMT_HOST) $(TEST_MAIN) $(EMULATED) $(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o)
+# Tests with kernels of their own are compiled as kernels are, the others need no sanitizers, either.
+SIMT_KERNEL_TESTS := $(shell grep -l __global__ $(SIMT_TESTS))
+SIMT_PLAIN_TESTS := $(filter-out $(SIMT_KERNEL_TESTS),$(SIMT_TESTS))
+SIMT_TEST_OBJECTS := $(SIMT_KERNEL_TESTS:%.cu=$(BUILD)/simt/%.o) $(SIMT_PLAIN_TESTS:%.cu=$(TESTED)/simt/%.o)
+SIMT_LINKED := $(SIMT_HOST) $(TEST_MAIN) $(EMULATED) $(SIMT_TEST_OBJECTS)
 # Those that are not of the emulator itself run on a device, too.
 CUDA_TESTS := $(filter-out %/test_block.cu %/test_cublaslt.cu %/test_streams.cu,$(SIMT_TESTS)) \
   tests/simt/on_device.cu
@@ -121,7 +130,7 @@ test:
 sanitize: TESTED := $(if $(filter $(ARCH),$(WITH_AVX2)),$(BUILD),$(BUILD)/sanitize)
 sanitize:
 	@tools/setup.sh build test weights
-	@$(if $(filter $(BUILD),$(TESTED)),$(MAKE) $(TEST_OBJECTS))
+	@$(if $(filter $(BUILD),$(TESTED)),$(MAKE) $(TEST_OBJECTS) $(SIMT_PLAIN_TESTS:%.cu=$(BUILD)/simt/%.o))
 	@$(MAKE) BUILD=$(BUILD)/sanitize TESTED=$(TESTED) ARCH=$(WITH_AVX2) SAN=address,undefined OPT=-O1 \
 	  WARN= sanitize-run
 
@@ -137,9 +146,12 @@ portable-run: $(BUILD)/thaw-arithmetic-tests
 	@tests/tally.sh "tests/cases.py $<"
 
 ## race        the kernels' tests on the emulator under ThreadSanitizer
-race:
+race: race-plain
+	@$(MAKE) BUILD=$(BUILD)/race TESTED=$(BUILD) HOST=$(BUILD) SAN=thread OPT=-O1 WARN= race-run
+
+race-plain:
 	@tools/setup.sh build test
-	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= race-run
+	@$(MAKE) $(SIMT_HOST) $(SIMT_PLAIN_TESTS:%.cu=$(BUILD)/simt/%.o)
 
 race-run: $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/cases.py $<"
@@ -147,9 +159,8 @@ race-run: $(BUILD)/thaw-simt-tests
 ## barriers    take away one barrier, fence, atomic or wait at a time: a test must notice (three minutes)
 # SHARE=8: every eighth, others after every commit.
 SHARE ?= 1
-barriers:
-	@tools/setup.sh build test
-	@$(MAKE) BUILD=$(BUILD)/race SAN=thread OPT=-O1 WARN= barriers-run
+barriers: race-plain
+	@$(MAKE) BUILD=$(BUILD)/race TESTED=$(BUILD) HOST=$(BUILD) SAN=thread OPT=-O1 WARN= barriers-run
 
 barriers-run: $(BUILD)/thaw-simt-tests
 	@tests/tally.sh "tests/barriers.py $< $(SHARE)"
@@ -187,7 +198,7 @@ fuzz:
 # What a run finds is added to build/fuzz/NAME.corpus; tests/fuzz/corpus/NAME holds the seeds.
 fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=$(BUILD)/%)
 	@mkdir -p $(^:%=%.corpus)
-	@tests/tally.sh $(foreach f,$^,"$(f) $(FUZZ_FLAGS) $(f).corpus $(wildcard tests/fuzz/corpus/$(notdir $(f)))")
+	@tests/tally.sh --together $(foreach f,$^,"$(f) $(FUZZ_FLAGS) $(f).corpus $(wildcard tests/fuzz/corpus/$(notdir $(f)))")
 
 ## mutants     plant bugs in the KV store one at a time: its tests must find each (ten minutes)
 mutants:
@@ -258,42 +269,49 @@ $(BUILD)/main.o: main.cu $(BUILD)/flags
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) -MMD -MP -c -x c++ -o $@ $<
 
-$(OBJECTS): $(PARSED:%=%/rooms.h.gch)
+$(filter-out $(COMMANDS),$(OBJECTS)): $(PARSED:%=%/rooms.h.gch) $(PARSED:%=%/rooms-json.h.gch)
 ifeq ($(OPT),-O3)
-$(COMMANDS): $(PARSED:%=%/commands.h.gch)
-$(COMMANDS): WITH = $(PARSED:%=-include %/commands.h)
+$(COMMANDS) $(EMULATED): KIND := commands
+$(COMMANDS): $(PARSED:%=%/commands.h.gch) $(PARSED:%=%/commands-json.h.gch)
+$(EMULATED): $(PARSED:%=%/commands.h.gch)
+else
+$(COMMANDS): $(PARSED:%=%/rooms.h.gch) $(PARSED:%=%/rooms-json.h.gch)
+$(EMULATED): $(PARSED:%=%/rooms.h.gch)
 endif
-$(filter $(BUILD)/%,$(TEST_OBJECTS)): $(PARSED:%=%/tests.h.gch)
-$(TEST_OBJECTS): WITH = $(PARSED:%=-include %/tests.h)
-$(TEST_MAIN): WITH =  # it asks doctest.h for more
+PLAIN_TESTS := $(filter $(BUILD)/%,$(TEST_OBJECTS) $(SIMT_PLAIN_TESTS:%.cu=$(TESTED)/simt/%.o))
+$(PLAIN_TESTS): KIND := tests
+$(PLAIN_TESTS): $(PARSED:%=%/tests.h.gch) $(PARSED:%=%/tests-json.h.gch)
+# Of the sanitizers main.cpp needs to know, no more; it asks doctest.h for what others do not have.
+$(TEST_MAIN): private SAN_FLAGS := $(SAN:%=-DSANITIZED)
+$(TEST_MAIN): private OPT := -Og
+$(TEST_MAIN) $(SIMT_KERNEL_TESTS:%.cu=$(BUILD)/simt/%.o) $(SIMT_OBJECTS): WITH =
 # These checks are a fifth of compiling them; AddressSanitizer sees what comes of a null pointer.
 $(COMMANDS): private SAN_FLAGS += $(SAN:%=-fno-sanitize=null,alignment)
 # Commands spend their time in the other rooms: -O1 saves a quarter of compiling them.
-$(COMMANDS) $(BUILD)/parsed/commands.h.gch: private OPT := $(OPT:-O3=-O1)
+$(COMMANDS) $(BUILD)/parsed/commands%gch: private OPT := $(OPT:-O3=-O1)
 # What tests test is not in them. -Og and doctest's quick asserts save a third of the time that -O1
 # takes, and sanitizers would double it.
-$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private OPT := $(OPT:-O3=-Og)
-$(TEST_OBJECTS) $(BUILD)/parsed/tests.h.gch: private SAN_FLAGS :=
+$(PLAIN_TESTS) $(BUILD)/parsed/tests%gch: private OPT := $(OPT:-O3=-Og)
+$(PLAIN_TESTS) $(BUILD)/parsed/tests%gch: private SAN_FLAGS :=
 $(BUILD)/%.o: %.cpp $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "compile $<"
 	$(QUIET)$(COMPILE) $(WITH) -MMD -MP -c -o $@ $<
 
-$(BUILD)/parsed/rooms.h.gch $(BUILD)/parsed/commands.h.gch: HEADERS := $(PARSED_ROOMS)
-$(BUILD)/parsed/tests.h.gch: HEADERS := $(PARSED_TESTS)
 $(BUILD)/parsed/%.h.gch: $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "parse library headers for $*"
-	$(QUIET)printf '#include <%s>\n' $(HEADERS) >$(@:.gch=)
+	$(QUIET)printf '#include <%s>\n' $(if $(filter tests%,$*),$(PARSED_TESTS),$(PARSED_ROOMS)) \
+	  $(if $(filter %-json,$*),nlohmann/json.hpp) >$(@:.gch=)
 	$(QUIET)$(COMPILE) -x c++-header -o $@ $(@:.gch=)
 
 # Their time goes into taking turns, so kernels on the emulator need no more either.
 $(EMULATED): private OPT := $(OPT:-O3=-O1)
-$(SIMT_TESTS:%.cu=$(BUILD)/simt/%.o): private OPT := $(OPT:-O3=-Og)
+$(SIMT_KERNEL_TESTS:%.cu=$(BUILD)/simt/%.o): private OPT := $(OPT:-O3=-Og)
 $(BUILD)/simt/%.o: %.cu $(BUILD)/flags
 	@mkdir -p $(@D)
 	@echo "emulate $<"
-	$(QUIET)$(SIMT_COMPILE) -MMD -MP -c -o $@ $<
+	$(QUIET)$(SIMT_COMPILE) $(WITH) -MMD -MP -c -o $@ $<
 
 # ThreadSanitizer must not see the emulator's own work, only what it is told of CUDA's order.
 $(SIMT_OBJECTS): SAN_FLAGS := $(if $(filter thread,$(SAN)),-DSIMT_RACE,$(SAN_FLAGS))
@@ -327,5 +345,5 @@ $(BUILD)/flags: force
   $(SIMT_LINKED:.o=.d) $(SIMT_OBJECTS:.o=.d) $(CUDA_OBJECTS:.o=.d) $(CUDA_TEST_OBJECTS:.o=.d)
 
 .PHONY: all cuda cuda-toolkit cuda-tests emulate demo test sanitize sanitize-run portable \
-  portable-run fuzz fuzz-run race race-run barriers barriers-run cuda-objects kernels profile trace \
+  portable-run fuzz fuzz-run race race-plain race-run barriers barriers-run cuda-objects kernels profile trace \
   mutants install setup weights clean help force

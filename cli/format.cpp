@@ -1,5 +1,7 @@
 #include "cli/format.h"
 
+#include <nlohmann/json.hpp>
+
 namespace thaw {
 
 std::string json_line(const nlohmann::ordered_json& document) {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 #include <iomanip>
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <sstream>
 #include <string>
 #include <utility>

@@ -1,6 +1,7 @@
 #include "cli/policy_figures.h"
 
 #include <algorithm>
+#include <nlohmann/json.hpp>
 
 namespace thaw {
 namespace {

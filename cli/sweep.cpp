@@ -1,7 +1,7 @@
 #include "cli/sweep.h"
 
 #include <algorithm>
-
+#include <nlohmann/json.hpp>
 
 namespace thaw {
 namespace {

@@ -1,4 +1,6 @@
 // thaw tokenize: text to token ids and back.
+#include <nlohmann/json.hpp>
+
 #include "cli/commands.h"
 #include "cli/format.h"
 #include "cli/input.h"

@@ -23,8 +23,9 @@ def names(program):
 
 
 def run(program, case, limit=600, **environment):
-    """(exit status, what it printed, seconds); all seconds are of the processor."""
-    command = ["prlimit", f"--cpu={math.ceil(limit)}", program,
+    """(exit status, what it printed, seconds); all seconds are of the processor but CASE_SECONDS."""
+    command = ["timeout", "--foreground", "-k", "5", os.environ.get("CASE_SECONDS", "1200"),
+               "prlimit", f"--cpu={math.ceil(limit)}", program,
                "-tc=" + re.sub("[,*]", "?", case)]  # commas part patterns
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT,
