@@ -44,7 +44,7 @@ class Ops {
   virtual void project_add(float* x, const float* h, const Tensor& w, std::int64_t n_rows) = 0;
 
   // n = RMSNorm(x) * ffn_norm; h (T x ffn_dim) = silu(n Wgate^T) * (n Wup^T).  Observed: ffn_norm,
-  // h.
+  // ffn_hidden.
   virtual void gate_up(float* h, const float* x, const LayerWeights& w, std::int64_t n_rows) = 0;
 
   // gate_up() and project_add() with Wdown, in which h is scratch where nobody observes it.

@@ -341,7 +341,7 @@ def main():
     p.add_argument("--llama-perplexity", help="compare this program of tools/peers.sh too")
     p.add_argument("--text", default=TEXT)
     p.add_argument("--tokens", type=int, default=2304)
-    p.add_argument("--flags", default="", help="more flags for `thaw logits`, in one argument")
+    p.add_argument("--flags", default="--policy full", help="more flags for `thaw logits`, in one argument")
     p.set_defaults(run=compare)
     args = parser.parse_args()
     torch.manual_seed(0)
