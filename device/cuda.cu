@@ -1,9 +1,13 @@
 #include "device/cuda.h"
 
+#include <unordered_map>
+
 namespace thaw {
 namespace {
 
-constexpr std::size_t kSharedWithoutAsking = 48 << 10;  // bytes of dynamic shared memory
+// Bytes of dynamic shared memory. The limit without asking, 48 KiB, is for a kernel's static memory,
+// too.
+constexpr std::size_t kSharedWithoutAsking = 40 << 10;
 
 std::string& first_failure() {
   static std::string message;
@@ -154,10 +158,13 @@ LaunchConfig::LaunchConfig(dim3 grid, dim3 block, std::size_t shared_bytes, cons
 }
 
 void LaunchConfig::allow_shared(const void* kernel, const char* name) const {
-  if (config_.dynamicSmemBytes <= kSharedWithoutAsking) return;
+  static std::unordered_map<const void*, std::size_t> given;  // launches come from one thread
+  std::size_t& most = given.try_emplace(kernel, kSharedWithoutAsking).first->second;
+  if (config_.dynamicSmemBytes <= most) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                              static_cast<int>(config_.dynamicSmemBytes)),
         name);
+  most = config_.dynamicSmemBytes;
 }
 
 void LaunchConfig::check(cudaError_t result, const char* name) const {

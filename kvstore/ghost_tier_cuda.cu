@@ -92,9 +92,10 @@ CudaGhostTier::CudaGhostTier(PageSource& source, const KvShape& shape, const Gho
   if (!format.present()) return;
   const std::size_t heads = static_cast<std::size_t>(shape.n_layers) * shape.n_kv_heads;
   means_ = DeviceBuffer<float>(heads * 2 * shape.head_dim, "ghosts");
-  // Attention also loads them where there is no centre yet, to have them early.
-  fill_device(means_.data(), 0, means_.bytes(), stream_);
   units_ = DeviceBuffer<float>(heads * 2, "ghosts");
+  // Attention also loads both where there is no centre yet, to have them early.
+  fill_device(means_.data(), 0, means_.bytes(), stream_);
+  fill_device(units_.data(), 0, units_.bytes(), stream_);
   carries_ = DeviceBuffer<float>(heads * shape.head_dim, "ghosts");
   carried_to_ = DeviceBuffer<int>(heads, "ghosts");
   fill_device(carried_to_.data(), 0, carried_to_.bytes(), stream_);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kWidenThreads = 128;
 constexpr int kWidenUnits = 4;
+constexpr int kRowsTogether = 128;  // rows of W that cuBLASLt's own tiles have, or a part of them
 constexpr std::size_t kWorkspaceBytes = 32 << 20;  // at most: what NVIDIA advises for Hopper
 
 void check_blas(cublasStatus_t status, const char* what) {
@@ -208,8 +209,9 @@ void Gemm::multiply(const char* name, float* y, const DeviceMatrix& w, bool add)
   const int inner = padded(type, w.cols);
   const bool is_tiled = type != w.type;
   const auto row_size = static_cast<std::size_t>(inner) * bytes_of(type);
-  const int tile_rows =
+  int tile_rows =
       is_tiled ? static_cast<int>(std::max<std::size_t>(1, tile_bytes_ / row_size)) : w.rows;
+  if (is_tiled && tile_rows > kRowsTogether) tile_rows -= tile_rows % kRowsTogether;
   const float one = 1, beta = add ? 1 : 0;
   for (int first = 0; first < w.rows; first += tile_rows) {
     const int n = std::min(tile_rows, w.rows - first);
