@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Tests and measures thaw on this machine's GPU in one go, in under 8 minutes on a data-centre card.
 #
-#   tools/gpu_check.sh [DIR]               tests, sanitizers, a real model, then speed; leaves
-#                                          DIR/gpu-results.md and .json; default DIR: docs
+#   tools/gpu_check.sh [DIR]               tests, sanitizers, a real model, then speed; keeps
+#                                          DIR/gpu-results.md and .json up to date; default DIR: docs
 #   tools/gpu_check.sh --emulated [DIR]    the same steps on the emulator, with tiny sizes, so that
 #                                          this script is known to work; default DIR: build
 #
@@ -34,7 +34,11 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mkdir -p "$out"
 failed=0
-limited="timeout 120"  # a step that takes longer has failed; the others still have their turn
+limited="timeout -k 5 120"  # a step that takes longer has failed; the others still have their turn
+facts=emulator
+$emulated || facts=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,compute_cap \
+  --format=csv,noheader 2>/dev/null | head -n 1)
+results() { python3 tools/gpu_results.py "$work" "$out" "$facts"; }
 
 # step NAME COMMAND..: runs it; its end is shown only when it fails. One line a step in steps.txt.
 step() {
@@ -60,13 +64,17 @@ build() {
 
 # On a device every case is a process of its own: what one breaks there, no other sees.
 run_tests() {
-  if $emulated; then $tests; else $limited python3 tests/cases.py "$tests"; fi
+  if $emulated; then $tests; else CASE_SECONDS=30 $limited python3 tests/cases.py "$tests"; fi
 }
 
 # A short run of everything that decoding and prompts launch.
 small_run() {
-  "$@" "$thaw" bench --random tiny --backend cuda -p 20 -n 4 -r 1 -d 150 --policy full,thaw
+  for weights in q4_0 q6_k; do
+    "$@" "$thaw" bench --random tiny --weights $weights --backend cuda -p 20 -n 4 -r 1 -d 150 \
+      --policy full,thaw || return
+  done
 }
+sanitized_tests() { $limited compute-sanitizer --tool "$1" --error-exitcode 1 "$tests" -tc="$2"; }
 # initcheck sees only what kernels of our own store, so it gets what needs no cuBLASLt. Tests copy
 # whole buffers to the host and look at what is there: that is no error, a kernel that reads is.
 no_uninitialized_reads() {
@@ -79,17 +87,23 @@ no_uninitialized_reads() {
 # The real model writes on the GPU what it writes on the CPU, under a policy.
 same_answer() {
   local run=("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n "$answer" -q --policy "$1")
-  diff <("${run[@]}" --backend cpu) <("${run[@]}" --backend cuda)
+  diff <($limited "${run[@]}" --backend cpu) <($limited "${run[@]}" --backend cuda)
 }
 checked_ops() {
-  "$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 1 -q --policy full --backend checked
+  $limited "$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 1 -q --policy full --backend checked
 }
 
-# measure NAME FLAGS..: a bench's JSON under that name.
+# measure NAME FLAGS..: a bench's JSON under that name, and the tables with it: whoever lent the
+# machine may take it back at any time.
 measure() {
   local name=$1
   shift
-  $limited "$thaw" bench --random "$shape" --backend cuda -r "$repetitions" -q --json "$@" >"$work/$name.json"
+  $limited "$thaw" bench --random "$shape" --backend cuda -r "$repetitions" -q --json "$@" \
+    >"$work/$name.json" && results
+}
+ops() {
+  step "ops, $shape $1" measure "ops-$1" --weights "$1" -n 4 -d "${depths%%,*}" --policy full,thaw \
+    --op embed,qkv,append,attend,settle,project_add,gate_up,logits
 }
 
 step "build" build
@@ -99,7 +113,8 @@ if ! $emulated && command -v compute-sanitizer >/dev/null; then
     step "compute-sanitizer $tool" small_run $limited \
       compute-sanitizer --tool "$tool" --error-exitcode 1
   done
-  step "compute-sanitizer initcheck" no_uninitialized_reads
+  step "compute-sanitizer memcheck, tests" sanitized_tests memcheck "cuda sampler*,cuda ops*,cuda gemm*"
+  step "compute-sanitizer racecheck, tests" sanitized_tests racecheck "cuda sampler*"
 else
   leave_out "compute-sanitizer" "$($emulated && echo "there is no device" || echo "not in PATH")"
   step "a short run" small_run
@@ -117,16 +132,14 @@ for format in $formats; do
   step "prompts, $shape $format" measure "prompt-$format" --weights "$format" -p "$prompts" -n 0 \
     --policy full,thaw
 done
-step "ops, $shape" measure ops --weights "${formats##* }" -n 4 -d "${depths%%,*}" \
-  --policy full,thaw --op embed,qkv,append,attend,settle,project_add,gate_up,logits
-facts=emulator
-$emulated || facts=$(nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,compute_cap \
-  --format=csv,noheader 2>/dev/null | head -n 1)
-results() { python3 tools/gpu_results.py "$work" "$out" "$facts"; }
+ops "${formats##* }"
+$emulated || [ "${formats%% *}" = "${formats##* }" ] || ops "${formats%% *}"
+if ! $emulated && command -v compute-sanitizer >/dev/null; then
+  step "compute-sanitizer initcheck" no_uninitialized_reads
+fi
 if $emulated; then
   leave_out "transformers" "there is no device"
 elif python3 -c 'import torch, transformers; assert torch.cuda.is_available()' 2>/dev/null; then
-  results  # the last step takes longest, and may be cut off
   step "transformers, $shape bf16" bash -c "$limited python3 tools/gpu_peer.py >'$work/peer.json'"
 else
   leave_out "transformers" "no torch with CUDA"

@@ -101,8 +101,9 @@ def main(folder, out, facts):
                  if "product_tflops" in peer else "The tensor cores' peak by their clock")
         text += f": {rate:.0f} TFLOP/s.\n\n"
     text += prompt_table(measured, rate)
-    if "ops" in measured:
-        text += "\n## Ops\n\nEach alone, from cold caches.\n\n" + op_table(measured["ops"])
+    for name, data in measured.items():
+        if name.startswith("ops-"):
+            text += f"\n## Ops, {name.removeprefix('ops-')}\n\nEach alone, from cold caches.\n\n" + op_table(data)
     (out / "gpu-results.md").write_text(text)
     (out / "gpu-results.json").write_text(
         json.dumps({"facts": facts, "steps": steps, "measured": measured}, indent=1) + "\n")
