@@ -12,7 +12,7 @@ FUZZ_FLAGS = -max_total_time=$(FUZZ_SECONDS) -timeout=10 -rss_limit_mb=2048
 # g++ 12 finds std::string out of its bounds, wrongly, depending on what is inlined.
 WARN := -Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wno-psabi -Werror \
   -Wno-array-bounds -Wno-stringop-overflow
-SAN_FLAGS := $(if $(SAN),-DSANITIZED -fsanitize=$(SAN) -fno-omit-frame-pointer \
+SAN_FLAGS := $(if $(SAN),-fsanitize=$(SAN) -fno-omit-frame-pointer \
   -fno-sanitize-recover=all)
 # -fno-trapping-math: nobody asks for floating-point traps, and without it no loop with a choice in
 # it becomes vector code.
@@ -282,7 +282,7 @@ PLAIN_TESTS := $(filter $(BUILD)/%,$(TEST_OBJECTS) $(SIMT_PLAIN_TESTS:%.cu=$(TES
 $(PLAIN_TESTS): KIND := tests
 $(PLAIN_TESTS): $(PARSED:%=%/tests.h.gch) $(PARSED:%=%/tests-json.h.gch)
 # Of the sanitizers main.cpp needs to know, no more; it asks doctest.h for what others do not have.
-$(TEST_MAIN): private SAN_FLAGS := $(SAN:%=-DSANITIZED)
+$(TEST_MAIN): private SAN_FLAGS := -DSANITIZERS='"$(SAN)"'
 $(TEST_MAIN): private OPT := -Og
 $(TEST_MAIN) $(SIMT_KERNEL_TESTS:%.cu=$(BUILD)/simt/%.o) $(SIMT_OBJECTS): WITH =
 # These checks are a fifth of compiling them; AddressSanitizer sees what comes of a null pointer.

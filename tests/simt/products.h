@@ -21,6 +21,7 @@
 
 #include "device/cuda.h"
 #include "model/tensor.h"
+#include "tests/sanitized.h"
 #include "tests/simt/simt.h"
 #include "tests/tiny_model.h"
 

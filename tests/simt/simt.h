@@ -25,13 +25,6 @@
 
 namespace simt {
 
-// Sanitizers make steps up to thirty times as long, and see what is wrong in any size and order.
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-inline constexpr bool kIsSlow = true;
-#else
-inline constexpr bool kIsSlow = false;
-#endif
-
 // False where tests run on a device (tests/simt/on_device.cu): all else here is then of no use.
 bool emulated();
 

@@ -17,6 +17,7 @@
 #include "model/forward.h"
 #include "tests/compare.h"
 #include "tests/error_of.h"
+#include "tests/sanitized.h"
 #include "tests/simt/simt.h"
 #include "tests/tiny_model.h"
 
@@ -30,18 +31,14 @@ using Tokens = std::vector<std::int32_t>;
 using Logits = std::vector<float>;
 
 // What is lost when a call fails is seen only when that call does.
-#ifdef __SANITIZE_THREAD__
-constexpr int kEveryCall = 23;
-#else
-constexpr int kEveryCall = 1;
-#endif
-constexpr int kOrders = kIsSlow ? 3 : 32, kGraphPrompt = kIsSlow ? 10 : 120;    // 120 and its steps
-constexpr int kTieredSteps = kIsSlow ? 6 : 40, kGraphSteps = kIsSlow ? 5 : 20;  // open a page
-#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
-constexpr DType kTypes[] = {DType::kBF16, DType::kQ4_1};
-#else
-constexpr auto& kTypes = testing::kAllTypes;
-#endif
+const int kEveryCall = testing::sanitized("thread") ? 23 : 1;
+const unsigned kOrders = kIsSlow ? 3 : 32;
+const int kGraphPrompt = kIsSlow ? 10 : 120;                                // 120 and its steps
+const int kTieredSteps = kIsSlow ? 6 : 40, kGraphSteps = kIsSlow ? 5 : 20;  // open a page
+std::vector<DType> types() {
+  if (kIsSlow) return {DType::kBF16, DType::kQ4_1};
+  return {std::begin(testing::kAllTypes), std::end(testing::kAllTypes)};
+}
 
 testing::TinyOptions options(DType type) {
   testing::TinyOptions o{.type = type, .dim = 64, .n_layers = 2};
@@ -114,7 +111,7 @@ TEST_CASE("cuda forward: a prompt's steps have their own tokens though nothing w
 }
 
 TEST_CASE("cuda forward: every format writes what the CPU writes") {
-  for (DType type : kTypes) {
+  for (DType type : types()) {
     CAPTURE(dtype_info(type).name);
     const testing::TinyModel tiny = testing::make_tiny_model(options(type));
     Machine cpu(tiny.model, make_cpu_backend(tiny.model, 1));

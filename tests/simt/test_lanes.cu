@@ -9,6 +9,7 @@
 #include "kvstore/lanes_cuda.h"
 #include "kvstore/residency.h"
 #include "kvstore/tiers.h"
+#include "tests/sanitized.h"
 #include "tests/simt/both_stores.h"
 #include "tests/tiny_model.h"
 

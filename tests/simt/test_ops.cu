@@ -14,6 +14,7 @@
 #include "tests/compare.h"
 #include "tests/error_of.h"
 #include "tests/reference.h"
+#include "tests/sanitized.h"
 #include "tests/simt/products.h"
 #include "tests/simt/simt.h"
 #include "tests/tiny_model.h"

@@ -1,4 +1,5 @@
 // Who is hot on the device against who is hot in host memory, step by step, on the same statistics.
+#include "tests/sanitized.h"
 #include "tests/simt/both_stores.h"
 
 using namespace thaw;
@@ -18,7 +19,7 @@ KvOptions options_of(Policy policy) {
   return o;
 }
 
-constexpr int kLayers = simt::kIsSlow ? 1 : 2;
+const int kLayers = simt::kIsSlow ? 1 : 2;
 
 constexpr Policy kPolicies[] = {Policy::kThaw, Policy::kWindow, Policy::kH2o, Policy::kBudget,
                                 Policy::kAsr};

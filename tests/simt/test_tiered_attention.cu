@@ -10,6 +10,7 @@
 #include "tests/compare.h"
 #include "tests/error_of.h"
 #include "tests/reference.h"
+#include "tests/sanitized.h"
 #include "tests/simt/device_tiers.h"
 #include "tests/simt/simt.h"
 #include "tests/tiered_reference.h"
@@ -23,7 +24,7 @@ using testing::error_of;
 
 namespace {
 
-constexpr int kOrders = kIsSlow ? 3 : 20;
+const unsigned kOrders = kIsSlow ? 3 : 20;
 constexpr float kNever = std::numeric_limits<float>::infinity();
 
 // A view of a scene on the device, and attention that looks at it.

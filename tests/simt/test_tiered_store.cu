@@ -1,5 +1,6 @@
 // The store on the GPU as a whole: its memory, its graphs, its order on the stream, its errors.
 #include "tests/error_of.h"
+#include "tests/sanitized.h"
 #include "tests/simt/both_stores.h"
 #include "tests/simt/simt.h"
 #include "tests/step_order.h"
