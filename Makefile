@@ -39,6 +39,11 @@ ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc) --no-print-directory
 endif
 
+# These share objects, which two makes must not write at the same time.
+ifneq ($(word 2,$(filter test sanitize race barriers,$(MAKECMDGOALS))),)
+.NOTPARALLEL:
+endif
+
 ROOMS := device kvstore attention model tokenizer cli
 SOURCES := $(foreach room,$(ROOMS),$(sort $(wildcard $(room)/*.cpp)))
 TESTS := $(sort $(wildcard tests/*.cpp))
@@ -49,9 +54,9 @@ COMMANDS := $(filter $(BUILD)/cli/%,$(OBJECTS))
 USE_JSON := $(shell grep -l '<nlohmann/json.hpp>' $(SOURCES) $(TESTS))
 WITH_CUDA := $(filter-out $(BUILD)/model/no_cuda.o,$(OBJECTS))  # what CUDA sources are linked with
 # Where the objects of tests are, which have no sanitizers: `make sanitize` takes those of `make test`.
-TESTED ?= $(BUILD)
+TESTED := $(BUILD)
 # And where the host's are that the emulator's tests need: a race of kernels is none of theirs.
-HOST ?= $(BUILD)
+HOST := $(BUILD)
 TEST_OBJECTS := $(patsubst %.cpp,$(TESTED)/%.o,$(filter-out tests/main.cpp,$(TESTS)))
 TEST_MAIN := $(BUILD)/tests/main.o  # tells tests whether the code has sanitizers
 FUZZ_OBJECTS := $(FUZZED:%.cpp=$(BUILD)/%.o)

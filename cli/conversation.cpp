@@ -47,8 +47,9 @@ Generation Conversation::answer(GenerateOptions options,
                                 const std::function<void(std::string_view)>& write) {
   Said::Turn& turn = said_.turns.back();
   TextStream text({}, [&](std::string_view piece) { turn.answer += piece, write(piece); });
-  options.on_token = [&, inner = options.on_token, begins = true](TokenId id) mutable {
-    text.feed(std::exchange(begins, false) ? tokenizer_.decode_first(id) : tokenizer_.decode(id));
+  Tokenizer::Reader reader(tokenizer_, true);
+  options.on_token = [&, inner = options.on_token](TokenId id) {
+    text.feed(reader.read(id));
     return !inner || inner(id);
   };
   const auto in_store = static_cast<std::size_t>(kv_.length());

@@ -5,7 +5,6 @@
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <random>
-#include <utility>
 
 #include "cli/commands.h"
 #include "cli/format.h"
@@ -241,11 +240,8 @@ Generation stream(const Options& o, const Model& model, const Tokenizer& tokeniz
   options.max_tokens = o.max_tokens;
   options.fingerprint = o.verbose || o.common.json;
   if (o.ignore_eos) options.is_end = {};
-  options.on_token = [&,
-                      begins = o.chat || tokenizer.is_special(prompt.back())](TokenId id) mutable {
-    return text.feed(std::exchange(begins, false) ? tokenizer.decode_first(id)
-                                                  : tokenizer.decode(id));
-  };
+  Tokenizer::Reader reader(tokenizer, o.chat || tokenizer.is_special(prompt.back()));
+  options.on_token = [&](TokenId id) { return text.feed(reader.read(id)); };
   watch.attach(options);
   Generation result = generate(transformer, *kv, sampler, prompt, options);
   progress.clear();

@@ -33,8 +33,8 @@ struct KvFlags {
 // The flags with each of the policies in turn.
 std::vector<KvFlags> with_policies(const KvFlags& kv, const std::vector<std::string>& policies);
 
-// Throws UsageError where flags say what freezes and all of these are full, and for what
-// contradicts itself.
+// Throws UsageError where flags say what freezes and all of these are full, where none of them has
+// the policy that alone reads a flag, and for what contradicts itself.
 void check_kv(const std::vector<KvFlags>& variants);
 
 // policies: for a command that takes several, which go there instead of to `kv`.

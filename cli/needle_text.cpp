@@ -232,7 +232,7 @@ std::vector<TokenId> needle_question(const Tokenizer& tokenizer, const NeedleKey
     const Tokens change = turn_change(tokenizer, format, {});
     ids.insert(ids.end(), change.begin(), change.end());
   }
-  const Tokens begun = tokenizer.encode(answer);
+  const Tokens begun = go_on(tokenizer, answer);
   ids.insert(ids.end(), begun.begin(), begun.end());
   return ids;
 }

@@ -68,9 +68,9 @@ bool parse(const Args& args, PerplexityOptions& o) {
   flags.section("Policies");
   flags.toggle(o.no_full, "--no-full", "leave out the comparison with --policy full and f16");
   flags.texts(o.sweeps, "--sweep", "NAME=V,V,...",
-              "run once for each value of the flag --NAME, any of the KV store's (--policy, --kv-type, "
-              "--epsilon and so on); repeated: for each combination. All run side by side, each "
-              "with a KV store in memory");
+              "run once for each value of the flag --NAME, any of the KV store's (--policy, "
+              "--kv-type, --epsilon and so on); repeated: for each combination. All run side by "
+              "side, each with a KV store in memory");
   flags.path(o.csv, "--csv", "FILE", "write every figure, a line for each combination");
   flags.path(o.plot, "--plot", "FILE",
              "draw KL against resident bytes, with the frontier: a .svg picture, or a .html page "

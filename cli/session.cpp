@@ -169,9 +169,8 @@ Session read_session(const std::filesystem::path& path) {
 
 bool has_session(const std::filesystem::path& path) {
   std::error_code none;
-  return std::filesystem::exists(path, none) &&
-         !(std::filesystem::is_regular_file(path, none) &&
-           std::filesystem::file_size(path, none) == 0);
+  return std::filesystem::exists(path, none) && !(std::filesystem::is_regular_file(path, none) &&
+                                                  std::filesystem::file_size(path, none) == 0);
 }
 
 void require_writable_session(const std::filesystem::path& path) {
@@ -207,8 +206,9 @@ Resumed resumed(const Session& session, const Model& model, const Conversation& 
             where, ": kv: expected ", shape.n_layers, " layers of ", shape.n_kv_heads, " heads of ",
             shape.head_dim, ", found ", saved.n_layers, " of ", saved.n_kv_heads, " of ",
             saved.head_dim);
-    require(session.rows.finite_as(shape.type), where,
-            ": keys and values: expected numbers that are finite in the store's type, found others");
+    require(
+        session.rows.finite_as(shape.type), where,
+        ": keys and values: expected numbers that are finite in the store's type, found others");
   } else {
     result.said = conversation.encoded(std::move(result.said));
   }

@@ -46,6 +46,7 @@ std::string bytes_of(std::string_view text, TokenKind kind, const TokenizerSpec&
                      std::size_t id) {
   if (!spec.characters)
     return kind == TokenKind::kText ? from_byte_alphabet(text) : std::string(text);
+  if (kind == TokenKind::kControl) return std::string(text);
   if (kind != TokenKind::kByte) return from_space_marks(text);
   const auto byte = byte_named(text);
   require(byte.has_value(), spec.source, ": ", kTokens, ": token ", id,

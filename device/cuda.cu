@@ -5,8 +5,7 @@
 namespace thaw {
 namespace {
 
-// Bytes of dynamic shared memory. The limit without asking, 48 KiB, is for a kernel's static memory,
-// too.
+// Bytes of dynamic shared memory. The limit without asking, 48 KiB, is for static memory, too.
 constexpr std::size_t kSharedWithoutAsking = 40 << 10;
 
 std::string& first_failure() {

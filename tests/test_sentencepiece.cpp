@@ -3,10 +3,12 @@
 // these tests on more strings by way of THAW_SENTENCEPIECE_GOLDEN), and what bad files get.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
@@ -121,7 +123,7 @@ TEST_CASE("golden tokens of sentencepiece, vocabulary and scores from GGUF") {
   compare(tokenizer, "model", false);
   for (const Json& c : golden()["cases"]) {
     const auto text = c["text"].get<std::string>();
-    CHECK(tokenizer.count_missing(text) == 0);
+    CHECK((tokenizer.count_missing(text) == 0) == !contains(text, kMark));
     if (!contains(text, kMark)) REQUIRE(tokenizer.decode(tokenizer.encode(text)) == text);
   }
 }
@@ -154,10 +156,8 @@ TEST_CASE("golden tokens of conversations in the formats of LLaMA 2, Mistral and
     const ChatMessage reply = messages.back(), answer = messages[messages.size() - 2];
     messages.resize(messages.size() - 2);
     Ids ids = encode_chat(tokenizer, format, messages);
-    std::string text = answer.content;
-    if (name == "llama2" || name == "marks") text = " " + text;  // as these models write it
     for (const Ids& more :
-         {tokenizer.encode(text, {.continues = true}), encode_reply(tokenizer, format, reply)})
+         {encode_answer(tokenizer, format, answer.content), encode_reply(tokenizer, format, reply)})
       ids.insert(ids.end(), more.begin(), more.end());
     CHECK(ids == expected);
   }
@@ -169,12 +169,17 @@ TEST_CASE("a text gets a space before it, and loses it again") {
   REQUIRE(ids.size() == 2);
   CHECK(ids[0] == 1);
   CHECK(tokenizer.decode(ids[1]) == " qui");
-  CHECK(tokenizer.decode_first(ids[1]) == "qui");
-  CHECK(tokenizer.decode(ids) == "qui");  // the control token before it is no text
+  Tokenizer::Reader reader(tokenizer, true), later(tokenizer, false);
+  CHECK(reader.read(ids[0]) == "");  // the control token before it is no text
+  CHECK(reader.read(ids[1]) == "qui");
+  CHECK(reader.read(ids[1]) == " qui");
+  CHECK(later.read(ids[1]) == " qui");
+  CHECK(tokenizer.decode(ids) == "qui");
   CHECK(tokenizer.decode(tokenizer.encode("qui", {.continues = true})) == "qui");
   CHECK(tokenizer.encode("qui", {.continues = true}) != tokenizer.encode("qui"));
   CHECK(tokenizer.encode(" qui", {.continues = true}) == tokenizer.encode("qui"));
   CHECK(tokenizer.encode("").empty());
+  CHECK(tokenizer.count_missing("a" + kMark + kMark + "b") == 4);  // two spaces are written
 
   GgufWriter none = golden_gguf();
   none.set("tokenizer.ggml.add_space_prefix", false);
@@ -253,7 +258,13 @@ TEST_CASE("a model with LLaMA 2's chat format answers, and goes on from a file")
   CHECK(std::count(first.out.begin(), first.out.end(), '\n') >= 2);
   const std::string header = testing::read_file(session);
   const Json talk = Json::parse(header.substr(0, header.find('\n')));
-  CHECK(talk["turns"].size() == 3);
+  REQUIRE(talk["turns"].size() == 3);
+  // Every turn of the user is the tokens that its text makes: a byte is its own code and 3.
+  const auto tokens = talk["tokens"].get<Ids>();
+  Ids expected = {1};
+  for (const char c : std::string(" [INST] <<SYS>>\nHi\n<</SYS>>\n\nOne [/INST]"))
+    expected.push_back(c + 3);
+  CHECK(Ids(tokens.begin(), tokens.begin() + std::ssize(expected)) == expected);
   const testing::RunResult needle =
       testing::run_thaw({"needle", "-m", model, "--chat", "--context", "200"});
   CHECK(needle.exit_code == 1);
@@ -317,8 +328,11 @@ TEST_CASE("bad steps of a tokenizer.json with byte_fallback are named") {
   CHECK(contains(error("first", [](Json& j) { j["pre_tokenizer"] = nullptr; }),
                  "expected a normalizer or a pre_tokenizer beside byte_fallback, found neither"));
   CHECK(contains(error("first", [](Json& j) { j["model"]["byte_fallback"] = false; }), "fuse_unk"));
-  CHECK(
-      contains(error("first", [](Json& j) { j["model"]["vocab"].erase("<0x0A>"); }), "expected a"));
+  const auto renamed = [](Json& j) {
+    Json& vocab = j["model"]["vocab"];
+    vocab["<0x0a0a>"] = vocab["<0x0A>"], vocab.erase("<0x0A>");
+  };
+  CHECK(contains(error("first", renamed), "byte tokens: expected <0x00> to <0xFF>, found 255"));
 }
 
 }  // namespace

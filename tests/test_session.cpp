@@ -141,8 +141,10 @@ TEST_CASE("session: numbers that are none are refused") {
   bytes.back() = '\x7f', bytes[bytes.size() - 2] = '\0';  // infinity as f16 is 7c00
   write_file(saved.path, bytes);
   Talk talk;
-  CHECK(error_of([&] { talk.resume(saved.path); }) ==
-        saved.path.string() + ": keys and values: expected numbers that are finite in the store's type, found others");
+  CHECK(
+      error_of([&] { talk.resume(saved.path); }) ==
+      saved.path.string() +
+          ": keys and values: expected numbers that are finite in the store's type, found others");
 }
 
 TEST_CASE("session: numbers that the store's type cannot hold are refused") {

@@ -91,6 +91,16 @@ TEST_CASE("turns are wrapped in control tokens, and the assistant's is opened") 
         "<|start_header_id|>assistant<|end_header_id|>\n\n");
 }
 
+TEST_CASE("marks that are tokens of a byte vocabulary stand without spaces") {
+  const Tokenizer nemo = make("[INST]", {"<s>", "</s>", "[INST]", "[/INST]"});
+  CHECK(shown(nemo, encode_chat(nemo, ChatFormat::kMistral,
+                                {{"system", "Be brief."},
+                                 {"user", "Hi"},
+                                 {"assistant", "Ho"},
+                                 {"user", "More"}})) ==
+        "<s>[INST]Be brief.\n\nHi[/INST]Ho</s>[INST]More[/INST]");
+}
+
 TEST_CASE("a conversation is the same tokens turn by turn as at once") {
   const std::vector<ChatMessage> first = {{"system", "Be brief."}, {"user", "Hi"}};
   const ChatMessage answer = {"assistant", "Hello."}, reply = {"user", "More<|eot_id|><|im_end|>"};

@@ -289,7 +289,8 @@ TEST_CASE("files that are no tokenizer at all are refused in one line") {
   const std::string deep = "{\"a\":" + std::string(200'000, '[');
   contains(files.error("tokenizer.json", deep), "nesting");
   contains(files.error("tokenizer.model", "\n\n"), "found none");
-  contains(files.error("tokenizer.model", std::string("\n\x0e\n\x05<unk>", 9)), "found SentencePiece's binary");
+  contains(files.error("tokenizer.model", std::string("\n\x0e\n\x05<unk>", 9)),
+           "found SentencePiece's binary");
   CHECK_THROWS_AS(load_tokenizer(files.path() / "missing.json"), Error);
   const Files empty;
   CHECK_THROWS_WITH_AS(load_tokenizer(empty.path()),

@@ -100,7 +100,7 @@ class Turns {
       instruct(ids, message.content);
     } else {
       append(ids, answer(ids, message.content));
-      ids.push_back(close_);
+      close(ids);
     }
   }
 
@@ -116,8 +116,8 @@ class Turns {
   }
   // An answer's own tokens.
   std::vector<TokenId> answer(const std::vector<TokenId>& ids, std::string_view text) const {
-    if (format_ == ChatFormat::kLlama2) return encode(ids, join(" ", trim(text), " "), true);
-    if (has_marks_as_tokens()) return encode(ids, join(" ", trim(text)), true);
+    if (format_ == ChatFormat::kLlama2) return encode(ids, join(" ", trim(text)), true);
+    if (has_marks_as_tokens()) return encode(ids, join(gap(), trim(text)), true);
     return encode(ids, text, true);
   }
 
@@ -128,6 +128,9 @@ class Turns {
            tokenizer_.is_special(tokenizer_.find(kInstruction)) &&
            tokenizer_.is_special(tokenizer_.find(kInstructionEnd));
   }
+
+  // Behind a mark that is a token: a space, but in vocabularies of bytes (Mistral NeMo).
+  const char* gap() const { return tokenizer_.spec().characters ? " " : ""; }
 
   // A part of the conversation between control tokens, or one that goes on.
   std::vector<TokenId> encode(const std::vector<TokenId>& ids, std::string_view text,
@@ -162,7 +165,7 @@ class Turns {
     if (!has_marks_as_tokens())
       return append(ids, encode(ids, join(kInstruction, " ", text, " ", kInstructionEnd)));
     ids.push_back(tokenizer_.find(kInstruction));
-    append(ids, encode(ids, join(" ", text)));
+    append(ids, encode(ids, join(gap(), text), true));
     ids.push_back(tokenizer_.find(kInstructionEnd));
   }
 

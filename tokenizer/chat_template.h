@@ -29,8 +29,8 @@ ChatFormat recognise_chat_format(const Tokenizer& tokenizer);
 std::string default_system_message(const Tokenizer& tokenizer);
 
 // Token ids of `messages` followed by the opening of the assistant's turn. Control tokens in the
-// template become control tokens; text inside a message is never parsed for them, so a message
-// cannot forge a turn. Throws Error for kNone.
+// template become control tokens; text inside a message is never parsed for them, so that where
+// marks are control tokens a message cannot forge a turn. Throws Error for kNone.
 std::vector<TokenId> encode_chat(const Tokenizer& tokenizer, ChatFormat format,
                                  const std::vector<ChatMessage>& messages);
 

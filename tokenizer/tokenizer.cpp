@@ -277,21 +277,18 @@ std::string_view Tokenizer::decode(TokenId id, bool show_special) const {
   return spec().tokens[static_cast<std::size_t>(id)];
 }
 
-std::string_view Tokenizer::decode_first(TokenId id, bool show_special) const {
-  std::string_view text = decode(id, show_special);
-  if (spec().prefix != SpacePrefix::kNone && text.starts_with(' ')) text.remove_prefix(1);
+std::string_view Tokenizer::Reader::read(TokenId id) {
+  std::string_view text = tokenizer_.decode(id, show_special_);
+  const bool strips = begins_ && tokenizer_.spec().prefix != SpacePrefix::kNone;
+  begins_ = begins_ && tokenizer_.is_special(id);
+  if (strips && !begins_ && text.starts_with(' ')) text.remove_prefix(1);
   return text;
 }
 
 std::string Tokenizer::decode(const std::vector<TokenId>& ids, bool show_special) const {
   std::string text;
-  bool first = true;
-  for (const TokenId id : ids) {
-    const std::string_view piece =
-        first ? decode_first(id, show_special) : decode(id, show_special);
-    first = first && is_special(id);
-    text += piece;
-  }
+  Reader reader(*this, true, show_special);
+  for (const TokenId id : ids) text += reader.read(id);
   return text;
 }
 
@@ -313,6 +310,12 @@ TokenId Tokenizer::find(std::string_view token_text) const {
 }
 
 std::size_t Tokenizer::count_missing(std::string_view text) const {
+  if (spec().characters) {
+    std::size_t n = 0;
+    for (std::size_t at = 0; (at = text.find(kSpaceMark, at)) != text.npos; at += kSpaceMark.size())
+      n += kSpaceMark.size() - 1;
+    return n;
+  }
   return static_cast<std::size_t>(std::count_if(text.begin(), text.end(), [&](char byte) {
     return impl_->byte_tokens[static_cast<unsigned char>(byte)] < 0;
   }));

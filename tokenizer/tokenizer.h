@@ -87,6 +87,7 @@ TokenizerSpec read_tiktoken(const std::filesystem::path& path);
 
 class Tokenizer {
  public:
+  class Reader;
   explicit Tokenizer(TokenizerSpec spec);  // throws Error when the spec contradicts itself
   ~Tokenizer();
   Tokenizer(Tokenizer&&) noexcept;
@@ -97,8 +98,11 @@ class Tokenizer {
     bool parse_special = false;  // read "<|im_start|>" in the text as the control token
     bool continues = false;      // the text goes on from another: no space is put before it
   };
-  // Any bytes, valid UTF-8 or not. decode(encode(x)) == x where count_missing(x) is 0. Takes
-  // O(n log n) and at most about 50 bytes of memory for each byte of text. Texts are below 2 GiB.
+  // Any bytes, valid UTF-8 or not. decode(encode(x)) == x where count_missing(x) is 0; but
+  // SentencePiece (as in Hugging Face's tokenizers) loses a space that x begins with where
+  // prefix_if_missing, and gains one behind each added token where parts each get a prefix.
+  // Takes O(n log n) and at most about 50 bytes of memory for each byte of text. Texts are below
+  // 2 GiB.
   std::vector<TokenId> encode(std::string_view text, EncodeOptions options) const;
   std::vector<TokenId> encode(std::string_view text) const { return encode(text, {}); }
 
@@ -107,19 +111,32 @@ class Tokenizer {
   std::string_view decode(TokenId id, bool show_special = false) const;
   // Of a text from its beginning on: without the space that encode() puts there.
   std::string decode(const std::vector<TokenId>& ids, bool show_special = false) const;
-  std::string_view decode_first(TokenId id, bool show_special = false) const;
 
   int vocab_size() const;
   TokenId bos() const;
   bool is_special(TokenId id) const;                // a control token
   bool is_eog(TokenId id) const;                    // ends a generation
   TokenId find(std::string_view token_text) const;  // id of the token with these bytes, or -1
-  std::size_t count_missing(std::string_view text) const;  // bytes that no token spells
+  // Bytes that no token spells; of a space mark of SentencePiece, the two that a space lacks.
+  std::size_t count_missing(std::string_view text) const;
   const TokenizerSpec& spec() const;
 
  private:
   struct Impl;
   std::unique_ptr<Impl> impl_;
+};
+
+// The text of tokens, one after another.
+class Tokenizer::Reader {
+ public:
+  // begins: whether a text begins with them, which then lacks the space that encode() put there.
+  Reader(const Tokenizer& tokenizer, bool begins, bool show_special = false)
+      : tokenizer_(tokenizer), begins_(begins), show_special_(show_special) {}
+  std::string_view read(TokenId id);
+
+ private:
+  const Tokenizer& tokenizer_;
+  bool begins_, show_special_;
 };
 
 }  // namespace thaw

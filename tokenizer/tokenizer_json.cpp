@@ -306,7 +306,7 @@ void decode_tokens(TokenizerSpec& spec) {
     const auto byte = spec.characters ? byte_named(token) : std::nullopt;
     if (kind == TokenKind::kText && byte) {
       token = *byte, kind = TokenKind::kByte;
-    } else if (spec.characters) {
+    } else if (spec.characters && kind != TokenKind::kControl) {
       token = from_space_marks(token);
     } else if (kind == TokenKind::kText) {
       token = from_byte_alphabet(token);

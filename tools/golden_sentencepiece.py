@@ -10,7 +10,8 @@ published models have, and of each string
     model          the ids that sentencepiece gives
     prepend        those of tokenizers with LLaMA 2's and TinyLlama's normalizer; control tokens are read
     first, split   those with Metaspace, as Mistral 0.3 has it, and splitting at spaces
-and the tokens of conversations by chat templates that write what published ones do.
+and the tokens of conversations by chat templates that write what published ones do (Zephyr's with
+<s> before it, as its tokenizer puts it there).
 Needs sentencepiece and transformers; `make test` runs without them.
 """
 import argparse

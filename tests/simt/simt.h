@@ -15,7 +15,8 @@
 //
 // Under AddressSanitizer accesses beyond shared arrays and buffers are found to the byte. Under
 // ThreadSanitizer each CUDA thread, and each stream, is a thread of its own, ordered by what CUDA
-// promises and nothing else: a missing barrier, fence or event is a data race.
+// promises and nothing else: a missing barrier, fence or event is a data race. Host code without
+// kernels is not instrumented: what it reads too early is found by its results.
 #pragma once
 
 #include <cstddef>
