@@ -28,6 +28,8 @@ class Fields {
     return it == object_.end() || it->is_null() ? nullptr : &*it;
   }
 
+  bool names(const std::string& key) const { return object_.contains(key); }  // null as well
+
   Fields object(const std::string& key) const { return {*find(key), join(source_, ": ", key)}; }
 
   int size(const std::string& key) const {
@@ -110,8 +112,11 @@ void demand_llama(const Fields& fields) {
           quantized ? shown(*quantized) : "");
 }
 
-// Demands that every token attends to the whole context.
+// Demands that every token attends to the whole context; a Mistral must say so itself, for without
+// the key transformers gives it a window of 4,096.
 void demand_no_window(const Fields& fields, int context_length) {
+  require(fields.string("model_type", "llama") != "mistral" || fields.names("sliding_window"),
+          fields.source(), ": sliding_window: expected null or a size in a Mistral, found none");
   const json* window = fields.find("sliding_window");
   if (!window || *window == false || !fields.boolean("use_sliding_window", true)) return;
   const int size = fields.size("sliding_window");

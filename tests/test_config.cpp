@@ -181,7 +181,11 @@ TEST_CASE("config: what is not a LLaMA, or one of another kind, is refused by na
         expected + "[\"MixtralForCausalLM\"]");
   CHECK(error_with("architectures", 3) == expected + "3");
   CHECK(error_with("architectures", json::array({"MistralForCausalLM"})) == "");
-  CHECK(error_with("model_type", "mistral") == "");
+  CHECK(error_with("model_type", "mistral") ==
+        "config.json: sliding_window: expected null or a size in a Mistral, found none");
+  json mistral = llama32();
+  mistral["model_type"] = "mistral", mistral["sliding_window"] = nullptr;
+  CHECK(error_in(mistral) == "");
   CHECK(error_with("model_type", "mixtral") ==
         "config.json: model_type: expected llama or mistral, found mixtral");
   CHECK(error_with("hidden_act", "gelu") == "config.json: hidden_act: expected silu, found gelu");
