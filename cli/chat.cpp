@@ -254,6 +254,8 @@ void Chat::attempt(const std::function<void()>& work) {
     work();
   } catch (const DeviceError&) {
     throw;
+  } catch (const std::bad_alloc&) {
+    throw Refused("out of memory");
   } catch (const std::exception& error) {
     throw Refused(error.what());
   }

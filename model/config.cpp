@@ -35,6 +35,7 @@ void validate(const Config& c, const std::string& source) {
           c.head_dim);
   demand_range(source, "heads x head width", std::int64_t{c.n_heads} * c.head_dim, 2, kMaxWidth);
   demand_range(source, "feed-forward width", c.ffn_dim, 1, kMaxWidth);
+  // Logits are of fewer rows: 128, unless a flag asks for more.
   demand_range(source, "vocabulary", c.vocab_size, 1, 4 * kMaxWidth);
   demand_range(source, "context length", c.context_length, 1, kMaxSize);
   require(std::isfinite(c.norm_eps) && c.norm_eps >= 0, source,

@@ -99,7 +99,7 @@ class Turns {
     } else if (message.role == "user") {
       instruct(ids, message.content);
     } else {
-      append(ids, answer(ids, message.content));
+      append(ids, answer(message.content));
       close(ids);
     }
   }
@@ -110,15 +110,15 @@ class Turns {
   }
   // Behind a message, or an answer's own tokens.
   void close(std::vector<TokenId>& ids) const {
-    if (format_ == ChatFormat::kLlama2) append(ids, encode(ids, " ", true));
+    if (format_ == ChatFormat::kLlama2) append(ids, go_on(" "));
     ids.push_back(close_);
     if (format_ == ChatFormat::kChatML) append(ids, encode(ids, "\n"));
   }
   // An answer's own tokens.
-  std::vector<TokenId> answer(const std::vector<TokenId>& ids, std::string_view text) const {
-    if (format_ == ChatFormat::kLlama2) return encode(ids, join(" ", trim(text)), true);
-    if (has_marks_as_tokens()) return encode(ids, join(gap(), trim(text)), true);
-    return encode(ids, text, true);
+  std::vector<TokenId> answer(std::string_view text) const {
+    if (format_ == ChatFormat::kLlama2) return go_on(join(" ", trim(text)));
+    if (has_marks_as_tokens()) return go_on(join(gap(), trim(text)));
+    return go_on(text);
   }
 
  private:
@@ -132,11 +132,14 @@ class Turns {
   // Behind a mark that is a token: a space, but in vocabularies of bytes (Mistral NeMo).
   const char* gap() const { return tokenizer_.spec().characters ? " " : ""; }
 
-  // A part of the conversation between control tokens, or one that goes on.
-  std::vector<TokenId> encode(const std::vector<TokenId>& ids, std::string_view text,
-                              bool continues = false) const {
+  // A part of the conversation, behind ids.
+  std::vector<TokenId> encode(const std::vector<TokenId>& ids, std::string_view text) const {
     const bool once = tokenizer_.spec().prefix == SpacePrefix::kFirst;
-    return tokenizer_.encode(text, {.continues = continues || (once && !ids.empty())});
+    return tokenizer_.encode(text, {.continues = once && !ids.empty()});
+  }
+  // More of a part that has begun.
+  std::vector<TokenId> go_on(std::string_view text) const {
+    return tokenizer_.encode(text, {.continues = true});
   }
 
   void open(std::vector<TokenId>& ids, const std::string& role, std::string_view content) const {
@@ -165,7 +168,7 @@ class Turns {
     if (!has_marks_as_tokens())
       return append(ids, encode(ids, join(kInstruction, " ", text, " ", kInstructionEnd)));
     ids.push_back(tokenizer_.find(kInstruction));
-    append(ids, encode(ids, join(gap(), text), true));
+    append(ids, go_on(join(gap(), text)));
     ids.push_back(tokenizer_.find(kInstructionEnd));
   }
 
@@ -231,7 +234,7 @@ std::vector<TokenId> encode_reply(const Tokenizer& tokenizer, ChatFormat format,
 
 std::vector<TokenId> encode_answer(const Tokenizer& tokenizer, ChatFormat format,
                                    std::string_view text) {
-  return Turns(tokenizer, format).answer({0}, text);
+  return Turns(tokenizer, format).answer(text);
 }
 
 }  // namespace thaw
