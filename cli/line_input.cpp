@@ -6,6 +6,7 @@
 
 #include <cerrno>
 #include <clocale>
+#include <csignal>
 #include <cstdlib>
 #include <cstring>
 #include <cwchar>
@@ -107,6 +108,7 @@ class LineInput::Editor {
   Editor& operator=(const Editor&) = delete;
 
   State read(const char* prompt, std::string& line) {
+    const EditSignals signals;
     prompt_ = prompt;
     if (asks_for_pastes_) std::cerr << kAskForPastes << std::flush;
     ::el_set(editor_, EL_PREP_TERM, 1);  // before the prompt says that keys are waited for
@@ -133,6 +135,27 @@ class LineInput::Editor {
 
   static char* prompt(EditLine* editor) { return const_cast<char*>(of(editor).prompt_); }
 
+  // Waits for a key; true when the line has to be shown again before one came.
+  bool was_disturbed() {
+    while (input_.used_ == input_.held_.size()) {
+      if (const int signal = EditSignals::take()) {
+        if (signal == SIGTSTP) sleep();
+        ::el_resize(editor_);
+        return true;
+      }
+      if (wait_for_stdin() != Ready::kSignal) break;
+    }
+    return false;
+  }
+
+  void sleep() {
+    if (asks_for_pastes_) std::cerr << kNoMorePastes << std::flush;
+    ::el_set(editor_, EL_PREP_TERM, 0);
+    EditSignals::suspend();
+    ::el_set(editor_, EL_PREP_TERM, 1);
+    if (asks_for_pastes_) std::cerr << kAskForPastes << std::flush;
+  }
+
   // Inserts what is pasted at once, without control characters other than ends of lines and tabs.
   // False at the end, or when interrupted.
   bool paste() {
@@ -156,6 +179,10 @@ class LineInput::Editor {
   // for U+FFFD.
   static int next_character(EditLine* editor, wchar_t* character) {
     LineInput& input = of(editor).input_;
+    if (of(editor).was_disturbed()) {
+      *character = kRedraw;
+      return 1;
+    }
     if (input.takes(kPasteBegins)) {
       *character = kRedraw;
       return of(editor).paste() ? 1 : input.interrupted_ ? -1 : 0;
@@ -195,7 +222,10 @@ LineInput::LineInput(const std::filesystem::path& history) {
 LineInput::~LineInput() = default;
 
 bool LineInput::fill() {
-  if ((interrupted_ = !wait_for_stdin())) return false;
+  Ready ready;
+  while ((ready = wait_for_stdin()) == Ready::kSignal) {
+  }
+  if ((interrupted_ = ready == Ready::kInterrupted)) return false;
   held_.erase(0, std::exchange(used_, 0));
   const std::size_t had = held_.size();
   held_.resize(had + (1 << 16));

@@ -20,6 +20,7 @@ static_assert(std::atomic<bool>::is_always_lock_free);  // so a signal handler m
 
 int interrupt_event = -1;  // can be read once it is set, in whichever thread the handler ran
 std::atomic<int> end_signal = 0, presses = 0, deadly_press = 0;
+std::atomic<bool> suspends = false, resized = false;
 
 void on_signal(int signal) {
   constexpr std::string_view kWarning = "\n(stopping soon; Ctrl-C again ends at once, unsaved)\n";
@@ -43,6 +44,16 @@ void handle(int signal, int flags) {
   action.sa_flags = SA_RESTART | flags;
   ::sigaction(signal, &action, nullptr);
 }
+
+void on_edit_signal(int signal) {
+  const int reason = errno;
+  (signal == SIGTSTP ? suspends : resized) = true;
+  ::eventfd_write(interrupt_event, 1);
+  errno = reason;
+}
+
+struct sigaction before_edit[2] = {};
+constexpr int kEditSignals[] = {SIGTSTP, SIGWINCH};
 
 }  // namespace
 
@@ -106,11 +117,42 @@ void catch_end() {
 
 int ended_by() { return end_signal; }
 
-bool wait_for_stdin() {
+Ready wait_for_stdin() {
   pollfd waits[] = {{STDIN_FILENO, POLLIN, 0}, {interrupt_event, POLLIN, 0}};
   while (!interrupted && ::poll(waits, 2, -1) < 0)
     if (errno != EINTR) fail("standard input: cannot wait: ", std::strerror(errno));
-  return !interrupted && waits[0].revents != 0;
+  if (interrupted) return Ready::kInterrupted;
+  if (waits[1].revents == 0) return Ready::kInput;
+  eventfd_t came = 0;
+  ::eventfd_read(interrupt_event, &came);
+  return interrupted ? Ready::kInterrupted : Ready::kSignal;
+}
+
+EditSignals::EditSignals() {
+  for (int i = 0; i < 2; ++i) {
+    ::sigaction(kEditSignals[i], nullptr, &before_edit[i]);
+    struct sigaction action {};
+    action.sa_handler = on_edit_signal;
+    action.sa_flags = SA_RESTART;
+    if (kEditSignals[i] != SIGTSTP || before_edit[i].sa_handler != SIG_IGN)
+      ::sigaction(kEditSignals[i], &action, nullptr);
+  }
+}
+
+EditSignals::~EditSignals() {
+  for (int i = 0; i < 2; ++i) ::sigaction(kEditSignals[i], &before_edit[i], nullptr);
+  if (suspends.exchange(false)) std::raise(SIGTSTP);  // it came too late for the editor
+}
+
+int EditSignals::take() {
+  return suspends.exchange(false) ? SIGTSTP : resized.exchange(false) ? SIGWINCH : 0;
+}
+
+void EditSignals::suspend() {
+  struct sigaction editing {};
+  ::sigaction(SIGTSTP, &before_edit[0], &editing);
+  std::raise(SIGTSTP);
+  ::sigaction(SIGTSTP, &editing, nullptr);
 }
 
 Progress::Progress(bool quiet) : enabled_(!quiet && stderr_is_terminal()) {}

@@ -32,8 +32,22 @@ const std::atomic<bool>& catch_interrupt(int deadly = 2);
 void catch_end();
 int ended_by();
 
-// Waits until standard input can be read. False when Ctrl-C comes, or came, first.
-bool wait_for_stdin();
+// Waits until standard input can be read, or Ctrl-C comes, or came, or a signal of EditSignals.
+enum class Ready { kInput, kInterrupted, kSignal };
+Ready wait_for_stdin();
+
+// While a line is edited: Ctrl-Z (SIGTSTP, unless it is ignored) waits until the editor has left
+// the terminal as it was, and the editor learns of windows that change (SIGWINCH).
+class EditSignals {
+ public:
+  EditSignals();
+  ~EditSignals();
+  EditSignals(const EditSignals&) = delete;
+  EditSignals& operator=(const EditSignals&) = delete;
+
+  static int take();      // which came since, Ctrl-Z first; 0: none
+  static void suspend();  // what Ctrl-Z does; returns when the program goes on
+};
 
 // One line on standard error that is written over; gone when this is. Nothing at all when standard
 // error is no terminal, or quiet.

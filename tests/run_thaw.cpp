@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <poll.h>
 #include <pty.h>
+#include <sys/ioctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -135,6 +136,8 @@ RunResult run_thaw_in_terminal(const std::vector<std::string>& args,
     if (at == std::string::npos) break;
     seen = at + step.shown.size();
     step.first();
+    const winsize window = {24, step.columns, 0, 0};
+    require(step.columns == 0 || ::ioctl(terminal, TIOCSWINSZ, &window) == 0, "cannot resize");
     require(::write(terminal, step.keys.data(), step.keys.size()) == std::ssize(step.keys),
             "cannot type into the terminal");
   }

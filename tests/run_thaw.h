@@ -26,11 +26,12 @@ std::string thaw_binary();
 RunResult run_thaw(const std::vector<std::string>& args, const RunOptions& options = {});
 
 // Runs it in a terminal (a pty): each step waits until `shown` has appeared since the step before,
-// and then does `first` and types `keys`. Returns all that the terminal showed, as `out`. A step
-// that waits in vain ends it after a minute.
+// and then does `first`, makes the window `columns` wide, and types `keys`. Returns all that the
+// terminal showed, as `out`. A step that waits in vain ends it after a minute.
 struct Keys {
   std::string shown, keys;
   std::function<void()> first = [] {};
+  unsigned short columns = 0;  // 0: as wide as before
 };
 RunResult run_thaw_in_terminal(const std::vector<std::string>& args,
                                const std::vector<Keys>& steps);

@@ -267,6 +267,18 @@ TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come 
   CHECK(pasted.exit_code == 0);
   CHECK(contains(pasted.out, generated("Hi\nyou").substr(0, generated("Hi\nyou").find('\n'))));
   CHECK(contains(pasted.out, "chat     1 message, "));
+  // Ctrl-Z, where nobody could let the program go on again, stops nothing.
+  const RunResult disturbed = run_thaw_in_terminal(
+      {"chat", "-m", tiny(), "--temp", "0", "-n", "8", "--system", "Be", "--history", ""},
+      {{"> ", "Hi"},
+       {"Hi", "\x1a"},
+       {"\x1b[?2004l", ""},
+       {"> Hi", "", [] {}, 10},
+       {"> Hi", "\r"},
+       {"> ", "\x04"}});
+  CAPTURE(disturbed.out);
+  CHECK(disturbed.exit_code == 0);
+  CHECK(contains(disturbed.out, "chat     1 message, "));
   const std::string notes = (directory.path() / "notes").string();
   testing::write_file(notes, "mine");
   const RunResult other = run_thaw_in_terminal({"chat", "-m", tiny(), "--history", notes}, {});
