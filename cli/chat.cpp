@@ -86,7 +86,11 @@ class Chat {
   static void attempt(const std::function<void()>& work);
   void say(const Input& message);
   void answer();
-  void taken_back() { recovery_ = Recovery(recovery_.params()); }  // it knows other tokens
+  // What the alarm knows, and what it began, is of other tokens.
+  void taken_back() {
+    recovery_ = Recovery(recovery_.params());
+    kv_->reset(Rung::kNone);
+  }
   void note(const std::string& text) const { std::cerr << text << "\n"; }
   std::string system() const { return o_.system.value_or(default_system_message(tokenizer_)); }
 
@@ -109,7 +113,7 @@ class Chat {
   Watch watch_;
   LineInput lines_;
   bool quits_ = false, interrupted_ = false, opened_ = false, greeted_ = false, warned_ = false;
-  int n_read_ = 0, n_first_ = 0, n_steps_ = 0;  // tokens of prompts, of the first; decode steps
+  int n_read_ = 0, n_steps_ = 0;  // tokens of prompts, decode steps
   double read_seconds_ = 0, decode_seconds_ = 0;
 };
 
@@ -136,8 +140,9 @@ int Chat::run() {
     if (opened_) keep();
     throw;
   }
-  watch_.finish(tokenizer_, talk_.said().tokens,
-                std::min(n_first_, static_cast<int>(talk_.said().tokens.size())));
+  const Said& said = talk_.said();
+  watch_.finish(tokenizer_, said.tokens,
+                static_cast<int>(said.turns.empty() ? said.tokens.size() : said.turns[0].reply));
   return ended_by() != 0 ? 128 + ended_by() : interrupted_ ? kInterruptedExit : 0;
 }
 
@@ -279,7 +284,6 @@ void Chat::answer() {
   });
   progress.clear();
   if (!line_ended) write_stdout("\n");
-  if (n_read_ == 0) n_first_ = g.prompt_tokens;
   n_read_ += g.prompt_tokens, read_seconds_ += g.prefill_seconds;
   n_steps_ += g.decode_steps, decode_seconds_ += g.decode_seconds;
   if (g.finish == Finish::kInterrupted) {

@@ -194,14 +194,17 @@ class Reader {
     run.alarms += static_cast<int>(recovery.firings().size());
     for (std::size_t i = 0; i < text.keys.size() && !interrupted_; ++i) {
       kv->rewind(n_tokens);
+      kv->reset(Rung::kNone);     // what an alarm of another question began
       Recovery alarm = recovery;  // as it was at the end of the text
       const NeedleKey& key = text.keys[i];
       std::vector<TokenId> prompt = needle_question(tokenizer_, key, o_.chat, false);
+      const std::ptrdiff_t n_before = n_tokens + std::ssize(prompt);
       const std::vector<TokenId> first = answer(*kv, alarm, prompt, spec, 1, key, run);
       if (!o_.second || interrupted_) continue;
       const NeedleKey& other = text.keys[(i + 1) % text.keys.size()];
       prompt = needle_question(tokenizer_, other, o_.chat, true);
-      if (!first.empty()) prompt.insert(prompt.begin(), first.back());  // not in the store yet
+      if (kv->length() < n_before + std::ssize(first))
+        prompt.insert(prompt.begin(), first.back());  // it was not run yet
       answer(*kv, alarm, prompt, spec, 2, other, run);
     }
     account(*kv, run);

@@ -12,7 +12,7 @@
 namespace thaw {
 
 KvBounds::KvBounds(const KvShape& shape, const KvOptions& options)
-    : shape_(shape), options_(options), budget_(static_cast<std::size_t>(shape.n_layers)) {
+    : shape_(shape), options_(options), shares_(static_cast<std::size_t>(shape.n_layers)) {
   if (params().policy != Policy::kFull) check();
 }
 
@@ -68,7 +68,7 @@ double KvBounds::promised(int kv_len) const {
 }
 
 int KvBounds::bound(int layer, int kv_len) const {
-  double rows = params().policy == Policy::kBudget ? budget_[static_cast<std::size_t>(layer)]
+  double rows = params().policy == Policy::kBudget ? shares_[static_cast<std::size_t>(layer)].bound
                                                    : promised(kv_len);
   rows = std::max(rows, static_cast<double>(least()));
   if (has_ghosts() && options_.hot_fraction > 0)
@@ -76,20 +76,32 @@ int KvBounds::bound(int layer, int kv_len) const {
   return static_cast<int>(std::min(rows, static_cast<double>(kv_len)));
 }
 
+void KvBounds::learn(int layer, float entropy, int n_rows) {
+  Share& share = shares_[static_cast<std::size_t>(layer)];
+  share.entropy += double{entropy} * n_rows, share.rows += n_rows;
+}
+
+void KvBounds::forget() { std::fill(shares_.begin(), shares_.end(), Share{}); }
+
 // Each layer's part of the total is proportional to its entropy, but holds what is always hot and
 // is no more than the context; what a layer cannot use goes to the others. So a layer gets
-// clamp(x layer_share, least, kv_len), with x found by bisection.
-void KvBounds::share(int kv_len, const std::vector<float>& entropy) {
+// clamp(x layer_share, least, kv_len), with x found by bisection. Bytes are promised in whole
+// pages, and so given in pages.
+void KvBounds::share(int kv_len) {
   if (params().policy != Policy::kBudget) return;
-  const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;  // bytes are promised in whole pages
-  const double fewest = (least() + unit - 1) / unit * unit;
-  const double total =
-      std::max(fewest, std::min<double>(promised(kv_len), kv_len)) * shape_.n_layers;
+  const int unit = options_.hot_bytes > 0 ? kHotPageRows : 1;
+  const double fewest = (least() + unit - 1) / unit * unit,
+               most = (kv_len + unit - 1) / unit * unit;
+  const double total = std::max(fewest, std::min(promised(kv_len), most)) * shape_.n_layers;
+  std::vector<float> entropy;
+  for (const Share& share : shares_)
+    entropy.push_back(
+        share.rows > 0 ? std::max(1e-6f, static_cast<float>(share.entropy / share.rows)) : 1.0f);
   const float sum = std::accumulate(entropy.begin(), entropy.end(), 0.0f);
   const auto rows = [&](std::size_t layer, double x) {
-    return std::max(fewest, std::min<double>(x * layer_share(entropy[layer], sum), kv_len));
+    return std::max(fewest, std::min<double>(x * layer_share(entropy[layer], sum), most));
   };
-  double low = 0, high = double{sum} * kv_len / *std::min_element(entropy.begin(), entropy.end());
+  double low = 0, high = sum * most / *std::min_element(entropy.begin(), entropy.end());
   for (int i = 0; i < 64; ++i) {
     const double middle = (low + high) / 2;
     double given = 0;
@@ -97,7 +109,7 @@ void KvBounds::share(int kv_len, const std::vector<float>& entropy) {
     (given <= total ? low : high) = middle;
   }
   for (std::size_t layer = 0; layer < entropy.size(); ++layer)
-    budget_[layer] = static_cast<int>((rows(layer, low) + 1e-6) / unit) * unit;
+    shares_[layer].bound = static_cast<int>((rows(layer, low) + 1e-6) / unit) * unit;
 }
 
 }  // namespace thaw

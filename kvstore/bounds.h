@@ -25,8 +25,11 @@ class KvBounds {
   double promised(int kv_len) const;
   // Most hot tokens of a lane.
   int bound(int layer, int kv_len) const;
-  // budget: divides the total by the entropy of each layer's attention to the prompt.
-  void share(int kv_len, const std::vector<float>& entropy);
+  // budget: divides the total by the entropy of each layer's attention to prompts, mean over their
+  // rows, as learn() was told it since forget().
+  void learn(int layer, float entropy, int n_rows);
+  void forget();
+  void share(int kv_len);
 
  private:
   const PolicyParams& params() const { return options_.policy; }
@@ -35,7 +38,11 @@ class KvBounds {
 
   const KvShape& shape_;
   const KvOptions& options_;
-  std::vector<int> budget_;  // budget: most hot tokens of each layer
+  struct Share {
+    double entropy = 0, rows = 0;  // the first is a sum over the second
+    int bound = 0;                 // most hot tokens
+  };
+  std::vector<Share> shares_;  // budget: of each layer
 };
 
 }  // namespace thaw

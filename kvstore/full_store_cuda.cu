@@ -24,7 +24,7 @@ class CudaKvStore final : public KvStore {
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
   void clear() override { rewind(0), counters_ = {}; }
-  double reset(Rung) override { return 0; }  // nothing sleeps
+  double reset(Rung, int) override { return 0; }  // nothing sleeps
   void check() const override;
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
@@ -33,7 +33,7 @@ class CudaKvStore final : public KvStore {
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
   const KvCounters& counters() const override { return counters_; }
-  float ghost_mass() const override { return 0; }
+  std::optional<float> ghost_mass() const override { return {}; }
 
  private:
   std::size_t page_bytes() const {

@@ -18,7 +18,6 @@ CudaHotTier::CudaHotTier(PageSource& source, const KvShape& shape, const KvOptio
       moment_(1, "KV store"),
       limits_(2 * static_cast<std::size_t>(shape.n_layers), "KV store"),
       host_limits_(limits_.size(), "KV store"),
-      entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       taken_(static_cast<std::size_t>(lanes_.n_lanes())) {
   fill_device(limits_.data(), 0, limits_.bytes(), stream);
 }
@@ -54,11 +53,7 @@ void CudaHotTier::reserve(int kv_len, int stats_of) {
 void CudaHotTier::begin_exact(int first, int kv_len) { send_moment(first, kv_len); }
 
 bool CudaHotTier::seed(int first) {
-  if (!seeded_ && options_.policy.policy == Policy::kBudget && first > 0)
-    for (int layer = 0; layer < shape_.n_layers; ++layer)
-      entropy_[static_cast<std::size_t>(layer)] =
-          std::max(1e-6f, lanes_.report(layer * lanes_.per_layer()).entropy);
-  bounds_.share(first + 1, entropy_);
+  bounds_.share(first + 1);
   if (attends_all()) return false;
   send_limits(first);
   if (seeded_) return false;
@@ -129,10 +124,10 @@ void CudaHotTier::close(int first) {
 void CudaHotTier::cut(int position, int length) {
   stream_.synchronize();  // a step that was opened has reported
   if (position == 0) {
-    relief_ = {}, seeded_ = false;
-    std::fill(entropy_.begin(), entropy_.end(), 1.0f);
+    seeded_ = false;
+    bounds_.forget();
   }
-  bounds_.share(position, entropy_);
+  bounds_.share(position);
   send_limits(position);
   int most = 1;
   for (int lane = 0; lane < lanes_.n_lanes(); ++lane) {
@@ -152,12 +147,11 @@ void CudaHotTier::cut(int position, int length) {
   is_open_ = false;
 }
 
-double CudaHotTier::reset(Rung rung, int kv_len) {
-  if (rung == Rung::kNone) return 0;
+double CudaHotTier::reset(Rung rung, int kv_len, int exact_steps) {
   close(kv_len);
   send_limits(kv_len);
   send_moment(kv_len, kv_len);
-  relief_.begin(rung, options_.policy);
+  relief_.begin(rung, options_.policy, exact_steps);
   if (rung == Rung::kWindow || (rung == Rung::kSoft && options_.policy.policy == Policy::kAsr))
     return wake(rung, kv_len);
   if (rung >= Rung::kFull) work(false).forget();

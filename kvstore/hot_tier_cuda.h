@@ -34,7 +34,7 @@ class CudaHotTier {
   void close(int first);  // gives up what begin_decode() opened, if it did
   // Without the tokens from `position` on; length: tokens so far. These two wait for the stream.
   void cut(int position, int length);
-  double reset(Rung rung, int kv_len);  // returns tokens woken
+  double reset(Rung rung, int kv_len, int exact_steps);  // returns tokens woken
 
   bool attends_all() const { return relief_.exact_steps > 0; }  // in decode steps, for recovery
   bool is_seeded() const { return seeded_; }  // hot tokens were chosen since the last exact step
@@ -66,7 +66,6 @@ class CudaHotTier {
   DeviceBuffer<std::int32_t> limits_;       // a layer, before the step's token; likewise, with it
   PinnedBuffer<std::int32_t> host_limits_;  // the same
   Event limits_read_;                       // host_limits_ may be written again
-  std::vector<float> entropy_;              // budget: of each layer's attention to the prompt
   mutable std::vector<LaneTally> taken_;    // a lane: what take_step() told
   Relief relief_;
   bool seeded_ = false;

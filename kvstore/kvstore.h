@@ -181,10 +181,12 @@ class KvStore {
 
   // Forgets every token at `position` and after it, in all layers. 0 <= position <= length().
   virtual void rewind(int position) = 0;
-  virtual void clear() = 0;  // rewind(0), and counters to 0
+  virtual void clear() = 0;  // rewind(0), reset(kNone), and counters to 0
 
-  // A rung of recovery (kvstore/recovery.h): thaws what the rung names. Returns tokens thawed.
-  virtual double reset(Rung rung) = 0;
+  // A rung of recovery (kvstore/recovery.h): thaws what the rung names; of kFull, the next
+  // exact_steps steps attend every token. kNone ends what earlier ones began. Returns tokens
+  // thawed.
+  virtual double reset(Rung rung, int exact_steps = kAlarmSteps) = 0;
 
   // Throws Error naming the first invariant that does not hold (docs/kvstore.md lists them).
   virtual void check() const = 0;
@@ -196,8 +198,8 @@ class KvStore {
   virtual const KvOptions& options() const = 0;
   virtual KvUsage usage() const = 0;
   virtual const KvCounters& counters() const = 0;
-  // Mean over layers and heads of the last step's ghost mass and attention entropy.
-  virtual float ghost_mass() const = 0;
+  // Mean over layers and heads of the last step's ghost mass; none where it attended all exactly.
+  virtual std::optional<float> ghost_mass() const = 0;
 
   // A number that no other store of the process has had: an address can be had again.
   std::uint64_t id() const { return id_; }

@@ -23,11 +23,12 @@ void RollingStatistics::add(float x) {
 
 float RollingStatistics::sd() const { return std::sqrt(variance_); }
 
-void Relief::begin(Rung rung, const PolicyParams& params) {
+void Relief::begin(Rung rung, const PolicyParams& params, int steps) {
+  if (rung == Rung::kNone) *this = {};
   const bool timed = params.policy == Policy::kThaw || params.policy == Policy::kAsr;
   if (rung == Rung::kSoft && params.policy == Policy::kThaw) alarm_steps = kAlarmSteps;
   if (rung >= Rung::kFull)
-    exact_steps = kAlarmSteps;
+    exact_steps = std::max(exact_steps, steps);
   else if (rung != Rung::kNone && !timed)
     exact_steps = std::max(exact_steps, rung == Rung::kSoft ? 1 : 4);
 }
@@ -44,26 +45,27 @@ Rung Recovery::armed(int position) {
   return static_cast<Rung>(std::min(level_, static_cast<int>(params_.highest)));
 }
 
-Rung Recovery::observe(int position, float entropy, float ghost_mass, bool can_rewalk) {
+Rung Recovery::observe(int position, float entropy, std::optional<float> ghost_mass,
+                       bool can_rewalk) {
   if (!on()) return Rung::kNone;
   const auto spikes = [&](const RollingStatistics& statistics, float value) {
     return statistics.count() >= params_.warmup &&
            value > statistics.mean() + params_.z * std::max(statistics.sd(), kLeastSd);
   };
   Rung rung = armed(position);
-  const bool by_mass = spikes(ghost_mass_, ghost_mass);
+  const bool by_mass = ghost_mass && spikes(ghost_mass_, *ghost_mass);
   const bool fires = position >= silent_until_ && (by_mass || spikes(entropy_, entropy));
   if (fires) {
     if (rung == Rung::kRewalk && !can_rewalk) rung = Rung::kFull;
     const RollingStatistics& statistics = by_mass ? ghost_mass_ : entropy_;
     firings_.push_back({position, rung, by_mass ? Signal::kGhostMass : Signal::kEntropy,
-                        by_mass ? ghost_mass : entropy, statistics.mean(), statistics.sd()});
+                        by_mass ? *ghost_mass : entropy, statistics.mean(), statistics.sd()});
     level_ = std::min(level_ + 1, static_cast<int>(params_.highest));
     quiet_since_ = position;
     silent_until_ = position + params_.cooldown;
   }
   entropy_.add(entropy);
-  ghost_mass_.add(ghost_mass);
+  if (ghost_mass) ghost_mass_.add(*ghost_mass);
   return fires ? rung : Rung::kNone;
 }
 

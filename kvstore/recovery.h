@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -33,7 +34,8 @@ struct Relief {
   int exact_steps = 0;  // that still attend every token, exactly
   int alarm_steps = 0;  // with a lower epsilon
 
-  void begin(Rung rung, const PolicyParams& params);
+  // steps: for how many the strongest rungs help. kNone ends all help.
+  void begin(Rung rung, const PolicyParams& params, int steps);
   void step();  // one is over
   float epsilon(const PolicyParams& params) const {
     return params.epsilon * (alarm_steps > 0 ? kAlarmEpsilon : 1.0f);
@@ -64,10 +66,11 @@ class Recovery {
   explicit Recovery(const RecoveryParams& params) : params_(params) {}
 
   // After each decode step: the context's length, the entropy of the next token's distribution in
-  // nats, and the attention mass on frozen tokens. Returns the rung to climb now, mostly kNone.
-  // Positions may go back after a rewalk; the cooldown keeps it from firing again at the same
-  // place. Where no rewalk is possible, can_rewalk is false and a full reset takes its place.
-  Rung observe(int position, float entropy, float ghost_mass, bool can_rewalk);
+  // nats, and the attention mass on frozen tokens, of a step that had some: others, which are
+  // exact, say nothing of it. Returns the rung to climb now, mostly kNone. Positions may go back
+  // after a rewalk; the cooldown keeps it from firing again at the same place. Where no rewalk is
+  // possible, can_rewalk is false and a full reset takes its place.
+  Rung observe(int position, float entropy, std::optional<float> ghost_mass, bool can_rewalk);
 
   bool on() const { return params_.highest != Rung::kNone; }
   const RecoveryParams& params() const { return params_; }

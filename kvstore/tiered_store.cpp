@@ -34,7 +34,7 @@ class TieredKvStore final : public KvStore {
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
   void clear() override;
-  double reset(Rung rung) override;
+  double reset(Rung rung, int exact_steps) override;
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
 
@@ -43,7 +43,7 @@ class TieredKvStore final : public KvStore {
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
   const KvCounters& counters() const override { return counter_.counters(); }
-  float ghost_mass() const override;
+  std::optional<float> ghost_mass() const override;
 
  private:
   const PolicyParams& params() const { return options_.policy; }
@@ -71,11 +71,11 @@ class TieredKvStore final : public KvStore {
   GhostTier ghosts_;
   std::optional<HotArena> arena_;
   std::vector<Residency> lanes_;  // layer x lane; none for full
-  std::vector<float> entropy_;    // budget: of each layer's attention to the prompt
   StepOrder order_;
   bool owes_ghosts_ = false;  // those of the running step's token, in all layers that have it
   Phase phase_ = Phase::kPrefill;
-  bool seeded_ = false;  // residency has been decided since the last exact step
+  bool seeded_ = false;    // residency has been decided since the last exact step
+  bool was_exact_ = true;  // the last step attended all tokens exactly
   Relief relief_;
   StepCounter counter_;
   KvRecorder* recorder_ = nullptr;
@@ -91,7 +91,6 @@ TieredKvStore::TieredKvStore(const KvShape& shape, const KvOptions& options,
       slow_(std::move(cold)),
       cold_(*slow_, shape, options.check),
       ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), pool),
-      entropy_(static_cast<std::size_t>(shape.n_layers), 1.0f),
       order_(shape.n_layers),
       counter_(shape_, options_.policy, lane_heads()) {
   check_options();
@@ -152,10 +151,7 @@ void TieredKvStore::seed(int kv_len) {
 // Before a decode step: hot tokens are chosen, if that is still to be done, and there is memory for
 // one more in every lane.
 void TieredKvStore::make_residency(int kv_len) {
-  if (!seeded_ && params().policy == Policy::kBudget && kv_len > 0)
-    for (int layer = 0; layer < shape_.n_layers; ++layer)
-      entropy_[static_cast<std::size_t>(layer)] = std::max(1e-6f, lanes(layer)[0].entropy());
-  bounds_.share(kv_len + 1, entropy_);
+  bounds_.share(kv_len + 1);
   if (relief_.exact_steps == 0 && !seeded_) seed(kv_len);
   arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
     return lane.lane().n_rows() % kHotPageRows == 0;  // its newest token opens a page
@@ -236,7 +232,7 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
             tally.thawed,
             tally.frozen,
             lane.entropy(),
-            lane.ghost_mass(),
+            exact() ? 0 : lane.ghost_mass(),
             lane.tau()};
     if (exact()) continue;
     const AttentionStats::Lane& seen = stats.lanes[steps.size() - 1];
@@ -253,6 +249,8 @@ void TieredKvStore::settle(int layer, const AttentionStats& stats) {
   const int kv_len = order_.tokens(layer);
   const bool decode = phase_ == Phase::kDecode;
   std::size_t i = 0;
+  if (phase_ == Phase::kPrefill && !stats.lanes.empty())
+    bounds_.learn(layer, stats.lanes[0].entropy, stats.n_rows);
   for (Residency& lane : lanes(layer)) {
     if (!exact()) {
       lane.settle(moment(layer, kv_len), stats.lanes[i++]);
@@ -273,7 +271,7 @@ void TieredKvStore::write_owed_ghosts() {
 
 void TieredKvStore::finish_step() {
   write_owed_ghosts();
-  if (exact()) seeded_ = false;
+  if ((was_exact_ = exact())) seeded_ = false;
   if (phase_ == Phase::kDecode) {
     const KvUsage used = usage();
     const KvStep& line = counter_.finish(used.resident - used.ghosts, used.ghosts);
@@ -292,10 +290,10 @@ void TieredKvStore::rewind(int position) {
   ghosts_.cut(position);
   order_.rewind(position);
   if (position == 0) {
-    relief_ = {}, seeded_ = false;
-    std::fill(entropy_.begin(), entropy_.end(), 1.0f);
+    seeded_ = false, was_exact_ = true;
+    bounds_.forget();
   }
-  bounds_.share(position, entropy_);
+  bounds_.share(position);
   for (int layer = 0; layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer))
       seeded_ = lane.cut(moment(layer, position), position) && seeded_;
@@ -306,12 +304,13 @@ void TieredKvStore::rewind(int position) {
 
 void TieredKvStore::clear() {
   rewind(0);
+  reset(Rung::kNone, 0);
   counter_.clear();
 }
 
-double TieredKvStore::reset(Rung rung) {
-  if (rung == Rung::kNone || full()) return 0;
-  relief_.begin(rung, params());
+double TieredKvStore::reset(Rung rung, int exact_steps) {
+  if (full()) return 0;
+  relief_.begin(rung, params(), exact_steps);
   double thawed = 0;
   const int kv_len = length();
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
@@ -358,10 +357,11 @@ KvUsage TieredKvStore::usage() const {
   return u;
 }
 
-float TieredKvStore::ghost_mass() const {
+std::optional<float> TieredKvStore::ghost_mass() const {
+  if (was_exact_) return {};
   float sum = 0;
   for (const Residency& lane : lanes_) sum += lane.ghost_mass();
-  return lanes_.empty() ? 0 : sum / static_cast<float>(lanes_.size());
+  return sum / static_cast<float>(lanes_.size());
 }
 
 }  // namespace

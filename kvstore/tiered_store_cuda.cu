@@ -34,8 +34,8 @@ class CudaTieredStore final : public KvStore {
   int stats_rows(int n_tokens) const override { return stats_rows(n_tokens, phase_); }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
-  void clear() override { rewind(0), counter_.clear(); }
-  double reset(Rung rung) override;
+  void clear() override { rewind(0), reset(Rung::kNone, 0), counter_.clear(); }
+  double reset(Rung rung, int exact_steps) override;
   void check() const override { check_from(0); }
   void record(KvRecorder* recorder) override;
 
@@ -44,7 +44,7 @@ class CudaTieredStore final : public KvStore {
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
   const KvCounters& counters() const override { return catch_up(), counter_.counters(); }
-  float ghost_mass() const override;
+  std::optional<float> ghost_mass() const override;
 
  private:
   const PolicyParams& params() const { return options_.policy; }
@@ -57,6 +57,7 @@ class CudaTieredStore final : public KvStore {
   struct Ended {
     Phase phase;
     bool exact;
+    int n_rows;  // of which there are statistics
     float epsilon;
   };
   void count(const Ended& ended) const;
@@ -66,7 +67,7 @@ class CudaTieredStore final : public KvStore {
 
   KvShape shape_;
   KvOptions options_;
-  KvBounds bounds_;
+  mutable KvBounds bounds_;
   const Stream& stream_;
   std::unique_ptr<PageSource> fast_;
   CudaColdTier cold_;
@@ -82,6 +83,7 @@ class CudaTieredStore final : public KvStore {
   bool is_staged_ = false;              // they are written to, and read in, staged_
   mutable bool reporting_ = false;      // work is queued that writes reports
   mutable std::optional<Ended> ended_;  // a step that is not in the counters yet
+  bool was_exact_ = true;               // the last step attended all tokens exactly
   KvRecorder* recorder_ = nullptr;
   mutable std::optional<ShadowLanes> shadow_;  // where it wants events
 };
@@ -135,6 +137,10 @@ void CudaTieredStore::catch_up() const {
   else if (shadow_)
     shadow_->end_decode(length(), ended->epsilon);
   if (ended->phase == Phase::kDecode) count(*ended);
+  if (ended->phase == Phase::kPrefill && ended->n_rows > 0)
+    for (int layer = 0; layer < shape_.n_layers; ++layer)
+      bounds_.learn(layer, hot_.lanes().report(layer * hot_.lanes().per_layer()).entropy,
+                    ended->n_rows);
 }
 
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
@@ -239,14 +245,15 @@ void CudaTieredStore::write_owed_ghosts() {
 
 // Every layer's statistics are there: one kernel settles all lanes.
 void CudaTieredStore::finish_step() {
-  const bool was_exact = exact(), decode = phase_ == Phase::kDecode;
+  const bool decode = phase_ == Phase::kDecode;
+  was_exact_ = exact();
   write_owed_ghosts();
-  if (was_exact)
+  if (was_exact_)
     hot_.end_exact();
   else
     hot_.settle();
   staged_.join();
-  ended_ = {phase_, was_exact, hot_.epsilon()};
+  ended_ = {phase_, was_exact_, stats_rows(order_.n_tokens()), hot_.epsilon()};
   if (decode) hot_.end_decode();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
@@ -264,6 +271,8 @@ void CudaTieredStore::count(const Ended& ended) const {
   std::vector<LaneStep> steps(static_cast<std::size_t>(n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
+    if (ended.exact)
+      for (LaneStep& step : steps) step.ghost_mass = 0;
     const int kv_len = order_.tokens(layer);
     counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
                    steps);
@@ -278,6 +287,7 @@ void CudaTieredStore::rewind(int position) {
   catch_up();
   write_owed_ghosts();
   hot_.cut(position, order_.most());
+  was_exact_ |= position == 0;
   order_.rewind(position);
   ghost_check_.cut(position);
   if (!shadow_) return;
@@ -286,10 +296,10 @@ void CudaTieredStore::rewind(int position) {
   recorder_->event({KvEvent::kRewind, step, -1, -1, position, 0, 0, 0});
 }
 
-double CudaTieredStore::reset(Rung rung) {
+double CudaTieredStore::reset(Rung rung, int exact_steps) {
   catch_up();
   write_owed_ghosts();
-  const double woken = hot_.reset(rung, length());
+  const double woken = hot_.reset(rung, length(), exact_steps);
   if (shadow_) shadow_->reset(rung, length());
   return woken;
 }
@@ -318,7 +328,8 @@ KvUsage CudaTieredStore::usage() const {
   return u;
 }
 
-float CudaTieredStore::ghost_mass() const {
+std::optional<float> CudaTieredStore::ghost_mass() const {
+  if (was_exact_) return {};
   catch_up();
   float sum = 0;
   for (int lane = 0; lane < hot_.lanes().n_lanes(); ++lane)

@@ -192,7 +192,9 @@ class CheckedKvStore final : public KvStore {
   }
   void rewind(int position) override { cuda_->rewind(position), cpu_->rewind(position); }
   void clear() override { cuda_->clear(), cpu_->clear(); }
-  double reset(Rung rung) override { return cpu_->reset(rung), cuda_->reset(rung); }
+  double reset(Rung rung, int exact_steps) override {
+    return cpu_->reset(rung, exact_steps), cuda_->reset(rung, exact_steps);
+  }
   void check() const override { cuda_->check(), cpu_->check(); }
   void record(KvRecorder* recorder) override { cuda_->record(recorder); }
   int length() const override { return cuda_->length(); }
@@ -200,7 +202,7 @@ class CheckedKvStore final : public KvStore {
   const KvOptions& options() const override { return cuda_->options(); }
   KvUsage usage() const override { return cuda_->usage(); }
   const KvCounters& counters() const override { return cuda_->counters(); }
-  float ghost_mass() const override { return cuda_->ghost_mass(); }
+  std::optional<float> ghost_mass() const override { return cuda_->ghost_mass(); }
 
  private:
   std::unique_ptr<KvStore> cuda_, cpu_;

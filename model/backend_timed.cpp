@@ -73,7 +73,7 @@ class TimedKvStore final : public KvStore {
   int stats_rows(int n_tokens) const override { return kv_->stats_rows(n_tokens); }
   void rewind(int position) override { kv_->rewind(position); }
   void clear() override { kv_->clear(); }
-  double reset(Rung rung) override { return kv_->reset(rung); }
+  double reset(Rung rung, int exact_steps) override { return kv_->reset(rung, exact_steps); }
   void check() const override { kv_->check(); }
   void record(KvRecorder* recorder) override { kv_->record(recorder); }
   int length() const override { return kv_->length(); }
@@ -81,7 +81,7 @@ class TimedKvStore final : public KvStore {
   const KvOptions& options() const override { return kv_->options(); }
   KvUsage usage() const override { return kv_->usage(); }
   const KvCounters& counters() const override { return kv_->counters(); }
-  float ghost_mass() const override { return kv_->ghost_mass(); }
+  std::optional<float> ghost_mass() const override { return kv_->ghost_mass(); }
 
  private:
   TimedBackend& timer_;

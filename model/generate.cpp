@@ -30,7 +30,8 @@ template <class Entropy>
 Rung recover(Recovery* recovery, KvStore& kv, const Entropy& entropy, bool can_rewalk) {
   if (!recovery || !recovery->on()) return Rung::kNone;
   const Rung rung = recovery->observe(kv.length(), entropy(), kv.ghost_mass(), can_rewalk);
-  if (rung != Rung::kNone) kv.reset(std::min(rung, Rung::kFull));
+  const int again = rung == Rung::kRewalk ? recovery->params().rewalk_tokens + 1 : 0;
+  if (rung != Rung::kNone) kv.reset(std::min(rung, Rung::kFull), std::max(kAlarmSteps, again));
   return rung;
 }
 
@@ -58,6 +59,7 @@ class Run {
     result_.finish = write();
     if (verifies()) keep(n_verified());  // of a run that was interrupted
     if (!pass_on(0)) result_.finish = Finish::kStopped;
+    result_.decode_steps = static_cast<int>(std::max(in_store(), prompt_.size()) - prompt_.size());
     if (result_.decode_steps > 0)
       result_.decode_seconds = clock_.seconds() - result_.first_token_seconds;
     result_.prompt_tokens = static_cast<int>(std::min(in_store(), prompt_.size()));
@@ -124,8 +126,8 @@ class Run {
   // Runs the next token that is known and not in the store.
   void step() {
     run(known_token(in_store()));
-    if (!result_.tokens.empty()) ++result_.decode_steps;
-    if (exact_ + 1 == in_store() && thaws() && kv_.ghost_mass() == 0) exact_ = in_store();
+    if (exact_ + 1 == in_store() && has_ghosts() && kv_.ghost_mass().value_or(0) == 0)
+      exact_ = in_store();
     if (in_store() == known() && exact_ < known() && (hesitates() || verifies_now())) check();
     const auto entropy = [this] {
       return prediction_ ? prediction_->entropy : softmax_entropy(logits_);
@@ -159,6 +161,8 @@ class Run {
            lead() < options_.second_look * std::max(1.0f, mean_lead_ / kUsualLead);
   }
   bool thaws() const { return kv_.options().policy.policy == Policy::kThaw; }
+  // So that the share of attention on frozen tokens is known.
+  bool has_ghosts() const { return thaws() && kv_.options().policy.ghost_key_bits > 0; }
   bool verifies() const {
     return options_.verify > 0 && kv_.options().policy.policy != Policy::kFull;
   }
@@ -206,7 +210,6 @@ class Run {
         continue;
       }
       exact_ = i;
-      result_.decode_steps -= static_cast<int>(in_store() - i);
       result_.tokens.resize(i - prompt_.size());
       kv_.rewind(start_ + static_cast<int>(i));
       corrected_ = token;

@@ -191,6 +191,35 @@ TEST_CASE("budget: layers of more entropy keep more, the total is kept, one set 
   CHECK(b.hot(1) == joined(range(0, 10), {59, 60}));  // the most attended, and the newest
 }
 
+TEST_CASE("budget: the entropy is that of all rows of the prompt, however they were batched") {
+  KvOptions o = options(Policy::kBudget, 2, 1);
+  o.hot_tokens = 12;
+  Told b(o, 3);
+  const auto first = [](int, int token) { return 1.0f / static_cast<float>(token + 1); };
+  b.entropies({1, 2, 3});
+  b.prefill(45, first);
+  b.entropies({5, 2, 7});  // a quarter of the rows: 2, 2, 4
+  b.prefill(15, first);
+  b.decode(nobody);
+  CHECK(b.hot(0).size() == 9);
+  CHECK(b.hot(1).size() == 9);
+  CHECK(b.hot(2).size() == 18);
+  b.entropies({9, 1, 1});
+  b.kv().reset(Rung::kFull, 2);  // exact steps of the answer are no prompt
+  for (int step = 0; step < 3; ++step) b.decode(nobody);
+  CHECK(b.hot(2).size() == 18);
+}
+
+TEST_CASE("budget: a promise in bytes that holds the whole context freezes nobody") {
+  KvOptions o = options(Policy::kBudget, 4, 2);
+  o.hot_bytes = 104 * 3 * 2 * kDim * 4;  // 13 pages of each layer
+  Told b(o, 3);
+  b.entropies({0.1f, 2, 3});
+  b.prefill(100, nobody);
+  b.decode(nobody);
+  for (int layer = 0; layer < 3; ++layer) CHECK(b.hot(layer).size() == 101);
+}
+
 TEST_CASE("budget: a layer keeps its sinks and window, and needs no more than there is") {
   KvOptions o = options(Policy::kBudget, 4, 2);
   o.hot_tokens = 20;
@@ -230,7 +259,7 @@ TEST_CASE("budget: a layer whose share grows takes the pages of one whose share 
   b.decode(nobody);
   CHECK(b.hot(0).size() == 8);
   CHECK(b.hot(1).size() == 24);
-  b.entropies({4, 0.1f});  // another turn
+  b.entropies({40, 0.1f});  // another turn, a third of the rows
   b.prefill(20, nobody);
   b.decode(nobody);
   CHECK(b.hot(0).size() == 24);

@@ -162,6 +162,7 @@ class Troubled : public KvStore {
       : inner_(std::move(inner)), masses_(std::move(masses)), turned_(turned) {}
 
   std::vector<Rung> resets;
+  int exact_steps_asked = 0;  // of the last one
 
   void begin(int n_tokens, Phase phase) override { inner_->begin(n_tokens, phase); }
   void append(int layer, const float* k, const float* v, int n_tokens) override {
@@ -170,12 +171,13 @@ class Troubled : public KvStore {
       for (float& x : keys) x = -x;
     inner_->append(layer, keys.data(), v, n_tokens);
   }
-  double reset(Rung rung) override {
+  double reset(Rung rung, int exact_steps) override {
     resets.push_back(rung);
+    exact_steps_asked = exact_steps;
     if (rung == Rung::kFull) turned_ = false;
-    return inner_->reset(rung);
+    return inner_->reset(rung, exact_steps);
   }
-  float ghost_mass() const override {
+  std::optional<float> ghost_mass() const override {
     const auto at = masses_.find(length());
     return at == masses_.end() ? 0.1f : at->second;
   }
@@ -239,7 +241,7 @@ struct Engine {
 Tokens continued(const Tokens& text, std::size_t turned, int n) {
   Engine engine({});
   engine.transformer.forward(std::span(text).first(turned), *engine.kv, 0, Phase::kPrefill);
-  engine.kv->reset(Rung::kFull);
+  engine.kv->reset(Rung::kFull, kAlarmSteps);
   for (std::size_t i = 0; i < turned; ++i) engine.sampler.accept(text[i]);
   engine.options.max_tokens = n;
   engine.options.recovery = nullptr;
@@ -272,6 +274,37 @@ TEST_CASE("rewalk: the last tokens are made again after a full reset, and only t
   CHECK(seen == g.tokens);
   CHECK(g.finish == Finish::kLength);
   CHECK(g.context_tokens == 7 + 15);
+}
+
+TEST_CASE("rewalk: all that runs again sees every token, and is counted once") {
+  Engine engine(rewalk_at(60));
+  RecoveryParams params = engine.recovery->params();
+  params.rewalk_tokens = 30;
+  Recovery recovery(params);
+  engine.options.recovery = &recovery;
+  engine.options.max_tokens = 70;
+  engine.options.on_token = [n = 0](std::int32_t) mutable { return ++n < 50; };
+  const Generation g = engine.run();
+  CHECK(recovery.count(Rung::kRewalk) == 1);
+  CHECK(engine.kv->exact_steps_asked == 31);
+  CHECK(g.tokens.size() == 50);
+  CHECK(g.decode_steps == 49);
+}
+
+TEST_CASE("alarm: a step that says nothing of ghosts neither rings nor changes what is usual") {
+  RecoveryParams params = up_to(Rung::kFull);
+  params.warmup = 2, params.cooldown = 1;
+  Recovery with(params), without(params);
+  for (int position = 0; position < 40; ++position) {
+    const float mass = position % 2 == 0 ? 0.1f : 0.2f;
+    CHECK(with.observe(3 * position, 1, mass, false) == Rung::kNone);
+    CHECK(without.observe(3 * position, 1, mass, false) == Rung::kNone);
+    CHECK(with.observe(3 * position + 1, 1, {}, false) == Rung::kNone);
+  }
+  CHECK(with.observe(200, 1, 0.9f, false) == Rung::kSoft);
+  CHECK(without.observe(200, 1, 0.9f, false) == Rung::kSoft);
+  CHECK(with.firings()[0].mean == without.firings()[0].mean);
+  CHECK(with.firings()[0].sd == without.firings()[0].sd);
 }
 
 TEST_CASE("rewalk: tokens are held back while they may be taken back, and none without a rewalk") {

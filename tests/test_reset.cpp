@@ -81,15 +81,51 @@ TEST_CASE("reset: a milder rung does not shorten the help of a stronger one") {
   CHECK(h2o.kv().view(0).lanes.size() == 1);
 }
 
-TEST_CASE("reset: a text that is forgotten takes its alarm with it") {
+TEST_CASE("reset: help outlives a rewind, and ends with the text or when it is told to") {
+  Told thaw(options(Policy::kThaw, 2, 1));
+  const auto alarm = [&] {
+    thaw.prefill(20, nobody);
+    thaw.decode(nobody);
+    const float usual = thaw.kv().view(0).recall;
+    thaw.kv().reset(Rung::kSoft);
+    CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
+    return usual;
+  };
+  const float usual = alarm();
+  for (const int position : {10, 0}) {
+    thaw.kv().rewind(position);
+    CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
+  }
+  thaw.kv().reset(Rung::kNone);
+  CHECK(thaw.kv().view(0).recall == usual);
+  alarm();
+  thaw.kv().clear();
+  CHECK(thaw.kv().view(0).recall == usual);
+}
+
+TEST_CASE("reset: a full reset lasts as long as it is asked to") {
   Told thaw(options(Policy::kThaw, 2, 1));
   thaw.prefill(20, nobody);
   thaw.decode(nobody);
-  const float usual = thaw.kv().view(0).recall;
-  thaw.kv().reset(Rung::kSoft);
-  CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
-  thaw.kv().rewind(10);
-  CHECK(thaw.kv().view(0).recall == kAlarmEpsilon * usual);
-  thaw.kv().rewind(0);
-  CHECK(thaw.kv().view(0).recall == usual);
+  thaw.kv().reset(Rung::kFull, 30);
+  for (int step = 0; step < 30; ++step) {
+    CHECK(thaw.kv().view(0).lanes.empty());
+    thaw.decode(nobody);
+  }
+  CHECK(thaw.kv().view(0).lanes.size() == 1);
+}
+
+TEST_CASE("ghost mass: a step that attends every token exactly has none, not that of one before") {
+  Told thaw(options(Policy::kThaw, 2, 1));
+  thaw.ghost_mass(0.25f);
+  CHECK_FALSE(thaw.kv().ghost_mass());
+  thaw.prefill(20, nobody);
+  CHECK_FALSE(thaw.kv().ghost_mass());
+  thaw.decode(nobody);
+  CHECK(thaw.kv().ghost_mass() == 0.25f);
+  thaw.kv().reset(Rung::kFull, 1);
+  thaw.decode(nobody);
+  CHECK_FALSE(thaw.kv().ghost_mass());
+  thaw.decode(nobody);
+  CHECK(thaw.kv().ghost_mass() == 0.25f);
 }

@@ -245,7 +245,7 @@ class BothStores {
     CHECK(a.cold_bytes_visible == b.cold_bytes_visible);
     CHECK(cpu_step_.same_as(cuda_step_));
     compare_events();
-    const float ghost_mass = cuda->ghost_mass();
+    const auto ghost_mass = cuda->ghost_mass();
     CHECK(cpu->ghost_mass() == ghost_mass);
   }
 

@@ -157,7 +157,8 @@ class BothSides {
     CHECK(a.recalled == b.recalled);
     CHECK(a.thawed == b.thawed);
     CHECK(a.frozen == b.frozen);
-    CHECK(cuda_->ghost_mass() == doctest::Approx(cpu_->ghost_mass()).epsilon(1e-4).scale(1e-6));
+    CHECK(cuda_->ghost_mass().value() ==
+          doctest::Approx(cpu_->ghost_mass().value()).epsilon(1e-4).scale(1e-6));
   }
 
   const Stream stream_;
