@@ -151,6 +151,7 @@ struct KvOptions {
   int centre_tokens = kCentreTokens;  // tokens whose mean ghosts are centred on
   bool check = false;  // hash for check(); a step then checks its own tokens, every 64th step all
 };
+inline constexpr int kCheckSteps = 64;
 
 class KvStore {
  public:

@@ -150,6 +150,19 @@ THAW_HOST_DEVICE inline float attention_spread(float entropy) {
   return (fmaf(p, r * r, r) + 1.0f) * power;
 }
 
+// Whether a token's rank is all the attention that it ever had.
+THAW_HOST_DEVICE inline bool accumulates(const PolicyParams& p) {
+  return p.policy == Policy::kH2o || p.policy == Policy::kBudget;
+}
+
+// Of how many of a step's last rows a policy learns. exact: they attend every token.
+inline int rows_to_learn(const PolicyParams& p, int n_tokens, bool exact) {
+  if (p.policy == Policy::kFull) return 0;
+  if (p.policy == Policy::kWindow) return exact ? 0 : 1;
+  const int recent = p.window > 1 ? p.window : 1;
+  return accumulates(p) || n_tokens < recent ? n_tokens : recent;
+}
+
 // h2o, budget: the attention that a token had so far, after n_rows more queries of that mean.
 THAW_HOST_DEVICE inline float accumulated_score(float score, float probability, int n_rows) {
   return fmaf(probability, static_cast<float>(n_rows), score);

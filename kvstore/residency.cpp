@@ -94,7 +94,7 @@ void Residency::sleep(std::int32_t token, int steps) {
 void Residency::learn(const AttentionStats::Lane& stats, int n_rows, int kv_len) {
   entropy_ = stats.entropy;
   spread_ = attention_spread(entropy_);
-  const bool sums = params_.policy == Policy::kH2o || params_.policy == Policy::kBudget;
+  const bool sums = accumulates(params_);
   for (std::size_t t = 0; t < stats.probability.size(); ++t) {
     if (sums) {
       score_[t] = accumulated_score(score_[t], stats.probability[t], n_rows);
@@ -151,14 +151,14 @@ std::int64_t Residency::clear_for_seed(const Moment& now) {
 }
 
 void Residency::seed(const Moment& now) {
-  const bool sums = params_.policy == Policy::kH2o || params_.policy == Policy::kBudget;
   for (const std::int32_t token : choose(now)) {
     const auto t = static_cast<std::size_t>(token);
     if (params_.policy == Policy::kThaw && !always(now, token)) {
       if (hits_[t] == 0) hits_[t] = 1;
       timer_[t] = static_cast<std::uint16_t>(stay_steps(params_, hits_[t]));
     }
-    if (!lane_.is_hot(token)) thaw(now, token, KvEvent::kSeed, sums ? 0 : score_[t] / spread_);
+    if (!lane_.is_hot(token))
+      thaw(now, token, KvEvent::kSeed, accumulates(params_) ? 0 : score_[t] / spread_);
   }
   if (params_.policy != Policy::kAsr) return;
   asleep_.clear();

@@ -12,7 +12,7 @@ __device__ inline int place_in(unsigned bits) { return __popc(bits & ((1u << lan
 // lane_of_layer: the lane, as `stats` counts.
 __device__ inline void LaneBlock::learn(const DeviceStats& stats, int lane_of_layer, int n_rows) {
   const std::int64_t at = static_cast<std::int64_t>(lane_of_layer) * stats.stride;
-  const bool sums = p_.policy == Policy::kH2o || p_.policy == Policy::kBudget;
+  const bool sums = accumulates(p_);
   if (threadIdx.x == 0) {
     s_.state.entropy = stats.entropy[lane_of_layer];
     s_.state.spread = attention_spread(s_.state.entropy);

@@ -46,7 +46,7 @@ void StepCounter::count_lane(const Layer& layer, const LaneStep& lane) {
   line.frozen += static_cast<float>(frozen);
   line.hot += static_cast<float>(share * lane.n_rows);
   line.entropy += static_cast<float>(share) * lane.entropy;
-  line.ghost_mass += static_cast<float>(share) * lane.ghost_mass;
+  if (!layer.exact) line.ghost_mass += static_cast<float>(share) * lane.ghost_mass;
   if (params_.policy == Policy::kAsr) line.threshold = lane.tau;
   if (params_.policy == Policy::kThaw) line.threshold = layer.epsilon;
 }

@@ -15,7 +15,7 @@ struct LaneStep {
   int promoted = 0;                   // made hot after a recall
   int thawed = 0;                     // made hot by a timer or by recovery
   int frozen = 0;                     // these three since the step before, which includes resets
-  float entropy = 0, ghost_mass = 0;  // of attention
+  float entropy = 0, ghost_mass = 0;  // of attention; where all are attended, the second is any
   float tau = 0;                      // asr
 };
 

@@ -17,8 +17,6 @@ namespace thaw {
 
 namespace {
 
-constexpr int kCheckSteps = 64;  // decode steps between checks of every token
-
 class TieredKvStore final : public KvStore {
  public:
   TieredKvStore(const KvShape& shape, const KvOptions& options, std::unique_ptr<PageSource> fast,
@@ -30,7 +28,9 @@ class TieredKvStore final : public KvStore {
   void read(int layer, int first, int n_tokens, std::byte* rows) const override {
     copy_rows(rows, shape_, cold_.rows(layer, length()), first, n_tokens);
   }
-  int stats_rows(int n_tokens) const override;
+  int stats_rows(int n_tokens) const override {
+    return phase_ == Phase::kRestore ? 0 : rows_to_learn(params(), n_tokens, exact());
+  }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
   void clear() override;
@@ -205,21 +205,6 @@ KvView TieredKvStore::view(int layer) const {
   return view;
 }
 
-int TieredKvStore::stats_rows(int n_tokens) const {
-  if (phase_ == Phase::kRestore) return 0;
-  switch (params().policy) {
-    case Policy::kFull:
-      return 0;
-    case Policy::kWindow:
-      return exact() ? 0 : 1;
-    case Policy::kH2o:
-    case Policy::kBudget:
-      return n_tokens;
-    default:
-      return std::min(n_tokens, std::max(1, params().window));
-  }
-}
-
 void TieredKvStore::count(int layer, const AttentionStats& stats) {
   std::vector<LaneStep> steps;
   for (Residency& lane : lanes(layer)) {
@@ -232,7 +217,7 @@ void TieredKvStore::count(int layer, const AttentionStats& stats) {
             tally.thawed,
             tally.frozen,
             lane.entropy(),
-            exact() ? 0 : lane.ghost_mass(),
+            lane.ghost_mass(),
             lane.tau()};
     if (exact()) continue;
     const AttentionStats::Lane& seen = stats.lanes[steps.size() - 1];

@@ -20,8 +20,7 @@
 namespace thaw {
 namespace {
 
-constexpr int kCheckSteps = 64;  // decode steps between checks of every token
-constexpr int kUnstaged = 8;     // tokens of a step that reads each earlier one about once anyway
+constexpr int kUnstaged = 8;  // tokens of a step that reads each earlier one about once anyway
 
 class CudaTieredStore final : public KvStore {
  public:
@@ -50,7 +49,9 @@ class CudaTieredStore final : public KvStore {
   const PolicyParams& params() const { return options_.policy; }
   bool exact(Phase phase) const { return phase != Phase::kDecode || hot_.attends_all(); }
   bool exact() const { return exact(phase_); }
-  int stats_rows(int n_tokens, Phase phase) const;
+  int stats_rows(int n_tokens, Phase phase) const {
+    return phase == Phase::kRestore ? 0 : rows_to_learn(params(), n_tokens, exact(phase));
+  }
   void begin_decode(int first);
   void make_views();
   void catch_up() const;
@@ -111,19 +112,6 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       ghost_check_(shape, bounds_.ghost_format(), bounds_.centre_tokens()),
       views_(static_cast<std::size_t>(shape.n_layers)),
       order_(shape.n_layers) {}
-
-int CudaTieredStore::stats_rows(int n_tokens, Phase phase) const {
-  if (phase == Phase::kRestore) return 0;
-  switch (params().policy) {
-    case Policy::kWindow:
-      return exact(phase) ? 0 : 1;
-    case Policy::kH2o:
-    case Policy::kBudget:
-      return n_tokens;
-    default:
-      return std::min(n_tokens, std::max(1, params().window));
-  }
-}
 
 // Waits until what the device reported of the last steps is here, and counts it.
 void CudaTieredStore::catch_up() const {
@@ -271,8 +259,6 @@ void CudaTieredStore::count(const Ended& ended) const {
   std::vector<LaneStep> steps(static_cast<std::size_t>(n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
-    if (ended.exact)
-      for (LaneStep& step : steps) step.ghost_mass = 0;
     const int kv_len = order_.tokens(layer);
     counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
                    steps);
