@@ -26,7 +26,8 @@ constexpr int kMaxHistory = 1000;  // lines
 // What a terminal sends around what is pasted, once it is asked to ("bracketed paste").
 constexpr std::string_view kAskForPastes = "\x1b[?2004h", kNoMorePastes = "\x1b[?2004l";
 constexpr std::string_view kPasteBegins = "\x1b[200~", kPasteEnds = "\x1b[201~";
-constexpr int kKeyTime = 50;          // milliseconds between bytes of one key
+constexpr int kKeyTime = 50;  // milliseconds between bytes of one key
+constexpr std::string_view kClearLine = "\r\x1b[J";
 constexpr wchar_t kRedraw = L'\x1e';  // Ctrl-^
 
 bool understands_pastes() {
@@ -49,6 +50,15 @@ void require_history(const std::filesystem::path& path) {
   }
   fail("--history: ", path.string(), ": expected a history, which begins with ", kBegins,
        ", or no file, found another");
+}
+
+// Whether standard input has more within kKeyTime.
+bool comes_soon() {
+  pollfd input = {STDIN_FILENO, POLLIN, 0};
+  int n;
+  while ((n = ::poll(&input, 1, kKeyTime)) < 0 && errno == EINTR) {
+  }
+  return n > 0;
 }
 
 // UTF-8 is edited by characters, also where the locale is plain C.
@@ -109,6 +119,7 @@ class LineInput::Editor {
 
   State read(const char* prompt, std::string& line) {
     const EditSignals signals;
+    ::el_resize(editor_);  // the window may have changed since
     prompt_ = prompt;
     if (asks_for_pastes_) std::cerr << kAskForPastes << std::flush;
     ::el_set(editor_, EL_PREP_TERM, 1);  // before the prompt says that keys are waited for
@@ -135,17 +146,18 @@ class LineInput::Editor {
 
   static char* prompt(EditLine* editor) { return const_cast<char*>(of(editor).prompt_); }
 
-  // Waits for a key; true when the line has to be shown again before one came.
-  bool was_disturbed() {
+  // Shows the line again when the window changed or the program slept meanwhile.
+  void wait_for_key() {
     while (input_.used_ == input_.held_.size()) {
       if (const int signal = EditSignals::take()) {
         if (signal == SIGTSTP) sleep();
+        std::cerr << kClearLine << std::flush;
         ::el_resize(editor_);
-        return true;
+        ::el_set(editor_, EL_REFRESH);
+      } else if (wait_for_stdin() != Ready::kSignal) {
+        return;
       }
-      if (wait_for_stdin() != Ready::kSignal) break;
     }
-    return false;
   }
 
   void sleep() {
@@ -179,10 +191,7 @@ class LineInput::Editor {
   // for U+FFFD.
   static int next_character(EditLine* editor, wchar_t* character) {
     LineInput& input = of(editor).input_;
-    if (of(editor).was_disturbed()) {
-      *character = kRedraw;
-      return 1;
-    }
+    of(editor).wait_for_key();
     if (input.takes(kPasteBegins)) {
       *character = kRedraw;
       return of(editor).paste() ? 1 : input.interrupted_ ? -1 : 0;
@@ -245,9 +254,8 @@ std::optional<char> LineInput::next_byte() {
 // Where a part of it is all that there is, the rest is on its way, or it was another key.
 bool LineInput::takes(std::string_view marker) {
   const auto rest = [&] { return std::string_view(held_).substr(used_); };
-  pollfd input = {STDIN_FILENO, POLLIN, 0};
   while (rest().size() < marker.size() && marker.starts_with(rest()))
-    if ((!rest().empty() && ::poll(&input, 1, kKeyTime) <= 0) || !fill()) return false;
+    if ((!rest().empty() && !comes_soon()) || !fill()) return false;
   if (!rest().starts_with(marker)) return false;
   used_ += marker.size();
   return true;

@@ -194,7 +194,7 @@ class Reader {
     run.alarms += static_cast<int>(recovery.firings().size());
     for (std::size_t i = 0; i < text.keys.size() && !interrupted_; ++i) {
       kv->rewind(n_tokens);
-      kv->reset(Rung::kNone);     // what an alarm of another question began
+      kv->reset(Rung::kNone);     // what an alarm of the text or another question began
       Recovery alarm = recovery;  // as it was at the end of the text
       const NeedleKey& key = text.keys[i];
       std::vector<TokenId> prompt = needle_question(tokenizer_, key, o_.chat, false);

@@ -78,7 +78,12 @@ int KvBounds::bound(int layer, int kv_len) const {
 
 void KvBounds::learn(int layer, float entropy, int n_rows) {
   Share& share = shares_[static_cast<std::size_t>(layer)];
-  share.entropy += double{entropy} * n_rows, share.rows += n_rows;
+  share.sum += double{entropy} * n_rows, share.rows += n_rows;
+}
+
+void KvBounds::adopt() {
+  for (Share& share : shares_)
+    if (share.rows > 0) share.entropy = std::max(1e-6f, static_cast<float>(share.sum / share.rows));
 }
 
 void KvBounds::forget() { std::fill(shares_.begin(), shares_.end(), Share{}); }
@@ -94,9 +99,7 @@ void KvBounds::share(int kv_len) {
                most = (kv_len + unit - 1) / unit * unit;
   const double total = std::max(fewest, std::min(promised(kv_len), most)) * shape_.n_layers;
   std::vector<float> entropy;
-  for (const Share& share : shares_)
-    entropy.push_back(
-        share.rows > 0 ? std::max(1e-6f, static_cast<float>(share.entropy / share.rows)) : 1.0f);
+  for (const Share& share : shares_) entropy.push_back(share.entropy);
   const float sum = std::accumulate(entropy.begin(), entropy.end(), 0.0f);
   const auto rows = [&](std::size_t layer, double x) {
     return std::max(fewest, std::min<double>(x * layer_share(entropy[layer], sum), most));

@@ -25,9 +25,10 @@ class KvBounds {
   double promised(int kv_len) const;
   // Most hot tokens of a lane.
   int bound(int layer, int kv_len) const;
-  // budget: divides the total by the entropy of each layer's attention to prompts, mean over their
-  // rows, as learn() was told it since forget().
+  // budget: divides the total by the entropy of each layer's attention in batches, mean over their
+  // rows (also of those that were taken back), as learn() was told it between forget() and adopt().
   void learn(int layer, float entropy, int n_rows);
+  void adopt();
   void forget();
   void share(int kv_len);
 
@@ -39,8 +40,9 @@ class KvBounds {
   const KvShape& shape_;
   const KvOptions& options_;
   struct Share {
-    double entropy = 0, rows = 0;  // the first is a sum over the second
-    int bound = 0;                 // most hot tokens
+    double sum = 0, rows = 0;  // of entropies over rows
+    float entropy = 1;         // that is adopted
+    int bound = 0;             // most hot tokens
   };
   std::vector<Share> shares_;  // budget: of each layer
 };

@@ -53,6 +53,7 @@ void CudaHotTier::reserve(int kv_len, int stats_of) {
 void CudaHotTier::begin_exact(int first, int kv_len) { send_moment(first, kv_len); }
 
 bool CudaHotTier::seed(int first) {
+  if (!seeded_) bounds_.adopt();
   bounds_.share(first + 1);
   if (attends_all()) return false;
   send_limits(first);

@@ -33,7 +33,7 @@ struct PolicyParams {
 enum class Rung : std::uint8_t { kNone, kSoft, kWindow, kFull, kRewalk };
 inline constexpr const char* kRungNames[] = {"off", "soft", "window", "full", "rewalk"};
 
-inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts
+inline constexpr int kAlarmSteps = 16;         // decode steps that a rung's help lasts, or more
 inline constexpr float kAlarmEpsilon = 0.25f;  // soft, under thaw: what epsilon is multiplied by
 inline constexpr int kWakeSteps = 64;          // window: how far back it wakes
 

@@ -151,6 +151,7 @@ void TieredKvStore::seed(int kv_len) {
 // Before a decode step: hot tokens are chosen, if that is still to be done, and there is memory for
 // one more in every lane.
 void TieredKvStore::make_residency(int kv_len) {
+  if (!seeded_) bounds_.adopt();
   bounds_.share(kv_len + 1);
   if (relief_.exact_steps == 0 && !seeded_) seed(kv_len);
   arena_->reserve(std::count_if(lanes_.begin(), lanes_.end(), [](const Residency& lane) {
@@ -234,8 +235,6 @@ void TieredKvStore::settle(int layer, const AttentionStats& stats) {
   const int kv_len = order_.tokens(layer);
   const bool decode = phase_ == Phase::kDecode;
   std::size_t i = 0;
-  if (phase_ == Phase::kPrefill && !stats.lanes.empty())
-    bounds_.learn(layer, stats.lanes[0].entropy, stats.n_rows);
   for (Residency& lane : lanes(layer)) {
     if (!exact()) {
       lane.settle(moment(layer, kv_len), stats.lanes[i++]);
@@ -257,6 +256,9 @@ void TieredKvStore::write_owed_ghosts() {
 void TieredKvStore::finish_step() {
   write_owed_ghosts();
   if ((was_exact_ = exact())) seeded_ = false;
+  if (phase_ == Phase::kPrefill && !full())
+    for (int layer = 0; layer < shape_.n_layers; ++layer)
+      bounds_.learn(layer, lanes(layer)[0].entropy(), stats_rows(order_.n_tokens()));
   if (phase_ == Phase::kDecode) {
     const KvUsage used = usage();
     const KvStep& line = counter_.finish(used.resident - used.ghosts, used.ghosts);

@@ -125,7 +125,7 @@ void CudaTieredStore::catch_up() const {
   else if (shadow_)
     shadow_->end_decode(length(), ended->epsilon);
   if (ended->phase == Phase::kDecode) count(*ended);
-  if (ended->phase == Phase::kPrefill && ended->n_rows > 0)
+  if (ended->phase == Phase::kPrefill)
     for (int layer = 0; layer < shape_.n_layers; ++layer)
       bounds_.learn(layer, hot_.lanes().report(layer * hot_.lanes().per_layer()).entropy,
                     ended->n_rows);

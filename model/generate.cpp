@@ -126,7 +126,8 @@ class Run {
   // Runs the next token that is known and not in the store.
   void step() {
     run(known_token(in_store()));
-    if (exact_ + 1 == in_store() && has_ghosts() && kv_.ghost_mass().value_or(0) == 0)
+    const std::optional<float> mass = kv_.ghost_mass();
+    if (exact_ + 1 == in_store() && thaws() && (!mass || (has_ghosts() && *mass == 0)))
       exact_ = in_store();
     if (in_store() == known() && exact_ < known() && (hesitates() || verifies_now())) check();
     const auto entropy = [this] {

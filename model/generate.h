@@ -76,7 +76,7 @@ struct Generation {
   int checks = 0;                  // passes in which tokens ran again
   int corrected = 0;               // checks that found a token that full would not have drawn
   float least_lead = std::numeric_limits<float>::infinity();  // of the sampler's lead() over draws
-  double decode_seconds = 0;  // those passes, the sampling after them, and on_token
+  double decode_seconds = 0;  // all of them, also taken back, sampling, and on_token
   int context_tokens = 0;     // in the KV store at the end
   KvUsage usage;              // at the end
   KvCounters counters;        // of the store, since it was made or cleared

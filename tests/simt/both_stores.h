@@ -77,9 +77,9 @@ class BothStores {
   }
 
 
-  void reset(Rung rung) {
-    const double woken = cuda->reset(rung);
-    CHECK(cpu->reset(rung) == woken);
+  void reset(Rung rung, int exact_steps = kAlarmSteps) {
+    const double woken = cuda->reset(rung, exact_steps);
+    CHECK(cpu->reset(rung, exact_steps) == woken);
     n_woken += woken;
   }
 

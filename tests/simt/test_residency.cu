@@ -74,6 +74,37 @@ TEST_CASE("cuda residency: pages go from layer to layer with their budgets, as o
   both.cuda->check();
 }
 
+TEST_CASE("cuda residency: budgets change where hot tokens are chosen anew, not in a rewind") {
+  const KvShape shape = {2, 2, 8, 400, KvType::kF16, {}};
+  KvOptions options = options_of(Policy::kBudget);
+  options.hot_bytes = 40 * shape.bytes_per_token();
+  options.check = true;
+  BothStores both(shape, options, 11);
+  for (const int n : {20, 20, 40, 80, 160}) {
+    both.prefill(n, Mood::kPlain);
+    both.rewind(both.cpu->length() - 3);
+    both.decode(1, Mood::kPlain);
+  }
+  both.cuda->check();
+}
+
+TEST_CASE("cuda residency: help of recovery lasts and ends when it is told to, as on the CPU") {
+  BothStores both({kLayers, 2, 8, 200, KvType::kF16, {}}, options_of(Policy::kThaw), 7);
+  both.prefill(45, Mood::kPlain);
+  both.decode(2, Mood::kNoneHit);
+  for (const int steps : {3, 20}) {
+    both.reset(Rung::kFull, steps);
+    both.decode(simt::kIsSlow ? 4 : steps + 1, Mood::kTies);
+    CHECK((both.cuda->ghost_mass().has_value() || simt::kIsSlow));
+  }
+  for (const Rung rung : {Rung::kSoft, Rung::kFull}) {
+    both.reset(rung, 20);
+    both.reset(Rung::kNone, 0);
+    both.decode(2, Mood::kPlain);
+    CHECK(both.cuda->ghost_mass().has_value());
+  }
+}
+
 // Rungs between steps, alone, one after the other and in the middle of what an earlier one began.
 void recover(BothStores& both) {
   both.reset(Rung::kWindow);
