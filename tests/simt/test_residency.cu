@@ -74,7 +74,7 @@ TEST_CASE("cuda residency: pages go from layer to layer with their budgets, as o
   both.cuda->check();
 }
 
-TEST_CASE("cuda residency: budgets change where hot tokens are chosen anew, not in a rewind") {
+TEST_CASE("cuda residency: batches, rewinds and budgets in pages take turns, as on the CPU") {
   const KvShape shape = {2, 2, 8, 400, KvType::kF16, {}};
   KvOptions options = options_of(Policy::kBudget);
   options.hot_bytes = 40 * shape.bytes_per_token();
@@ -82,8 +82,8 @@ TEST_CASE("cuda residency: budgets change where hot tokens are chosen anew, not 
   BothStores both(shape, options, 11);
   for (const int n : {20, 20, 40, 80, 160}) {
     both.prefill(n, Mood::kPlain);
-    both.rewind(both.cpu->length() - 3);
-    both.decode(1, Mood::kPlain);
+    both.rewind(both.cpu->length() - n / 2 - 5);
+    both.decode(9, Mood::kPlain);
   }
   both.cuda->check();
 }
