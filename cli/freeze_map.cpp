@@ -5,6 +5,7 @@
 #include <cmath>
 #include <iterator>
 #include <limits>
+#include <utility>
 
 namespace thaw {
 namespace {
@@ -53,6 +54,7 @@ FreezeMap::Residency& FreezeMap::touch(Layer& layer, std::int32_t token) {
 
 void FreezeMap::event(const KvEvent& e) {
   if (e.kind == KvEvent::kRewind) return forget(e.token);
+  set_all(0, std::exchange(all_hot_, 0), false);
   const auto i = static_cast<std::size_t>(e.token);
   grow(i + 1);
   Token& token = tokens_[i];
@@ -87,14 +89,24 @@ void FreezeMap::forget(std::int32_t position) {
     }
   }
   if (tokens_.size() > first) tokens_.resize(first);
+  all_hot_ = std::min(all_hot_, position);
+}
+
+// Tokens first .. last - 1, in all heads of all layers.
+void FreezeMap::set_all(int first, int last, bool hot) {
+  if (first >= last) return;
+  grow(static_cast<std::size_t>(last));
+  for (Layer& layer : layers_) {
+    for (int t = first; t < last; ++t) {
+      Residency& residency = touch(layer, t);
+      count(residency, tokens_[static_cast<std::size_t>(t)]);
+      residency.hot = hot ? mask_of(-1, n_heads_) : 0;
+    }
+  }
 }
 
 void FreezeMap::step(const KvStep& step) {
-  for (auto t = static_cast<std::int32_t>(tokens_.size()); all_hot_ && t < step.length; ++t) {
-    for (int l = 0; l < n_layers(); ++l) {
-      event({KvEvent::kAppend, steps_, l, -1, t, 0, 0, 0});
-    }
-  }
+  if (step.all_hot) set_all(std::exchange(all_hot_, step.length), step.length, true);
   grow(static_cast<std::size_t>(step.length));
   const int bits = std::popcount(mask_of(-1, n_heads_));
   std::vector<Cell> cells;

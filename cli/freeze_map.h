@@ -41,9 +41,6 @@ class FreezeMap : public KvRecorder {
   FreezeMap(int n_layers, int n_heads, std::size_t limit = std::size_t{6} << 20,
             int max_columns = 4096);
 
-  // For a store that freezes nothing and tells of no events.
-  void keep_all_hot() { all_hot_ = true; }
-
   void event(const KvEvent& event) override;
   void step(const KvStep& step) override;
   void output(int step, float entropy);  // of the distribution that a token is drawn from, nats
@@ -82,6 +79,7 @@ class FreezeMap : public KvRecorder {
   Residency& touch(Layer& layer, std::int32_t token);
   void count(Residency& residency, Token& token) const;
   void forget(std::int32_t position);
+  void set_all(int first, int last, bool hot);
   void append_open(std::vector<double>& to) const;  // the column that is not full yet
   void coarsen();
 
@@ -89,7 +87,8 @@ class FreezeMap : public KvRecorder {
   std::size_t limit_;
   int max_columns_;
   int steps_ = 0;
-  bool detailed_ = true, all_hot_ = false;
+  bool detailed_ = true;
+  int all_hot_ = 0;  // tokens, the first ones, that are hot because all are (KvStep::all_hot)
   std::vector<Layer> layers_;
   std::vector<Token> tokens_;
   std::vector<double> sums_, columns_;  // of the open column; of the closed ones

@@ -45,6 +45,7 @@ std::vector<FreezingFlag> freezing_flags(const KvFlags& f) {
           {"--hot-fraction", "", f.hot_fraction.has_value()},
           {"--hot-tokens", "", f.hot_tokens.has_value()},
           {"--hot-bytes", "", f.hot_bytes.has_value()},
+          {"--freeze-from", "thaw", f.freeze_from.has_value()},
           {"--window", "", f.window.has_value()},
           {"--sinks", "", f.sinks.has_value()},
           {"--ghost", "thaw", f.ghost.has_value()},
@@ -143,6 +144,10 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 1, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
+  flags.integer(kv.freeze_from, "--freeze-from",
+                "thaw: freeze in contexts of N tokens and more; shorter ones, which it would make "
+                "no faster, stay exact as a whole (default 1024; on a GPU 65536, or what fits)",
+                0, 1 << 24);
   flags.integer(kv.window, "--window",
                 "newest tokens that are never frozen (default 16; budget: 24; asr: 32)", 0,
                 1 << 24);

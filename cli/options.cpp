@@ -123,7 +123,9 @@ std::unique_ptr<KvStore> make_kv_store(Backend& backend, const KvFlags& flags, c
     if (tokens.value_or(0) > capacity)
       throw UsageError(
           join(name, ": expected at most the context of ", capacity, " tokens, found ", *tokens));
-  return backend.make_kv_store(kv_shape(c, capacity, flags.type()), flags.options());
+  KvOptions options = flags.options();
+  options.freeze_from = flags.freeze_from.value_or(backend.best_freeze_from());
+  return backend.make_kv_store(kv_shape(c, capacity, flags.type()), options);
 }
 
 }  // namespace thaw

@@ -30,7 +30,7 @@ Parameters parameters_of(const KvStore& kv) {
   };
   if (p.policy == Policy::kThaw) {
     add("epsilon", p.epsilon), add("caution", p.caution);
-    add("stay", p.stay), add("ghosts", ghost_name(p));
+    add("stay", p.stay), add("ghosts", ghost_name(p)), add("freezes from", o.freeze_from);
     add("selected by", p.per_head ? "KV head" : "layer");
   }
   if (p.policy == Policy::kAsr) add("softness", p.softness), add("tau quantile", p.quantile);
@@ -94,10 +94,8 @@ Watch::Watch(const WatchOptions& options, Transformer& transformer, KvStore& kv)
   if (options.report) page_ = std::make_unique<OutputFile>(*options.report);
   if (options.trace) trace_ = std::make_unique<Trace>(*options.trace);
   const KvShape& shape = kv.shape();
-  if (options.report || options.heat) {
+  if (options.report || options.heat)
     map_ = std::make_unique<FreezeMap>(shape.n_layers, shape.n_kv_heads);
-    if (kv.options().policy.policy == Policy::kFull) map_->keep_all_hot();
-  }
   if (map_ || trace_) kv.record(this);
   if (trace_) {
     transformer.observe([this](const ActivationView& result) {

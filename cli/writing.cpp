@@ -64,6 +64,8 @@ std::string describe_kv(const KvFlags& flags, const KvUsage& u, const KvCounters
                         int n_layers) {
   std::string text = join(format_bytes(u.full), " as ", flags.type_name);
   if (flags.policy == "full") return text;
+  if (u.awake_until > 0)
+    return text += join(", all exact: freezing begins at ", u.awake_until, " tokens");
   text += join("; ", flags.policy, " holds ", format_bytes(u.resident), ": hot ",
                format_bytes(u.hot), ", ghosts ", format_bytes(u.ghosts));
   const double steps = static_cast<double>(counters.steps) * n_layers;

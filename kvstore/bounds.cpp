@@ -33,11 +33,19 @@ std::int64_t KvBounds::rows_in_bytes() const {
   return options_.hot_bytes / page * kHotPageRows;
 }
 
-int KvBounds::centre_tokens() const {
-  std::int64_t n = options_.centre_tokens;
+// At most n, and what a promise in tokens or bytes holds.
+int KvBounds::promised_at_most(std::int64_t n) const {
   if (options_.hot_tokens > 0) n = std::min<std::int64_t>(n, options_.hot_tokens);
   if (options_.hot_bytes > 0) n = std::min(n, rows_in_bytes());
   return static_cast<int>(n);
+}
+
+int KvBounds::centre_tokens() const { return promised_at_most(options_.centre_tokens); }
+
+int KvBounds::freeze_from() const {
+  if (params().policy == Policy::kFull) return std::numeric_limits<int>::max();
+  if (params().policy != Policy::kThaw || options_.hot_fraction > 0) return 0;
+  return promised_at_most(options_.freeze_from);
 }
 
 bool KvBounds::has_ghosts() const {

@@ -18,6 +18,9 @@ class KvBounds {
   // All tokens are hot until there are ghosts, so no more can be asked for than the promise holds.
   int centre_tokens() const;
   bool has_ghosts() const;
+  // KvOptions::freeze_from, or less: no more tokens than the promise holds. full: never.
+  int freeze_from() const;
+  bool freezes_at(int kv_len) const { return kv_len >= freeze_from(); }
   GhostFormat ghost_format() const;  // not present() where frozen tokens are mute
   int lane_heads() const;            // k/v heads that freeze and thaw together
   std::int64_t most_pages() const;   // of the hot rows of all lanes
@@ -35,6 +38,7 @@ class KvBounds {
  private:
   const PolicyParams& params() const { return options_.policy; }
   std::int64_t rows_in_bytes() const;
+  int promised_at_most(std::int64_t n) const;
   void check() const;
 
   const KvShape& shape_;

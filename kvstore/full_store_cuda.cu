@@ -116,7 +116,7 @@ void CudaKvStore::begin(int n_tokens, Phase phase) {
                      StepPlace{first, first + n_tokens});
   phase_ = phase, order_.begin(n_tokens);
   const int kv_len = first + n_tokens;
-  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
+  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0, true};
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
 }
 

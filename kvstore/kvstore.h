@@ -125,6 +125,7 @@ struct KvUsage {
   std::int64_t full = 0;         // what the tokens take with every one resident
   // What must stand in fast memory: hot + ghosts, or the whole where every token is attended.
   std::int64_t resident = 0;
+  int awake_until = 0;  // tokens from which on it freezes; 0: it does, or never will
 };
 
 // Sums over steps since the store was made or clear() was called; of tokens, a token of one head
@@ -149,6 +150,9 @@ struct KvOptions {
   std::int64_t hot_bytes = 0;  // the same in bytes over all layers
   std::string cold_file;       // the cold tier's file; empty: memory
   int centre_tokens = kCentreTokens;  // tokens whose mean ghosts are centred on
+  // thaw: decode freezes from this many tokens on. A shorter context is attended exactly, whole, and
+  // has no ghosts. A bound of the hot tier that holds fewer, or is a share, goes first.
+  int freeze_from = 0;
   bool check = false;  // hash for check(); a step then checks its own tokens, every 64th step all
 };
 inline constexpr int kCheckSteps = 64;

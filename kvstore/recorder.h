@@ -41,6 +41,7 @@ struct KvStep {
   std::vector<Layer> layers;
   std::int64_t hot_bytes, ghost_bytes;
   std::int64_t cold_bytes_read;  // in this step
+  bool all_hot = false;  // and no event says so: the policy is full, or the context short
 };
 
 class KvRecorder {

@@ -11,7 +11,7 @@ StepCounter::StepCounter(const KvShape& shape, const PolicyParams& params, int l
 }
 
 void StepCounter::begin(int kv_len) {
-  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0};
+  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0, false};
   std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
 }
 
@@ -24,6 +24,7 @@ void StepCounter::count(const Layer& layer, std::span<const LaneStep> lanes) {
   if (lanes.empty()) {
     counters_.attended += layer.kv_len;
     line.hot = static_cast<float>(layer.kv_len);
+    line_.all_hot = true;
   }
   for (const LaneStep& lane : lanes) {
     count_lane(layer, lane);

@@ -30,6 +30,7 @@ class StepOrder {
   int tokens(int layer) const { return layers_.at(static_cast<std::size_t>(layer)).tokens; }
   int first() const { return first_; }  // of the step
   int n_tokens() const { return n_tokens_; }
+  int end() const { return first_ + n_tokens_; }
 
  private:
   struct Layer {

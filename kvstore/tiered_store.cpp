@@ -29,7 +29,8 @@ class TieredKvStore final : public KvStore {
     copy_rows(rows, shape_, cold_.rows(layer, length()), first, n_tokens);
   }
   int stats_rows(int n_tokens) const override {
-    return phase_ == Phase::kRestore ? 0 : rows_to_learn(params(), n_tokens, exact());
+    const bool asks = phase_ != Phase::kRestore && bounds_.freezes_at(order_.end() + 1);
+    return asks ? rows_to_learn(params(), n_tokens, exact()) : 0;
   }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
@@ -48,12 +49,14 @@ class TieredKvStore final : public KvStore {
  private:
   const PolicyParams& params() const { return options_.policy; }
   bool full() const { return params().policy == Policy::kFull; }
-  bool exact() const { return full() || phase_ != Phase::kDecode || relief_.exact_steps > 0; }
+  bool exact() const { return awake_ || phase_ != Phase::kDecode || relief_.exact_steps > 0; }
   int lane_heads() const { return bounds_.lane_heads(); }
   int lanes_per_layer() const { return shape_.n_kv_heads / lane_heads(); }
   std::span<Residency> lanes(int layer);
   std::span<const Residency> lanes(int layer) const;
   void make_lanes();
+  void wake_up();
+  void fall_asleep(int kv_len);
   void check_options() const;
   Moment moment(int layer, int kv_len) const;
   void make_residency(int kv_len);
@@ -74,6 +77,7 @@ class TieredKvStore final : public KvStore {
   StepOrder order_;
   bool owes_ghosts_ = false;  // those of the running step's token, in all layers that have it
   Phase phase_ = Phase::kPrefill;
+  bool awake_ = true;      // the running step's context is too short to freeze: no lane has a row
   bool seeded_ = false;    // residency has been decided since the last exact step
   bool was_exact_ = true;  // the last step attended all tokens exactly
   Relief relief_;
@@ -159,15 +163,31 @@ void TieredKvStore::make_residency(int kv_len) {
   }));
 }
 
+// A context that was rewound is short again: all lanes give their rows back.
+void TieredKvStore::wake_up() {
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    for (Residency& lane : lanes(layer)) lane.cut(moment(layer, 0), 0);
+  seeded_ = false, awake_ = true;
+}
+
+// Tokens that came while nothing froze get their ghosts.
+void TieredKvStore::fall_asleep(int kv_len) {
+  for (int layer = 0; kv_len > 0 && layer < shape_.n_layers; ++layer)
+    ghosts_.write(layer, cold_.rows(layer, kv_len), 0, kv_len);
+  awake_ = false;
+}
+
 void TieredKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   order_.prepare(shape_, n_tokens, phase);
   write_owed_ghosts();
   const int kv_len = first + n_tokens;
+  const bool freezes = bounds_.freezes_at(kv_len);
   cold_.reserve(kv_len);
-  ghosts_.reserve(kv_len);
+  if (freezes) ghosts_.reserve(kv_len);
   for (Residency& lane : lanes_) lane.grow(kv_len);
-  if (phase == Phase::kDecode && !full()) make_residency(first);
+  if (freezes == awake_) freezes ? fall_asleep(first) : wake_up();
+  if (phase == Phase::kDecode && freezes) make_residency(first);
   phase_ = phase;
   order_.begin(n_tokens);
   counter_.begin(kv_len);
@@ -184,7 +204,7 @@ void TieredKvStore::append(int layer, const float* k, const float* v, int n_toke
   order_.append(layer);
   if (!exact() && ghosts_.has_centre(layer))
     owes_ghosts_ = true;
-  else
+  else if (!awake_)
     ghosts_.write(layer, cold_.rows(layer, n), first, n_tokens);
   if (!exact())
     for (Residency& lane : lanes(layer)) lane.append(moment(layer, n), n - 1);
@@ -208,7 +228,7 @@ KvView TieredKvStore::view(int layer) const {
 
 void TieredKvStore::count(int layer, const AttentionStats& stats) {
   std::vector<LaneStep> steps;
-  for (Residency& lane : lanes(layer)) {
+  for (Residency& lane : awake_ ? std::span<Residency>() : lanes(layer)) {
     const Residency::Tally tally = lane.take_tally();
     LaneStep& step = steps.emplace_back();
     step = {lane.lane().n_rows(),
@@ -281,7 +301,7 @@ void TieredKvStore::rewind(int position) {
     bounds_.forget();
   }
   bounds_.share(position);
-  for (int layer = 0; layer < shape_.n_layers; ++layer)
+  for (int layer = 0; !awake_ && layer < shape_.n_layers; ++layer)
     for (Residency& lane : lanes(layer))
       seeded_ = lane.cut(moment(layer, position), position) && seeded_;
   if (recorder_)
@@ -318,7 +338,7 @@ void TieredKvStore::check_from(int first) const {
   cold_.check(first, n);
   std::int64_t lent = 0;
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    ghosts_.check(layer, cold_.rows(layer, n), first, n);
+    if (!awake_) ghosts_.check(layer, cold_.rows(layer, n), first, n);
     for (const Residency& lane : lanes(layer)) {
       lent += (lane.lane().n_rows() + kHotPageRows - 1) / kHotPageRows;
       if (seeded_ && phase_ == Phase::kDecode) lane.check(moment(layer, n));
@@ -340,7 +360,8 @@ KvUsage TieredKvStore::usage() const {
   u.bookkeeping = ghosts_.bookkeeping_bytes();
   if (arena_) u.hot = arena_->bytes();
   for (const Residency& lane : lanes_) u.bookkeeping += lane.bookkeeping_bytes();
-  u.resident = full() ? u.full : u.hot + u.ghosts;
+  u.resident = u.hot + u.ghosts + (awake_ ? u.full : 0);
+  if (awake_ && !full()) u.awake_until = bounds_.freeze_from();
   return u;
 }
 

@@ -37,6 +37,9 @@ class Backend {
   // Tokens of a pass that make the best of the backend, for prompts; any number works.
   virtual int best_rows() const { return 512; }
 
+  // Tokens of a context from which on freezing makes a step faster: KvOptions::freeze_from.
+  virtual int best_freeze_from() const { return 1024; }
+
   // A store for this backend's passes, which must not outlive it.
   virtual std::unique_ptr<KvStore> make_kv_store(const KvShape& shape,
                                                  const KvOptions& options) = 0;

@@ -29,6 +29,7 @@ class TimedBackend final : public Backend {
   Ops& ops() override;
   Attention& attention() override;
   int best_rows() const override { return inner_->best_rows(); }
+  int best_freeze_from() const override { return inner_->best_freeze_from(); }
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override;
   Scratch begin(std::span<const std::int32_t> tokens, int first_position, int n_logits) override;
   void upload(float* to, std::span<const float> from) override { inner_->upload(to, from); }

@@ -29,15 +29,18 @@ expect() {
 cpu=$("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n 3 -q --backend cpu --policy full)
 first=${cpu%% place*}
 expect "thaw, with a store that checks itself" 0 "$first" "run      cuda" -n 1 -v --backend cuda \
-  --check-kv
+  --check-kv --freeze-from 0
+expect "a context too short to freeze" 0 "$first" "freezing begins at 65536 tokens" -n 1 \
+  --backend cuda --check-kv
 expect "auto takes the device, which samples" 0 "$cpu" "backend  cuda: " -n 3
 expect "auto takes the cpu for what the device lacks" 0 "$cpu" \
   "backend  cpu: --cold-file runs on the CPU only" -n 3 --cold-file "$work/cold"
-expect "recovery, checked" 0 "$first" "recovery" -n 1 --backend checked --recovery rewalk
+expect "recovery, checked" 0 "$first" "recovery" -n 1 --backend checked --recovery rewalk \
+  --freeze-from 0
 expect "what the device lacks" 1 "" "--cold-file: runs on the CPU only; expected --backend cpu" \
   --backend cuda --cold-file "$work/cold"
 expect "a freeze map and a trace of every step" 0 "$cpu" "" -n 3 --backend cuda \
-  --report "$work/map.html" --trace "$work/trace.json"
+  --report "$work/map.html" --trace "$work/trace.json" --freeze-from 0
 if [ "$(grep -c '"name":"decode"' "$work/trace.json")" = 2 ] && [ -s "$work/map.html" ] &&
   [ "$(grep -c '"name":"seed"' "$work/trace.json")" = 30 ]; then
   passed=$((passed + 1))
@@ -50,7 +53,7 @@ chat() {
   "$thaw" chat -m "$model" --system "" --temp 0 -n 1 --history "" -q "$@" 2>/dev/null
 }
 hi=$(printf 'Hi\nAnd?\n' | chat --backend cpu --policy full)
-for policy in full thaw; do
+for policy in full thaw "thaw --freeze-from 0"; do
   rm -f "$work/talk"
   said=$(echo Hi | chat --backend cuda --policy $policy --session "$work/talk")
   for backend in cuda cpu; do
@@ -69,10 +72,10 @@ done
 # and 4, in each of two runs, so that the prompt does not count.
 traffic() {
   SIMT_COUNTS=$work/counts-$2 "$thaw" bench --random tiny --weights bf16 --backend cuda -p 0 -d 900 \
-    -r 1 -q --json --policy "$1" -n "$2" >"$work/bench-$2"
+    -r 1 -q --json --policy $1 -n "$2" >"$work/bench-$2"
 }
-for policy in full thaw; do
-  if traffic $policy 4 && traffic $policy 12 && python3 tests/traffic.py "$work" 4 12; then
+for policy in full thaw "thaw --freeze-from 0"; do
+  if traffic "$policy" 4 && traffic "$policy" 12 && python3 tests/traffic.py "$work" 4 12; then
     passed=$((passed + 1))
   else
     failed=$((failed + 1)) && echo "emulated: failed: bytes that a token reads, --policy $policy"

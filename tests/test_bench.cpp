@@ -115,7 +115,7 @@ TEST_CASE("bench: lists are checked value by value") {
 TEST_CASE("bench --op: each call of an op, and the bytes of one") {
   const std::string model = TinyCli::get().model();
   const RunResult r = run_thaw({"bench", "-m", model, "--op", "append,project_add,logits,attend,settle",
-                                "-n", "2", "-d", "16,40", "--policy", "full,thaw", "--json"});
+                                "-n", "2", "-d", "16,40", "--policy", "full,thaw", "--freeze-from", "0", "--json"});
   CAPTURE(r.err);
   REQUIRE(r.exit_code == 0);
   const Config config = load_model(model).config;

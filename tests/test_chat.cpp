@@ -145,8 +145,8 @@ TEST_CASE("conversation: an answer that fills the context ends there") {
 
 // thaw chat on the tiny model, which answers at random: greedy, 8 tokens.
 std::vector<std::string> chat(std::vector<std::string> more = {}) {
-  more.insert(more.begin(),
-              {"chat", "-m", tiny(), "--temp", "0", "-n", "8", "--system", "Be", "--history", ""});
+  more.insert(more.begin(), {"chat", "-m", tiny(), "--temp", "0", "-n", "8", "--system", "Be",
+                             "--history", "", "--freeze-from", "0"});
   return more;
 }
 
@@ -159,7 +159,7 @@ std::vector<std::string> endless(std::vector<std::string> more) {
 
 std::string generated(const std::string& message) {
   const RunResult r = run_thaw({"generate", "-m", tiny(), "--temp", "0", "-n", "8", "--system",
-                                "Be", "--chat", "-p", message});
+                                "Be", "--chat", "-p", message, "--freeze-from", "0"});
   return r.out + (r.out.ends_with('\n') ? "" : "\n");
 }
 

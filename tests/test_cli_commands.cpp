@@ -90,10 +90,14 @@ TEST_CASE("generate: standard output is exactly the text, statistics are on stan
   CHECK(r.out.size() > 10);
   for (const char* part :
        {"prompt   4 tokens in ", "output   24 tokens in ", " tok/s; -n reached\n",
-        "first token after ", "kv       27 tokens, 6.8 KiB as f16; thaw holds ",
-        " recalls a layer and step\n", "seed     "}) {
+        "first token after ",
+        "kv       27 tokens, 6.8 KiB as f16, all exact: freezing begins at 1024 tokens\n",
+        "seed     "}) {
     CHECK(contains(r.err, part));
   }
+  const std::string freezing = run("generate", greedy({"-p", "Once", "--freeze-from", "0"})).err;
+  CHECK(contains(freezing, "kv       27 tokens, 6.8 KiB as f16; thaw holds "));
+  CHECK(contains(freezing, " recalls a layer and step\n"));
   CHECK(run("generate", greedy({"-p", "Once", "--quiet"})).err.empty());
   CHECK(run("generate", greedy({"-p", "Once", "--echo"})).out == "Once" + r.out);
   CHECK(contains(run("generate", greedy({"-p", "Once", "-v"})).err, "logits   fingerprint "));

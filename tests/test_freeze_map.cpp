@@ -259,10 +259,9 @@ TEST_CASE("Long runs have at most so many columns") {
 TEST_CASE("A map has as many layers as a model may have") {
   constexpr int kLayers = 1 << 16;
   FreezeMap map(kLayers, 1);
-  map.keep_all_hot();
-  map.step({0, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
+  map.step({0, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0, true});
   CHECK(map.tokens()[0].hot_steps == kLayers);
-  map.step({1, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0});
+  map.step({1, 1, std::vector<KvStep::Layer>(kLayers), 0, 0, 0, true});
   CHECK(map.tokens()[0].hot_steps == 2 * kLayers);
 }
 

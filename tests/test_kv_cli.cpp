@@ -75,9 +75,10 @@ TEST_CASE("generate: --json says counts that are means of lanes with at most six
   const std::string three = TinyCli::get().path("three-lanes.gguf");
   const TinyOptions options = {.dim = 96, .n_heads = 6, .n_kv_heads = 3};
   write_file(three, tiny_gguf(make_tiny_model(options)).bytes());
-  const RunResult result = run_thaw({"generate", "-m", three, "-p", std::string(200, 'a'), "-n",
-                                     "60", "--policy", "thaw", "--window", "8", "--sinks", "2",
-                                     "--epsilon", "0.0001", "--ignore-eos", "--json"});
+  const RunResult result =
+      run_thaw({"generate", "-m", three, "-p", std::string(200, 'a'), "-n", "60", "--policy",
+                "thaw", "--window", "8", "--sinks", "2", "--epsilon", "0.0001", "--freeze-from",
+                "130", "--ignore-eos", "--json"});
   const nlohmann::json json = nlohmann::json::parse(result.out);
   for (const char* key : {"recalled_tokens", "thawed_tokens"}) {
     CAPTURE(key);

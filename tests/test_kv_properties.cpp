@@ -42,6 +42,7 @@ class History {
     p.ghost_value_bits = kValueBits[p.ghost_key_bits == 0 ? 0 : random_.below(4)];
     p.per_head = one_in(2);
     options_.centre_tokens = 1 + random_.below(12);
+    if (one_in(2)) options_.freeze_from = random_.below(60);
     options_.check = true;
     least_ = p.sinks + p.window + 1;
     if (p.policy != Policy::kFull) choose_bound();
@@ -212,6 +213,7 @@ class History {
     const KvView view = kv_->view(layer);
     const PolicyParams& p = options_.policy;
     const bool all = p.policy == Policy::kThaw && p.ghost_key_bits > 0 && !view.ghosts.present();
+    if (awake()) CHECK((view.lanes.empty() && !view.ghosts.present()));
     for (std::size_t i = 0; i < view.lanes.size(); ++i) {
       const LaneView& lane = view.lanes[i];
       REQUIRE(std::ssize(lane.tokens) == lane.hot.n_rows);
@@ -233,6 +235,13 @@ class History {
       }
       CHECK(wrong == 0);
     }
+  }
+
+  // Of a step that has begun: nothing freezes yet.
+  bool awake() const {
+    const int most = options_.hot_tokens > 0 ? options_.hot_tokens : kCapacity;
+    return options_.policy.policy == Policy::kThaw && options_.hot_fraction == 0 &&
+           options_.hot_bytes == 0 && length_ + 1 < std::min(options_.freeze_from, most);
   }
 
   // After a decode step.

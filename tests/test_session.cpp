@@ -250,8 +250,8 @@ TEST_CASE("session: any damage to a file is an error, or harmless") {
 }
 
 std::vector<std::string> chat(std::vector<std::string> more) {
-  more.insert(more.begin(),
-              {"chat", "-m", TinyCli::get().model(), "--temp", "0", "-n", "8", "--history", ""});
+  more.insert(more.begin(), {"chat", "-m", TinyCli::get().model(), "--temp", "0", "-n", "8",
+                             "--history", "", "--freeze-from", "0"});
   return more;
 }
 

@@ -30,6 +30,8 @@ const std::string kPrompt =
 RunResult generate(std::vector<std::string> args, const RunOptions& options = {}) {
   args.insert(args.begin(), {"generate", "-m", TinyCli::get().model(), "-p", kPrompt, "--temp", "0",
                              "--ignore-eos"});
+  if (std::find(args.begin(), args.end(), "full") == args.end())
+    args.insert(args.end(), {"--freeze-from", "0"});
   return run_thaw(args, options);
 }
 
