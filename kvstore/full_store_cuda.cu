@@ -1,13 +1,13 @@
-#include <algorithm>
 #include <vector>
 
 #include "device/error.h"
 #include "kvstore/append_cuda.cuh"
 #include "kvstore/device_view.h"
+#include "kvstore/exact_tier_cuda.h"
 #include "kvstore/full_store_cuda.h"
+#include "kvstore/step_counter.h"
 #include "kvstore/step_order.h"
 #include "kvstore/tiered_store_cuda.h"
-#include "kvstore/tiers.h"
 
 namespace thaw {
 namespace {
@@ -19,11 +19,13 @@ class CudaKvStore final : public KvStore {
   void begin(int n_tokens, Phase phase) override;
   void append(int layer, const float* k, const float* v, int n_tokens) override;
   KvView view(int layer) const override;
-  void read(int layer, int first, int n_tokens, std::byte* rows) const override;
+  void read(int layer, int first, int n_tokens, std::byte* rows) const override {
+    tier_.read(layer, first, n_tokens, rows);
+  }
   int stats_rows(int) const override { return 0; }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
-  void clear() override { rewind(0), counters_ = {}; }
+  void clear() override { rewind(0), counter_.clear(); }
   double reset(Rung, int) override { return 0; }  // nothing sleeps
   void check() const override;
   void record(KvRecorder* recorder) override { recorder_ = recorder; }
@@ -32,29 +34,21 @@ class CudaKvStore final : public KvStore {
   const KvShape& shape() const override { return shape_; }
   const KvOptions& options() const override { return options_; }
   KvUsage usage() const override;
-  const KvCounters& counters() const override { return counters_; }
+  const KvCounters& counters() const override { return counter_.counters(); }
   std::optional<float> ghost_mass() const override { return {}; }
 
  private:
-  std::size_t page_bytes() const {
-    return kTierTokens * static_cast<std::size_t>(shape_.bytes_per_token());
-  }
-  int room() const { return static_cast<int>(pages_.size()) * kTierTokens; }  // tokens
-  void reserve(int n_tokens);
   void finish_step();
 
   KvShape shape_;
   KvOptions options_;
   const Stream& stream_;
-  std::vector<DeviceBuffer<std::byte>> pages_;
-  DeviceBuffer<const std::byte*> table_;       // of the pages; room for all
-  PinnedBuffer<const std::byte*> host_table_;  // the same, which copies read
+  CudaExactTier tier_;
   DeviceBuffer<StepPlace> place_;
   std::vector<DeviceView> views_;  // a layer
   StepOrder order_;
   Phase phase_ = Phase::kPrefill;
-  KvCounters counters_;
-  KvStep line_;  // of the running decode step
+  StepCounter counter_;
   KvRecorder* recorder_ = nullptr;
 };
 
@@ -69,55 +63,26 @@ CudaKvStore::CudaKvStore(const KvShape& shape, const KvOptions& options, const S
     : shape_(shape),
       options_(options),
       stream_(stream),
+      tier_(shape, stream),
       place_(1, "KV store"),
-      order_(shape.n_layers) {
-  const auto n_pages = static_cast<std::size_t>(tier_pages(shape.capacity));
-  table_ = DeviceBuffer<const std::byte*>(n_pages, "KV store");
-  host_table_ = PinnedBuffer<const std::byte*>(n_pages, "KV store");
-  pages_.reserve(n_pages);
-  line_.layers.resize(static_cast<std::size_t>(shape.n_layers));
-  const std::size_t row = kv_row_bytes(shape.type, shape.head_dim);
+      order_(shape.n_layers),
+      counter_(shape_, options_.policy, shape.n_kv_heads) {
   for (int layer = 0; layer < shape.n_layers; ++layer) {
     DeviceView view;
-    view.rows.pages = table_.data();
-    view.rows.row_bytes = row;
-    view.rows.value_offset = kTierTokens * row;
-    view.rows.head_stride = 2 * kTierTokens * row;
-    view.rows.offset = static_cast<std::size_t>(layer) * shape.n_kv_heads * view.rows.head_stride;
-    view.rows.page_shift = kTierShift;
+    view.rows = tier_.rows(layer);
     view.kv_len = &place_.data()->kv_len;
     views_.push_back(view);
   }
 }
 
-// What begin() had taken when memory ran out is given back.
-void CudaKvStore::reserve(int n_tokens) {
-  const std::size_t had = pages_.size();
-  const auto wanted = static_cast<std::size_t>(tier_pages(n_tokens));
-  try {
-    while (pages_.size() < wanted) {
-      pages_.emplace_back(page_bytes(), "KV store");
-      host_table_.data()[pages_.size() - 1] = pages_.back().data();
-    }
-  } catch (const Error& error) {
-    const int fits = std::min(room(), shape_.capacity);
-    pages_.resize(had);
-    fail(error.what(), "; ", n_tokens, " tokens were asked for, ", fits, " would fit");
-  }
-  if (wanted > had)
-    copy_to_device(table_.data() + had, host_table_.data() + had, wanted - had, stream_);
-}
-
 void CudaKvStore::begin(int n_tokens, Phase phase) {
   const int first = length();
   order_.prepare(shape_, n_tokens, phase);
-  reserve(first + n_tokens);
+  tier_.reserve(first + n_tokens);
   launch_overlapping("begin", set_place<StepPlace>, 1, kWarp, 0, stream_, place_.data(),
                      StepPlace{first, first + n_tokens});
   phase_ = phase, order_.begin(n_tokens);
-  const int kv_len = first + n_tokens;
-  line_ = {static_cast<std::int32_t>(counters_.steps), kv_len, std::move(line_.layers), 0, 0, 0, true};
-  std::fill(line_.layers.begin(), line_.layers.end(), KvStep::Layer{});
+  counter_.begin(first + n_tokens);
 }
 
 void CudaKvStore::append(int layer, const float* k, const float* v, int n_tokens) {
@@ -142,42 +107,19 @@ KvView CudaKvStore::view(int layer) const {
   return view;
 }
 
-// Page by page, through a copy of the layer's part of it.
-void CudaKvStore::read(int layer, int first, int n_tokens, std::byte* rows) const {
-  const DeviceRows& all = views_[static_cast<std::size_t>(layer)].rows;
-  std::vector<std::byte> part(static_cast<std::size_t>(shape_.n_kv_heads) * all.head_stride);
-  const std::byte* const page = part.data();
-  const KvRows here = {{&page, 1},    0,          all.value_offset, all.head_stride,
-                       all.row_bytes, kTierShift, kTierTokens};
-  for (int token = first, end = first + n_tokens; token < end;) {
-    const int at = token % kTierTokens, n = std::min(kTierTokens - at, end - token);
-    copy_to_host(part.data(),
-                 pages_[static_cast<std::size_t>(token / kTierTokens)].data() + all.offset,
-                 part.size(), stream_);
-    copy_rows(rows, shape_, here, at, n);
-    rows += std::size_t{2} * all.row_bytes * static_cast<std::size_t>(shape_.n_kv_heads * n);
-    token += n;
-  }
-}
-
 void CudaKvStore::settle(int layer, const AttentionStats&) {
   order_.settle(layer);
   if (phase_ == Phase::kDecode) {
     const int kv_len = order_.tokens(layer);
-    counters_.visible += kv_len;
-    counters_.attended += kv_len;
-    counters_.cold_bytes_visible += static_cast<double>(kv_len) *
-                                    static_cast<double>(shape_.bytes_per_token()) / shape_.n_layers;
-    line_.layers[static_cast<std::size_t>(layer)].hot = static_cast<float>(kv_len);
+    counter_.count({layer, kv_len, kv_len, true, 0}, {});
   }
   if (layer + 1 == shape_.n_layers) finish_step();
 }
 
 void CudaKvStore::finish_step() {
   if (phase_ == Phase::kDecode) {
-    ++counters_.steps;
-    line_.hot_bytes = usage().resident;
-    if (recorder_) recorder_->step(line_);
+    const KvStep& line = counter_.finish(usage().resident, 0);
+    if (recorder_) recorder_->step(line);
   }
   if (options_.check) check();
 }
@@ -188,23 +130,20 @@ void CudaKvStore::rewind(int position) {
   order_.rewind(position);
   if (recorder_)
     recorder_->event(
-        {KvEvent::kRewind, static_cast<std::int32_t>(counters_.steps), -1, -1, position, 0, 0, 0});
+        {KvEvent::kRewind, static_cast<std::int32_t>(counters().steps), -1, -1, position, 0, 0, 0});
 }
 
 void CudaKvStore::check() const {
-  require(order_.most() <= room(), "KV check: expected at most ", room(), " tokens, found ",
-          order_.most());
-  std::vector<const std::byte*> table(pages_.size());
-  copy_to_host(table.data(), table_.data(), table.size(), stream_);
-  for (std::size_t i = 0; i < table.size(); ++i)
-    require(table[i] == pages_[i].data(), "KV check: page ", i, ": the device's table is wrong");
+  require(order_.most() <= tier_.room(), "KV check: expected at most ", tier_.room(),
+          " tokens, found ", order_.most());
+  tier_.check();
 }
 
 KvUsage CudaKvStore::usage() const {
   KvUsage u;
   u.full = u.resident = length() * shape_.bytes_per_token();
-  u.hot = std::ssize(pages_) * static_cast<std::int64_t>(page_bytes());
-  u.bookkeeping = static_cast<std::int64_t>(table_.bytes());
+  u.hot = tier_.bytes();
+  u.bookkeeping = tier_.table_bytes();
   return u;
 }
 

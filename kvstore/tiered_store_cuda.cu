@@ -1,10 +1,12 @@
 #include <algorithm>
+#include <cstdio>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "device/error.h"
 #include "kvstore/append_cuda.cuh"
+#include "kvstore/awake_rows_cuda.h"
 #include "kvstore/bounds.h"
 #include "kvstore/check_cuda.h"
 #include "kvstore/cold_tier_cuda.h"
@@ -30,7 +32,7 @@ class CudaTieredStore final : public KvStore {
   void append(int layer, const float* k, const float* v, int n_tokens) override;
   KvView view(int layer) const override;
   void read(int layer, int first, int n_tokens, std::byte* rows) const override;
-  int stats_rows(int n_tokens) const override { return stats_rows(n_tokens, phase_); }
+  int stats_rows(int n_tokens) const override { return stats_rows(n_tokens, phase_, order_.end()); }
   void settle(int layer, const AttentionStats& stats) override;
   void rewind(int position) override;
   void clear() override { rewind(0), reset(Rung::kNone, 0), counter_.clear(); }
@@ -47,17 +49,23 @@ class CudaTieredStore final : public KvStore {
 
  private:
   const PolicyParams& params() const { return options_.policy; }
-  bool exact(Phase phase) const { return phase != Phase::kDecode || hot_.attends_all(); }
-  bool exact() const { return exact(phase_); }
-  int stats_rows(int n_tokens, Phase phase) const {
-    return phase == Phase::kRestore ? 0 : rows_to_learn(params(), n_tokens, exact(phase));
+  bool exact(Phase phase) const {
+    return is_awake_ || phase != Phase::kDecode || hot_.attends_all();
   }
+  bool exact() const { return exact(phase_); }
+  int stats_rows(int n_tokens, Phase phase, int kv_len) const {
+    const bool asks = phase != Phase::kRestore && kv_len + 1 >= freeze_from_;
+    return asks ? rows_to_learn(params(), n_tokens, exact(phase)) : 0;
+  }
+  bool stays_awake(int first, int kv_len);
+  void wake_up();
+  void fall_asleep(int kv_len);
   void begin_decode(int first);
   void make_views();
   void catch_up() const;
   struct Ended {
     Phase phase;
-    bool exact;
+    bool exact, awake;
     int n_rows;  // of which there are statistics
     float epsilon;
   };
@@ -73,6 +81,7 @@ class CudaTieredStore final : public KvStore {
   std::unique_ptr<PageSource> fast_;
   CudaColdTier cold_;
   mutable CudaStagedRows staged_;
+  mutable CudaAwakeRows awake_;
   CudaGhostTier ghosts_;
   mutable StepCounter counter_;
   CudaHotTier hot_;
@@ -80,6 +89,8 @@ class CudaTieredStore final : public KvStore {
   std::vector<DeviceView> views_;  // a layer, of the running step
   StepOrder order_;
   Phase phase_ = Phase::kPrefill;
+  int freeze_from_;                     // KvBounds::freeze_from(), or less: memory was refused
+  bool is_awake_ = true;                // the running step's context is shorter: no lane has a row
   bool owes_ghosts_ = false;            // of the step's token, which is hot in the step itself
   bool is_staged_ = false;              // they are written to, and read in, staged_
   mutable bool reporting_ = false;      // work is queued that writes reports
@@ -106,12 +117,14 @@ CudaTieredStore::CudaTieredStore(const KvShape& shape, const KvOptions& options,
       fast_(make_device_pages(stream)),
       cold_(shape, options.check, stream),
       staged_(cold_, shape_, stream),
+      awake_(cold_, shape_, stream),
       ghosts_(*fast_, shape, bounds_.ghost_format(), bounds_.centre_tokens(), stream),
       counter_(shape_, options_.policy, bounds_.lane_heads()),
       hot_(*fast_, shape_, options_, bounds_, cold_.rows(0), counter_, stream),
       ghost_check_(shape, bounds_.ghost_format(), bounds_.centre_tokens()),
       views_(static_cast<std::size_t>(shape.n_layers)),
-      order_(shape.n_layers) {}
+      order_(shape.n_layers),
+      freeze_from_(bounds_.freeze_from()) {}
 
 // Waits until what the device reported of the last steps is here, and counts it.
 void CudaTieredStore::catch_up() const {
@@ -131,6 +144,48 @@ void CudaTieredStore::catch_up() const {
                     ended->n_rows);
 }
 
+// Whether a step's context is too short to freeze, and there is memory to hold it.
+bool CudaTieredStore::stays_awake(int first, int kv_len) {
+  if (kv_len >= freeze_from_) return false;
+  try {
+    awake_.begin(first, kv_len);
+  } catch (const Error& error) {
+    std::fprintf(stderr, "thaw: %s; freezing begins now, not at %d tokens\n", error.what(),
+                 freeze_from_);
+    freeze_from_ = kv_len;
+    return false;
+  }
+  return true;
+}
+
+// A context that was rewound is short again: all lanes give their rows back.
+void CudaTieredStore::wake_up() {
+  hot_.cut(0, order_.most());
+  if (shadow_) shadow_->cut(0);
+  staged_.release();
+  is_awake_ = true;
+}
+
+// The cold tier gets what it lacks, and tokens that came while nothing froze get their ghosts.
+void CudaTieredStore::fall_asleep(int kv_len) {
+  is_awake_ = false;
+  if (kv_len == 0) return;
+  awake_.save(kv_len);
+  bool reads_cold = false;
+  try {
+    ghosts_.reserve(kv_len);
+  } catch (const Error&) {  // there is more when the rows are gone
+    awake_.release();
+    ghosts_.reserve(kv_len);
+    reads_cold = true;
+  }
+  hot_.begin_exact(0, kv_len);
+  for (int layer = 0; layer < shape_.n_layers; ++layer)
+    ghosts_.write(layer, reads_cold ? cold_.rows(layer) : awake_.tier().rows(layer), hot_.moment(),
+                  kv_len);
+  awake_.release();
+}
+
 void CudaTieredStore::begin(int n_tokens, Phase phase) {
   const int first = length(), kv_len = first + n_tokens;
   order_.prepare(shape_, n_tokens, phase);
@@ -138,10 +193,13 @@ void CudaTieredStore::begin(int n_tokens, Phase phase) {
   write_owed_ghosts();
   hot_.close(first);
   cold_.reserve(kv_len);
-  ghosts_.reserve(kv_len);
-  hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase) > 0 ? kv_len : 0);
-  is_staged_ = phase == Phase::kPrefill && n_tokens > kUnstaged && staged_.begin(first, kv_len);
-  if (phase == Phase::kDecode)
+  const bool awake = stays_awake(first, kv_len);
+  if (awake != is_awake_) awake ? wake_up() : fall_asleep(first);
+  if (!awake) ghosts_.reserve(kv_len);
+  hot_.reserve(kv_len, exact(phase) && stats_rows(n_tokens, phase, kv_len) > 0 ? kv_len : 0);
+  is_staged_ =
+      !awake && phase == Phase::kPrefill && n_tokens > kUnstaged && staged_.begin(first, kv_len);
+  if (phase == Phase::kDecode && !awake)
     staged_.release(), begin_decode(first);
   else
     hot_.begin_exact(first, kv_len);
@@ -159,7 +217,9 @@ void CudaTieredStore::begin_decode(int first) {
 void CudaTieredStore::make_views() {
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
     DeviceView& view = views_[static_cast<std::size_t>(layer)] = {};
-    view.rows = is_staged_ ? staged_.rows(layer) : cold_.rows(layer);
+    view.rows = is_awake_    ? awake_.tier().rows(layer)
+                : is_staged_ ? staged_.rows(layer)
+                             : cold_.rows(layer);
     view.kv_len = &hot_.moment()->kv_len;
     if (exact()) {
       if (stats_rows(order_.n_tokens()) > 0) view.stats = hot_.lanes().exact_stats();
@@ -191,10 +251,10 @@ void CudaTieredStore::append(int layer, const float* k, const float* v, int n_to
                          hot, filled, k, v, hot_.moment(), shape_.head_dim);
   });
   if (is_staged_) staged_.save(layer);
-  if (exact())
-    ghosts_.write(layer, rows, hot_.moment(), n_tokens);
-  else
+  if (!exact())
     owes_ghosts_ = true;
+  else if (!is_awake_)
+    ghosts_.write(layer, rows, hot_.moment(), n_tokens);
   order_.append(layer);
 }
 
@@ -212,6 +272,7 @@ KvView CudaTieredStore::view(int layer) const {
 }
 
 void CudaTieredStore::read(int layer, int first, int n_tokens, std::byte* rows) const {
+  if (is_awake_) return awake_.tier().read(layer, first, n_tokens, rows);
   catch_up();  // what has settled is written
   copy_rows(rows, shape_, cold_.host().rows(layer, length()), first, n_tokens);
 }
@@ -220,7 +281,7 @@ void CudaTieredStore::settle(int layer, const AttentionStats&) {
   order_.settle(layer);
   const int n_rows = stats_rows(order_.n_tokens());
   if (exact() && n_rows > 0) hot_.learn(layer, n_rows);
-  reporting_ = true;
+  if (!is_awake_ || n_rows > 0) reporting_ = true;
   if (layer + 1 == shape_.n_layers) finish_step();
 }
 
@@ -241,11 +302,12 @@ void CudaTieredStore::finish_step() {
   else
     hot_.settle();
   staged_.join();
-  ended_ = {phase_, was_exact_, stats_rows(order_.n_tokens()), hot_.epsilon()};
+  ended_ = {phase_, was_exact_, is_awake_, stats_rows(order_.n_tokens()), hot_.epsilon()};
   if (decode) hot_.end_decode();
   if (!options_.check) return;
   stream_.synchronize();  // what the kernels wrote can be read
   const int n = length(), first = order_.first();
+  if (is_awake_) awake_.save(n);
   for (int token = first; token < n; ++token)
     for (int l = 0; l < shape_.n_layers; ++l) cold_.wrote(l, token);
   catch_up();
@@ -256,14 +318,16 @@ void CudaTieredStore::finish_step() {
 void CudaTieredStore::count(const Ended& ended) const {
   counter_.begin(length());
   const int n = hot_.lanes().per_layer();
-  std::vector<LaneStep> steps(static_cast<std::size_t>(n));
+  std::vector<LaneStep> steps(static_cast<std::size_t>(ended.awake ? 0 : n));
   for (int layer = 0; layer < shape_.n_layers; ++layer) {
-    for (int i = 0; i < n; ++i) steps[static_cast<std::size_t>(i)] = hot_.take_step(layer * n + i);
+    for (std::size_t i = 0; i < steps.size(); ++i)
+      steps[i] = hot_.take_step(layer * n + static_cast<int>(i));
     const int kv_len = order_.tokens(layer);
     counter_.count({layer, kv_len, bounds_.bound(layer, kv_len), ended.exact, ended.epsilon},
                    steps);
   }
-  const KvStep& line = counter_.finish(hot_.lanes().hot_bytes(), ghosts_.bytes());
+  const KvUsage used = usage();
+  const KvStep& line = counter_.finish(used.resident - used.ghosts, used.ghosts);
   if (recorder_) recorder_->step(line);
 }
 
@@ -272,12 +336,15 @@ void CudaTieredStore::rewind(int position) {
           length(), ", found ", position);
   catch_up();
   write_owed_ghosts();
-  hot_.cut(position, order_.most());
+  if (is_awake_)
+    awake_.cut(position);
+  else
+    hot_.cut(position, order_.most());
   was_exact_ |= position == 0;
   order_.rewind(position);
   ghost_check_.cut(position);
   if (!shadow_) return;
-  shadow_->cut(position);
+  if (!is_awake_) shadow_->cut(position);
   const auto step = static_cast<std::int32_t>(counter_.counters().steps);
   recorder_->event({KvEvent::kRewind, step, -1, -1, position, 0, 0, 0});
 }
@@ -309,8 +376,10 @@ KvUsage CudaTieredStore::usage() const {
   u.ghosts = ghosts_.bytes();
   u.hot = hot_.lanes().hot_bytes();
   u.bookkeeping = ghosts_.bookkeeping_bytes() + hot_.bookkeeping_bytes() + cold_.table_bytes() +
-                  staged_.bytes();
-  u.resident = u.hot + u.ghosts;
+                  staged_.bytes() + awake_.tier().table_bytes();
+  u.resident = u.hot + u.ghosts + (is_awake_ ? u.full : 0);
+  u.hot += awake_.tier().bytes();
+  if (is_awake_) u.awake_until = freeze_from_;
   return u;
 }
 
@@ -327,8 +396,9 @@ void CudaTieredStore::check_from(int first) const {
   catch_up();
   stream_.synchronize();  // what kernels wrote can be read, in the middle of a step, too
   const int n = length();
+  if (is_awake_) awake_.save(n), awake_.tier().check();
   cold_.host().check(first, n);
-  for (int layer = 0; layer < shape_.n_layers; ++layer) {
+  for (int layer = 0; !is_awake_ && layer < shape_.n_layers; ++layer) {
     const KvRows cold = cold_.host().rows(layer, n);
     ghost_check_.check(layer, cold, ghosts_.view(layer), first, owes_ghosts_ ? n - 1 : n, stream_);
     if (!hot_.is_seeded() || phase_ != Phase::kDecode) continue;

@@ -27,6 +27,7 @@ class CudaBackend final : public Backend {
   // every pass. Fewer where activations of so many would take more than an eighth of the memory
   // that the weights leave.
   int best_rows() const override { return best_rows_; }
+  int best_freeze_from() const override { return 65536; }  // docs/performance-gpu.md
   std::unique_ptr<KvStore> make_kv_store(const KvShape& shape, const KvOptions& options) override;
 
   // The tokens are on their way to the device when it returns. Throws Error on a token outside the

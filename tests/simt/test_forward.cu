@@ -253,6 +253,7 @@ TEST_CASE("cuda forward: under two policies, by graph and without, what the CPU 
     o.policy.window = 4;
     o.policy.epsilon = 1e-2f;
     o.centre_tokens = 16;
+    o.freeze_from = 24;  // thaw attends all before
     if (policy == Policy::kH2o) o.hot_tokens = 12;
     const KvShape shape = kv_shape(tiny.model.config, 300, KvType::kF32);
     const auto run = [&](std::unique_ptr<Backend> backend, Logits& logits) {
