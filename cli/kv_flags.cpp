@@ -145,8 +145,11 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.bytes(kv.hot_bytes, "--hot-bytes",
               "bound the hot tier: N bytes over all layers; 64M and 2G are understood");
   flags.integer(kv.freeze_from, "--freeze-from",
-                "thaw: freeze in contexts of N tokens and more; shorter ones, which it would make "
-                "no faster, stay exact as a whole (default 1024; on a GPU 65536, or what fits)",
+                join("thaw: freeze in contexts of N tokens and more; shorter ones, which it would "
+                     "make no faster, stay exact as a whole (default ",
+                     kv.freezes_at_once ? "0, to measure what freezing does"
+                                        : "1024; on a GPU 65536, or what fits",
+                     ")"),
                 0, 1 << 24);
   flags.integer(kv.window, "--window",
                 "newest tokens that are never frozen (default 16; budget: 24; asr: 32)", 0,

@@ -17,6 +17,7 @@ struct KvFlags {
   std::optional<float> hot_fraction;
   std::optional<int> hot_tokens;
   std::optional<std::int64_t> hot_bytes;
+  bool freezes_at_once = false;  // without --freeze-from: for commands that measure freezing
   std::optional<int> freeze_from, window, sinks;
   std::optional<float> epsilon, caution, stay, softness, quantile;
   std::optional<std::string> ghost;

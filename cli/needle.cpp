@@ -108,6 +108,7 @@ bool parse(const Args& args, Options& o) {
   add_question_flags(flags, o);
   add_reading_flags(flags, o);
   flags.section("Keys and values");
+  o.common.kv.freezes_at_once = true;
   add_kv_flags(flags, o.common.kv, &o.policies);
   add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);

@@ -124,7 +124,8 @@ std::unique_ptr<KvStore> make_kv_store(Backend& backend, const KvFlags& flags, c
       throw UsageError(
           join(name, ": expected at most the context of ", capacity, " tokens, found ", *tokens));
   KvOptions options = flags.options();
-  options.freeze_from = flags.freeze_from.value_or(backend.best_freeze_from());
+  options.freeze_from =
+      flags.freeze_from.value_or(flags.freezes_at_once ? 0 : backend.best_freeze_from());
   return backend.make_kv_store(kv_shape(c, capacity, flags.type()), options);
 }
 

@@ -75,6 +75,7 @@ bool parse(const Args& args, PerplexityOptions& o) {
   flags.path(o.plot, "--plot", "FILE",
              "draw KL against resident bytes, with the frontier: a .svg picture, or a .html page "
              "that has the figures, too");
+  o.common.kv.freezes_at_once = true;
   add_kv_flags(flags, o.common,
                join("tokens in a window, at least 2; by default the model's context, "
                     "at most ",

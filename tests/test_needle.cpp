@@ -305,7 +305,7 @@ TEST_CASE("needle: the real model finds its keys, and a page shows them" *
   if (!model) return;
   const std::string page = TinyCli::get().path("needle.html");
   const RunResult r = run_thaw({"needle", "-m", model->string(), "--context", "400", "--needles",
-                                "2", "--depths", "30,70", "--freeze-from", "0", "--html", page});
+                                "2", "--depths", "30,70", "--html", page});
   CAPTURE(r.err);
   CAPTURE(r.out);
   CHECK(r.exit_code == 0);

@@ -211,7 +211,7 @@ TEST_CASE("perplexity: under a policy, every figure is that of the definition") 
     const Expected e(ids, flags);
     std::vector<std::string> args = {"-p",       text,   "-c",       "200", "--prefill", "150",
                                      "--policy", policy, "--window", "8",   "--sinks",   "2"};
-    if (policy == "thaw") args.insert(args.end(), {"--epsilon", "0.02", "--freeze-from", "0"});
+    if (policy == "thaw") args.insert(args.end(), {"--epsilon", "0.02"});
     const json j = perplexity_json(args);
     const auto near = [&](const std::string& key, double value, double epsilon = 1e-3) {
       CAPTURE(key);

@@ -67,11 +67,11 @@ run_tests() {
   if $emulated; then $tests; else CASE_SECONDS=30 $limited python3 tests/cases.py "$tests"; fi
 }
 
-# A short run of everything that decoding and prompts launch.
+# A short run of everything that decoding and prompts launch: whole contexts, then frozen ones.
 small_run() {
   for weights in q4_0 q6_k; do
     "$@" "$thaw" bench --random tiny --weights $weights --backend cuda -p 20 -n 4 -r 1 -d 150 \
-      --policy full,thaw || return
+      --policy full,thaw --freeze-from 152 || return
   done
 }
 sanitized_tests() { $limited compute-sanitizer --tool "$1" --error-exitcode 1 "$tests" -tc="$2"; }
@@ -84,9 +84,9 @@ no_uninitialized_reads() {
   grep -q 'ERROR SUMMARY' "$work/initcheck" && ! grep -m 5 -A 3 'Uninitialized __' "$work/initcheck"
 }
 
-# The real model writes on the GPU what it writes on the CPU, under a policy.
+# The real model writes on the GPU what it writes on the CPU, under a policy and its flags.
 same_answer() {
-  local run=("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n "$answer" -q --policy "$1")
+  local run=("$thaw" generate -m "$model" -p "Paris is" --temp 0 -n "$answer" -q --policy $1)
   diff <($limited "${run[@]}" --backend cpu) <($limited "${run[@]}" --backend cuda)
 }
 checked_ops() {
@@ -103,7 +103,7 @@ measure() {
 }
 ops() {
   step "ops, $shape $1" measure "ops-$1" --weights "$1" -n 4 -d "${depths%%,*}" --policy full,thaw \
-    --op embed,qkv,append,attend,settle,project_add,gate_up,logits
+    --freeze-from 0 --op embed,qkv,append,attend,settle,project_add,gate_up,logits
 }
 
 step "build" build
@@ -121,17 +121,21 @@ else
 fi
 if [ -e "$model" ]; then
   step "SmolLM2: each op as on the CPU" checked_ops
-  for policy in full thaw; do step "SmolLM2: --policy $policy as on the CPU" same_answer $policy; done
+  for policy in full thaw "thaw --freeze-from 0"; do
+    step "SmolLM2: --policy $policy as on the CPU" same_answer "$policy"
+  done
 else
   leave_out "SmolLM2" "no weights (make weights)"
 fi
 for format in $formats; do
   [ "$format" != "${formats##* }" ] || depths=$depths,$long_depths prompts=$prompts,$long_prompts
   step "decode, $shape $format" measure "decode-$format" --weights "$format" -p 0 -n "$tokens" \
-    -d "$depths" --policy full,thaw
+    -d "$depths" --policy full,thaw --freeze-from 0
   step "prompts, $shape $format" measure "prompt-$format" --weights "$format" -p "$prompts" -n 0 \
-    --policy full,thaw
+    --policy full,thaw --freeze-from 0
 done
+step "decode by default, $shape $format" measure "default-$format" --weights "$format" -p 0 \
+  -n "$tokens" -d "${depths%,*}" --policy full,thaw
 ops "${formats##* }"
 $emulated || [ "${formats%% *}" = "${formats##* }" ] || ops "${formats%% *}"
 if ! $emulated && command -v compute-sanitizer >/dev/null; then

@@ -27,17 +27,17 @@ def number(x, digits=1):
     return "-" if x is None else f"{x:.{digits}f}"
 
 
-def decode_table(measured, peer):
+def decode_table(measured, peer, prefix="decode-"):
     rows = []
     for name, data in measured.items():
-        if not name.startswith("decode-"):
+        if not name.startswith(prefix):
             continue
         at = {(r["test"], r["policy"]): r for r in data["results"]}
         for test in dict.fromkeys(r["test"] for r in data["results"]):
             full, thaw = at[test, "full"], at[test, "thaw"]
             depth = int((re.search(r"@d(\d+)", test) or [0, 0])[1])
             other = peer.get(str(depth)) if name == "decode-bf16" else None
-            rows.append([name.removeprefix("decode-"), f"{depth:,}", number(full["tok_s"]),
+            rows.append([name.removeprefix(prefix), f"{depth:,}", number(full["tok_s"]),
                          number(full["pct_peak"]), number(thaw["tok_s"]), number(thaw["pct_peak"]),
                          number(thaw["tok_s"] / full["tok_s"], 2),
                          number(other and full["tok_s"] / other, 2)])
@@ -93,7 +93,10 @@ def main(folder, out, facts):
         text += f"Peak, a copy within device memory, bytes read and written: {max(peaks):.0f} GB/s.\n\n"
     text += table(["step", "result", "seconds"], steps)
     text += "\n## Decode\n\nSeeded random weights in the shape of LLaMA 8B; attention is as flat as they make it, so "
-    text += "`thaw` recalls less than with real ones.\n\n" + decode_table(measured, peer_speeds)
+    text += "`thaw` recalls less than with real ones. It freezes at once here (`--freeze-from 0`).\n\n"
+    text += decode_table(measured, peer_speeds)
+    text += "\n## Decode by default\n\n`thaw` keeps short contexts exact, whole, as `full` does.\n\n"
+    text += decode_table(measured, {}, "default-")
     rate = peer.get("product_tflops") or tensor_peak(facts, n)
     text += "\n## Prompts\n\n"
     if rate:

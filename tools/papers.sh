@@ -42,8 +42,9 @@ def table(title, columns, rows):
 
 
 def generate(policy, n):
+    at_once = ["--freeze-from", 0] if policy == "thaw" else []
     return thaw("generate", "--chat", "-p", PROMPT, "--temp", 0, "--ignore-eos", "-n", n,
-                "--policy", policy)
+                "--policy", policy, *at_once)
 
 
 def read_tokens(run):
@@ -90,8 +91,8 @@ def budget():
     runs = [thaw("perplexity", *args, "--policy", policy) for policy in policies]
     layers = runs[0]["layers"]
     least, most = (pick(layers, key=lambda l: l["budget_tokens"]) for pick in (min, max))
-    speed = thaw("bench", "-p", 0, "-n", 32, "-r", 3, "-d", 2048, "-f", os.environ["TEXT"], "--policy",
-                 ",".join(["full", *policies]))["results"]
+    speed = thaw("bench", "-p", 0, "-n", 32, "-r", 3, "-d", 2048, "-f", os.environ["TEXT"],
+                 "--freeze-from", 0, "--policy", ",".join(["full", *policies]))["results"]
 
     def describe(layer):
         return f"layer {layers.index(layer)}: {layer['budget_tokens']:.0f} tokens"
