@@ -18,7 +18,11 @@ namespace thaw {
 // the last settle() nothing is allocated or waited for, and what is queued reads the step's place
 // from device memory: a graph of a decode step serves every later one with the same views.
 //
-// Prompts: a step of more than 8 tokens works on copies of two layers' exact rows in device memory
+// A context too short to freeze (KvOptions::freeze_from) is in device memory, whole, as under
+// --policy full (kvstore/awake_rows_cuda.h). Where memory for it is refused, stderr says so, and
+// freezing begins there.
+//
+// Prompts: of a longer one, a step of more than 8 tokens works on copies of two layers' exact rows in device memory
 // (kvstore/staged_rows_cuda.h), which usage().bookkeeping counts and the next decode step gives
 // back; its tokens are in the cold tier when the step is done. Where memory for them is refused,
 // stderr says so, and kernels read the cold tier over the bus.
