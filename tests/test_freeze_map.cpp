@@ -379,5 +379,24 @@ TEST_CASE("Tokens become text that is safe one by one") {
                                                             "\\xe2\\x80\\xae", "", "\\xe2\\x82"});
 }
 
+TEST_CASE("freeze map: tokens are hot until something freezes") {
+  FreezeMap map(2, 1);
+  const auto step = [&](int length, bool all_hot) {
+    map.step({0, length, std::vector<KvStep::Layer>(2), 0, 0, 0, all_hot});
+  };
+  step(3, true), step(4, true);
+  for (int layer = 0; layer < 2; ++layer)
+    for (const int token : {0, 4}) map.event({KvEvent::kSeed, 2, layer, -1, token, 0, 0, 0});
+  step(5, false), step(5, false);
+  std::vector<std::int64_t> hot;
+  for (const FreezeMap::Token& token : map.tokens()) hot.push_back(token.hot_steps);
+  CHECK(hot == std::vector<std::int64_t>{8, 4, 4, 2, 4});  // layers x steps
+  map.event({KvEvent::kRewind, 4, -1, -1, 3, 0, 0, 0});
+  step(4, true);
+  hot.clear();
+  for (const FreezeMap::Token& token : map.tokens()) hot.push_back(token.hot_steps);
+  CHECK(hot == std::vector<std::int64_t>{10, 6, 6, 2});
+}
+
 }  // namespace
 }  // namespace thaw
