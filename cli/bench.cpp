@@ -68,7 +68,8 @@ bool parse(const Args& args, Options& o) {
                  1 << 24);
   flags.integer(o.repetitions, "-r, --repetitions", "times that each is run", 1, 1000);
   flags.choices(o.ops, "--op", kTimedOps,
-                "time these ops of each decoded token; GB/s counts weights and cached tokens");
+                "time these ops of each decoded token instead, without -p and -r; GB/s counts weights "
+                "and cached tokens");
   add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need",
                &o.policies);
   add_run_flags(flags, o.common);
@@ -85,6 +86,10 @@ bool parse(const Args& args, Options& o) {
   if (o.weights && !o.random) throw UsageError("--weights needs --random");
   check_common(o.common);
   check_kv(with_policies(o.common.kv, o.policies));
+  const bool has_prompt =
+      std::any_of(o.prompts.begin(), o.prompts.end(), [](int n) { return n > 0; });
+  if (o.ops.empty() && o.decoded() == 0 && !has_prompt)
+    throw UsageError("expected something to time, found -p 0 and -n 0");
   if (!o.ops.empty() && o.decoded() == 0)
     throw UsageError("--op: expected at least one decoded token, found -n 0");
   return true;

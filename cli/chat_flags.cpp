@@ -2,7 +2,6 @@
 
 #include <random>
 
-#include "cli/output_file.h"
 #include "cli/writing.h"
 #include "device/error.h"
 
@@ -20,12 +19,13 @@ void add_chat_flags(Flags& flags, ChatOptions& o) {
              "the system message; by default the model's own, \"\" for none");
   flags.integer(o.max_tokens, "-n, --max-tokens",
                 "most tokens of an answer; -1: until the context is full", -1, 1 << 24);
-  flags.path(o.session, "--session", "FILE",
-             "go on with the conversation in FILE, if it is there, and at the end save there "
-             "what the conversation then is, unless it is empty");
+  flags.output(o.session, "--session", "FILE",
+               "go on with the conversation in FILE, if it is there, and at the end save there "
+               "what the conversation then is, unless it is empty");
   flags.text(o.history, "--history", "FILE",
              "where typed lines are kept for the arrow keys; by default "
              "~/.local/state/thaw/chat_history, \"\" for nowhere");
+  flags.is_path(o.history, "--history", true);
 }
 
 }  // namespace
@@ -60,10 +60,6 @@ bool parse_chat(const Args& args, ChatOptions& o) {
   check_common(o.common);
   check_kv({o.common.kv});
   check_recovery(o.recovery, {o.common.kv.policy});
-  require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
-  require_two_files("--report", o.watch.report, "--session", o.session);
-  require_two_files("--trace", o.watch.trace, "--session", o.session);
-  require_two_files("--history", o.history, "--session", o.session);
   if (o.common.quiet && o.verbose) throw UsageError("expected -q or -v, found both");
   if (o.first.text && o.first.file) throw UsageError("expected -p or -f, found both");
   o.sampler.seed = o.seed ? *o.seed : std::random_device{}();

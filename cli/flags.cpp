@@ -6,6 +6,7 @@
 #include <sstream>
 #include <utility>
 
+#include "cli/output_file.h"
 #include "cli/terminal.h"
 
 namespace thaw {
@@ -81,7 +82,8 @@ std::string joined(const std::vector<std::string>& parts, const char* separator)
 std::string closest(std::string_view word, const std::vector<std::string>& candidates) {
   if (word.size() > 40) return "";
   std::string best;
-  std::size_t least = word.size() <= 4 ? 2 : 3;  // more slips than that are another word
+  const std::size_t letters = word.size() - std::min(word.find_first_not_of('-'), word.size());
+  std::size_t least = letters <= 4 ? 2 : 3;  // more slips than that are another word
   for (const std::string& candidate : candidates) {
     const std::size_t distance = edit_distance(word, candidate);
     if (distance < least) least = distance, best = candidate;
@@ -130,6 +132,26 @@ void Flags::texts(std::vector<std::string>& value, Text names, Text placeholder,
 void Flags::path(std::optional<std::string>& value, Text names, Text placeholder, Text help) {
   text(
       value, names, placeholder, help, [](Text s) { return !s.empty(); }, "a path");
+  is_path(value, names, false);
+}
+
+void Flags::output(std::optional<std::string>& value, Text names, Text placeholder, Text help) {
+  path(value, names, placeholder, help);
+  paths_.back().is_written = true;
+}
+
+void Flags::is_path(const std::optional<std::string>& value, Text names, bool is_written) {
+  paths_.push_back({names.substr(names.find("--")), value, is_written});
+}
+
+void Flags::check_paths() const {
+  for (std::size_t i = 0; i < paths_.size(); ++i) {
+    for (std::size_t j = 0; j < i; ++j) {
+      const Path &a = paths_[j], &b = paths_[i];
+      if ((a.is_written || b.is_written) && a.value && b.value)
+        require_two_files(a.long_name, *a.value, b.long_name, *b.value);
+    }
+  }
 }
 
 void Flags::choice(std::string& value, Text names, const std::vector<std::string>& choices,
@@ -257,6 +279,7 @@ bool Flags::parse(const std::vector<std::string>& args) {
       return false;
     }
   }
+  check_paths();
   return true;
 }
 

@@ -51,6 +51,10 @@ class Flags {
   void text(std::optional<std::string>& value, Text names, Text placeholder, Text help,
             const std::function<bool(Text)>& accepts, Text expected);
   void path(std::optional<std::string>& value, Text names, Text placeholder, Text help);
+  // A path of what is written: parse() refuses one that another flag names, too.
+  void output(std::optional<std::string>& value, Text names, Text placeholder, Text help);
+  // Says of a text that it is such a path, or one of what is only read.
+  void is_path(const std::optional<std::string>& value, Text names, bool is_written);
   void texts(std::vector<std::string>& value, Text names, Text placeholder, Text help);  // repeated
   void choice(std::string& value, Text names, const std::vector<std::string>& choices, Text help);
   void choice(std::optional<std::string>& value, Text names,
@@ -83,10 +87,17 @@ class Flags {
   void add(Text names, Text placeholder, Text help, Text expected,
            const std::function<bool(Text)>& set);
   const Flag& find(const std::string& name, const std::string& arg) const;
+  void check_paths() const;
   std::string help() const;
 
   std::string usage_, summary_, section_ = "Options", examples_;
   std::vector<Flag> flags_;
+  struct Path {
+    std::string long_name;
+    const std::optional<std::string>& value;
+    bool is_written;
+  };
+  std::vector<Path> paths_;
   bool* dash_ = nullptr;
   bool help_wanted_ = false;
 };

@@ -82,7 +82,6 @@ bool parse(const Args& args, Options& o) {
   check_common(o.common);
   check_kv({o.common.kv});
   check_recovery(o.recovery, {o.common.kv.policy});
-  require_two_files("--report", o.watch.report, "--trace", o.watch.trace);
   if (o.system && !o.chat) throw UsageError("--system needs --chat");
   if (o.chat && o.special) throw UsageError("--special has no meaning with --chat");
   if (o.chat && o.echo) throw UsageError("--echo has no meaning with --chat");

@@ -139,7 +139,8 @@ void add_kv_flags(Flags& flags, KvFlags& kv, std::vector<std::string>* policies)
   flags.choice(kv.preset, "--preset", {"default", "economy"},
                "thaw: economy takes smaller ghosts and reads more from the cold tier");
   flags.real(kv.hot_fraction, "--hot-fraction",
-             "bound the hot tier: X times the context (h2o, budget: default 1/3)",
+             "bound the hot tier: X times the context as it grows (h2o, budget: default 1/3; thaw "
+             "with ghosts: no fewer than 128 tokens)",
              "a number above 0, at most 1", [](double x) { return x > 0 && x <= 1; });
   flags.integer(kv.hot_tokens, "--hot-tokens", "bound the hot tier: N tokens a layer", 1, 1 << 24);
   flags.bytes(kv.hot_bytes, "--hot-bytes",

@@ -70,8 +70,8 @@ bool parse(const Args& args, Options& o) {
   flags.toggle(o.special, "--special",
                "read control tokens such as <|im_start|> in the text as such");
   flags.section("What is written");
-  flags.text(o.output, "-o, --output", "OUT",
-             "the .npy file; with --dump the directory, made if missing");
+  flags.output(o.output, "-o, --output", "OUT",
+               "the .npy file; with --dump the directory, made if missing");
   flags.text(o.dump, "--dump", "NAMES",
              "intermediates to write, with commas between: " + list_of_names() +
                  ". Files are NAME.npy, in layer L NAME.L.npy");
@@ -91,13 +91,18 @@ bool parse(const Args& args, Options& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_kv({o.common.kv});
-  if (o.output.value_or("").empty())
+  if (!o.output)
     throw UsageError("expected where to write: -o FILE.npy, or -o DIRECTORY with --dump");
   if (o.layer && !o.dump) throw UsageError("--layer needs --dump");
   if (o.tokens && (o.input.text || o.input.file || o.input.dash)) {
     throw UsageError("expected one of -p, -f, - and --tokens, found several");
   }
   if (o.dump) o.names = split_names(*o.dump);
+  const auto in_layers = [](const std::string& name) {
+    return name != "embed" && name != "final_norm" && name != "logits";
+  };
+  if (o.layer && std::none_of(o.names.begin(), o.names.end(), in_layers))
+    throw UsageError(join("--layer: expected a name that each layer has, found ", *o.dump));
   return true;
 }
 
@@ -159,8 +164,8 @@ class Dump {
 std::vector<std::string> write_files(const Options& o, const Model& model,
                                      const std::vector<TokenId>& ids) {
   Transformer transformer(model, make_backend(o.common, model), o.batch);
-  const auto kv = make_kv_store(transformer.backend(), o.common.kv, model.config,
-                                static_cast<int>(ids.size()));
+  const auto kv =
+      make_kv_store(transformer.backend(), o.common.kv, model.config, static_cast<int>(ids.size()));
   std::unique_ptr<Dump> dump;
   std::unique_ptr<NpyWriter> logits_file;
   const auto n_tokens = static_cast<std::int64_t>(ids.size());

@@ -113,7 +113,7 @@ bool parse(const Args& args, Options& o) {
   add_recovery_flags(flags, o.recovery);
   add_run_flags(flags, o.common);
   add_output_flags(flags, o.common);
-  flags.path(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
+  flags.output(o.html, "--html", "FILE", "write the grid and every answer as a page, too");
   flags.examples(
       "  thaw needle -m model.gguf --context 1500,4096 --depths 5\n"
       "  thaw needle -m model.gguf --needles 4 --depths 4 --digits 64 --second --html grid.html\n");

@@ -53,6 +53,7 @@ int CommonOptions::default_threads() {
 
 void add_model_flag(Flags& flags, CommonOptions& o, const std::string& help) {
   flags.text(o.model, "-m, --model", "PATH", help);
+  flags.is_path(o.model, "--model", false);
 }
 
 void add_run_flags(Flags& flags, CommonOptions& o) {

@@ -95,15 +95,15 @@ int OutputFile::make_temporary(const std::function<int(const char*)>& make) {
   }
 }
 
-void require_two_files(const char* flag, const std::optional<std::string>& path, const char* other,
-                       const std::optional<std::string>& other_path) {
-  if (!path || !other_path) return;
+void require_two_files(const std::string& flag, const std::string& path, const std::string& other,
+                       const std::string& other_path) {
+  if (path == "-" || other_path == "-") return;
   std::error_code none;
-  const fs::path a = fs::weakly_canonical(followed(*path), none);
-  const fs::path b = fs::weakly_canonical(followed(*other_path), none);
+  const fs::path a = fs::weakly_canonical(followed(path), none);
+  const fs::path b = fs::weakly_canonical(followed(other_path), none);
   if (a == b && !a.empty())
     throw UsageError(
-        join(flag, " and ", other, ": expected two files, found ", printable(*path), " for both"));
+        join(flag, " and ", other, ": expected two files, found ", printable(path), " for both"));
 }
 
 }  // namespace thaw

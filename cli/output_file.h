@@ -5,7 +5,6 @@
 
 #include <filesystem>
 #include <functional>
-#include <optional>
 #include <string>
 #include <string_view>
 
@@ -40,8 +39,8 @@ class OutputFile {
   int fd_ = -1;
 };
 
-// Throws UsageError when two flags that are given name the same file.
-void require_two_files(const char* flag, const std::optional<std::string>& path, const char* other,
-                       const std::optional<std::string>& other_path);
+// Throws UsageError when the paths of two flags lead to the same file. "" and "-" lead to none.
+void require_two_files(const std::string& flag, const std::string& path, const std::string& other,
+                       const std::string& other_path);
 
 }  // namespace thaw

@@ -71,10 +71,10 @@ bool parse(const Args& args, PerplexityOptions& o) {
               "run once for each value of the flag --NAME, any of the KV store's (--policy, "
               "--kv-type, --epsilon and so on); repeated: for each combination. All run side by "
               "side, each with a KV store in memory");
-  flags.path(o.csv, "--csv", "FILE", "write every figure, a line for each combination");
-  flags.path(o.plot, "--plot", "FILE",
-             "draw KL against resident bytes, with the frontier: a .svg picture, or a .html page "
-             "that has the figures, too");
+  flags.output(o.csv, "--csv", "FILE", "write every figure, a line for each combination");
+  flags.output(o.plot, "--plot", "FILE",
+               "draw KL against resident bytes, with the frontier: a .svg picture, or a .html page "
+               "that has the figures, too");
   o.common.kv.freezes_at_once = true;
   add_kv_flags(flags, o.common,
                join("tokens in a window, at least 2; by default the model's context, "
@@ -91,7 +91,6 @@ bool parse(const Args& args, PerplexityOptions& o) {
   if (!flags.parse(args)) return false;
   check_common(o.common);
   check_sweep(o);
-  require_two_files("--csv", o.csv, "--plot", o.plot);
   return true;
 }
 

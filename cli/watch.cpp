@@ -76,11 +76,12 @@ std::vector<PageHead::Figure> figures_of(const KvStore& kv, const FreezeMap& map
 }  // namespace
 
 void add_watch_flags(Flags& flags, WatchOptions& o) {
-  flags.path(o.report, "--report", "FILE.html",
-             "write the freeze map: one page with the text, what the KV store did with each token "
-             "at each step, and charts");
-  flags.path(o.trace, "--trace", "FILE.json",
-             "write a trace of phases, ops, freezes and thaws for Perfetto or chrome://tracing");
+  flags.output(
+      o.report, "--report", "FILE.html",
+      "write the freeze map: one page with the text, what the KV store did with each token "
+      "at each step, and charts");
+  flags.output(o.trace, "--trace", "FILE.json",
+               "write a trace of phases, ops, freezes and thaws for Perfetto or chrome://tracing");
 }
 
 void add_heat_flag(Flags& flags, WatchOptions& o) {

@@ -167,6 +167,8 @@ TEST_CASE("bench: ops and random weights that cannot be") {
   CHECK(error({"--random", "tiny", "-m", "x"}).find("expected -m or --random") != std::string::npos);
   CHECK(error({"--random", "tiny", "-f", "x"}).find("-f: expected a model that has") != std::string::npos);
   CHECK(error({"--random", "tiny", "--op", "qk"}).find("--op: expected some of embed|") != std::string::npos);
+  CHECK(error({"--random", "tiny", "-p", "0", "-n", "0"}).find("found -p 0 and -n 0") !=
+        std::string::npos);
   CHECK(error({"--random", "tiny", "--op", "qkv", "-n", "0"}).find("--op: expected at least one") !=
         std::string::npos);
 }

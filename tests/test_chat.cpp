@@ -239,7 +239,7 @@ TEST_CASE("chat: a map and a trace of what was said, also where some was taken b
       events.begin(), events.end(), [](const auto& event) { return event["name"] == "prefill"; });
   CHECK(n_answers == 5);
   check_fails(chat({"--report", page, "--session", page}), 2,
-              "--report and --session: expected two");
+              "--session and --report: expected two");
 }
 
 TEST_CASE("chat: in a terminal lines are edited, Ctrl-C goes on, and lines come back") {

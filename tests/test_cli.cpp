@@ -102,12 +102,14 @@ TEST_CASE("cli: flags that are missing or do not go together") {
   check_fails({"generate", "-m", m, "-p", "a", "--chat", "--echo"}, 2, "--echo has no meaning");
   check_fails({"tokenize", "-m", m, "-p", "1", "--decode", "--bos"}, 2, "--bos has no meaning");
   check_fails({"logits", "-m", m, "-p", "a"}, 2, "-o FILE.npy");
-  check_fails({"logits", "-m", m, "-p", "a", "-o", ""}, 2, "-o FILE.npy");
+  check_fails({"logits", "-m", m, "-p", "a", "-o", ""}, 2, "--output: expected a path");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--layer", "0"}, 2, "--layer needs --dump");
   check_fails({"logits", "-m", m, "-p", "a", "--tokens", "b", "-o", "x"}, 2, "found several");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", "q,Q"}, 2,
               "expected names among embed, attn_norm, q, k, v,");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", ""}, 2, "found \"\"");
+  check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", "embed", "--layer", "0"}, 2,
+              "--layer: expected a name that each layer has, found embed");
   check_fails({"logits", "-m", m, "-p", "a", "-o", "x", "--dump", "q", "--layer", "2"}, 2,
               "--layer: expected 0 to 1");
   check_fails({"perplexity", "-m", m, "-p", "abc", "-c", "1"}, 2, "--context: expected at least 2");

@@ -24,6 +24,7 @@ using testing::run_thaw;
 using testing::RunResult;
 using testing::TemporaryDirectory;
 using testing::TinyCli;
+using testing::write_file;
 
 void save(const fs::path& path, const std::string& text) {
   OutputFile file(path);
@@ -130,6 +131,31 @@ TEST_CASE("output file: two flags cannot name one file") {
     CHECK(error({"perplexity", "-m", m, "-p", "abc", "--csv", other, "--plot", x})
               .starts_with("thaw: --csv and --plot: expected two files, found "));
   }
+}
+
+TEST_CASE("output file: it cannot be one that the command reads") {
+  const TemporaryDirectory directory;
+  const std::string m = directory.path() / "m.gguf", text = directory.path() / "a.txt";
+  const std::string link = directory.path() / "link";
+  fs::copy(TinyCli::get().model(), m);
+  fs::create_symlink("m.gguf", link);
+  write_file(text, "1 2 3");
+  const auto fails = [&](const std::vector<std::string>& args, const std::string& flags) {
+    const RunResult r = run_thaw(args);
+    CAPTURE(r.err);
+    CHECK(r.exit_code == 2);
+    CHECK(r.err.starts_with("thaw: " + flags + ": expected two files, found "));
+  };
+  fails({"generate", "-m", m, "-p", "a", "--report", link}, "--model and --report");
+  fails({"generate", "-m", link, "-f", text, "--trace", m}, "--model and --trace");
+  fails({"generate", "-m", m, "-f", text, "--trace", text}, "--file and --trace");
+  fails({"logits", "-m", m, "-f", text, "-o", text}, "--file and --output");
+  fails({"logits", "-m", m, "--tokens", text, "-o", text}, "--tokens and --output");
+  fails({"perplexity", "-m", m, "-f", text, "--csv", text}, "--file and --csv");
+  fails({"needle", "-m", m, "-f", text, "--html", m}, "--model and --html");
+  fails({"chat", "-m", m, "--session", text, "--history", text}, "--session and --history");
+  CHECK(fs::file_size(m) == fs::file_size(TinyCli::get().model()));
+  CHECK(read_file(text) == "1 2 3");
 }
 
 }  // namespace

@@ -276,7 +276,7 @@ TEST_CASE("chat: --session goes on where the last one ended, /save and /load by 
   check_fails(chat({"-q"}), 1, "/nowhere/x: cannot", "/save /nowhere/x\n");
   check_fails(chat({"-q"}), 1, "/nowhere: cannot open", "/load /nowhere\n");
   check_fails(chat({"-q", "--session", "/nowhere/x"}), 1, "/nowhere/x: cannot write", "Hi\n");
-  check_fails(chat({"--history", path, "--session", path}), 2, "--history and --session: expected");
+  check_fails(chat({"--history", path, "--session", path}), 2, "--session and --history: expected");
   write_file(path, "text of mine\n");
   check_fails(chat({"-q"}), 1,
               path +
