@@ -36,6 +36,13 @@ void CudaAwakeRows::save(int n_tokens) {
   side_.synchronize();
 }
 
+void CudaAwakeRows::cut(int position) {
+  if (position >= n_saved_) return;
+  n_saved_ = position;
+  ready_.record(side_);
+  stream_.wait(ready_);
+}
+
 void CudaAwakeRows::release() {
   stream_.synchronize();
   side_.synchronize();

@@ -3,8 +3,6 @@
 // when it is full, by a copy beside the next step, and the rest when somebody needs it.
 #pragma once
 
-#include <algorithm>
-
 #include "device/cuda.h"
 #include "kvstore/cold_tier_cuda.h"
 #include "kvstore/exact_tier_cuda.h"
@@ -22,9 +20,8 @@ class CudaAwakeRows {
   void begin(int first, int kv_len);
   // The cold tier has tokens 0 .. n_tokens, which are here; waits.
   void save(int n_tokens);
-  // Tokens at `position` and after it will be written anew. A copy of their page that is on its way
-  // may bring some of both: the page is copied again.
-  void cut(int position) { n_saved_ = std::min(n_saved_, position); }
+  // Tokens at `position` and after it will be written anew, once copies that read them are done.
+  void cut(int position);
   void release();  // gives the memory back; waits
 
   const CudaExactTier& tier() const { return rows_; }
@@ -36,7 +33,7 @@ class CudaAwakeRows {
   CudaExactTier rows_;
   const Stream& stream_;
   Stream side_;
-  Event ready_;           // what the side stream waits for
+  Event ready_;           // what the one stream waits for on the other
   bool is_here_ = false;  // memory was not given back
   int n_saved_ = 0;       // tokens that the cold tier has, or will when copies are done
 };

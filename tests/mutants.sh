@@ -27,7 +27,7 @@ kvstore/policy.h|s/p.stay \* std::sqrt(static_cast<float>(hits))/p.stay * static
 # 6: no more hot bytes than promised
 kvstore/residency.cpp|s/if (lane_.n_rows() >= now.bound || /if (/|the bound of a lane
 kvstore/lane.cpp|s/max_pages_ - pages_)/max_pages_)/|the promise in bytes
-kvstore/tiered_store.cpp|s/bounds_.share(kv_len + 1, entropy_);//|budgets
+kvstore/tiered_store.cpp|s/bounds_.share(kv_len + 1);//|budgets
 kvstore/tiered_store.cpp|s/pages += lane.clear_for_seed(moment(layer, kv_len));/static_cast<void>(lane);/|who is not chosen stays
 # 7: the same seed, the same history
 kvstore/residency.cpp|s/if (position == 0) entropy_ = ghost_mass_ = tau_ = 0;//|clear keeps a threshold
