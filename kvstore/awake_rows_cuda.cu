@@ -44,8 +44,6 @@ void CudaAwakeRows::cut(int position) {
 }
 
 void CudaAwakeRows::release() {
-  stream_.synchronize();
-  side_.synchronize();
   rows_.release();
   is_here_ = false, n_saved_ = 0;
 }

@@ -22,7 +22,7 @@ class CudaAwakeRows {
   void save(int n_tokens);
   // Tokens at `position` and after it will be written anew, once copies that read them are done.
   void cut(int position);
-  void release();  // gives the memory back; waits
+  void release();  // gives the memory back, after save(); waits
 
   const CudaExactTier& tier() const { return rows_; }
 

@@ -18,7 +18,7 @@ class CudaExactTier {
   // Room for that many tokens, for work that is queued later. Throws Error, with nothing changed,
   // that says how many would fit.
   void reserve(int n_tokens);
-  // Gives the memory back. The stream must have been waited for.
+  // Gives the memory back, which waits for what reads it.
   void release() { pages_.clear(); }
 
   DeviceRows rows(int layer) const;
