@@ -68,8 +68,8 @@ bool parse(const Args& args, Options& o) {
                  1 << 24);
   flags.integer(o.repetitions, "-r, --repetitions", "times that each is run", 1, 1000);
   flags.choices(o.ops, "--op", kTimedOps,
-                "time these ops of each decoded token instead, without -p and -r; GB/s counts weights "
-                "and cached tokens");
+                "time these ops of each decoded token instead, without -p and -r; GB/s counts "
+                "weights and cached tokens");
   add_kv_flags(flags, o.common, "tokens in the cache, at most; by default what the tests need",
                &o.policies);
   add_run_flags(flags, o.common);

@@ -37,8 +37,6 @@ void CudaExactTier::reserve(int n_tokens) {
     pages_.resize(had);
     fail(error.what(), "; ", n_tokens, " tokens were asked for, ", fits, " would fit");
   }
-  for (std::size_t i = had; i < wanted; ++i)
-    fill_device(pages_[i].data(), 0, page_bytes(), stream_);
   if (wanted > had)
     copy_to_device(table_.data() + had, host_table_.data() + had, wanted - had, stream_);
 }

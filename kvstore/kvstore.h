@@ -150,8 +150,8 @@ struct KvOptions {
   std::int64_t hot_bytes = 0;  // the same in bytes over all layers
   std::string cold_file;       // the cold tier's file; empty: memory
   int centre_tokens = kCentreTokens;  // tokens whose mean ghosts are centred on
-  // thaw: decode freezes from this many tokens on. A shorter context is attended exactly, whole, and
-  // has no ghosts. A bound of the hot tier that holds fewer, or is a share, goes first.
+  // thaw: decode freezes from this many tokens on. A shorter context is attended exactly, whole,
+  // and has no ghosts. A bound of the hot tier that holds fewer, or is a share, goes first.
   int freeze_from = 0;
   bool check = false;  // hash for check(); a step then checks its own tokens, every 64th step all
 };

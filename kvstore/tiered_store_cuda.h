@@ -22,10 +22,10 @@ namespace thaw {
 // --policy full (kvstore/awake_rows_cuda.h). Where memory for it is refused, stderr says so, and
 // freezing begins there.
 //
-// Prompts: of a longer one, a step of more than 8 tokens works on copies of two layers' exact rows in device memory
-// (kvstore/staged_rows_cuda.h), which usage().bookkeeping counts and the next decode step gives
-// back; its tokens are in the cold tier when the step is done. Where memory for them is refused,
-// stderr says so, and kernels read the cold tier over the bus.
+// Prompts: of a longer one, a step of more than 8 tokens works on copies of two layers' exact rows
+// in device memory (kvstore/staged_rows_cuda.h), which usage().bookkeeping counts and the next
+// decode step gives back; its tokens are in the cold tier when the step is done. Where memory for
+// them is refused, stderr says so, and kernels read the cold tier over the bus.
 //
 // counters(), ghost_mass() and reset() wait for the stream, too; reset() throws Error when memory
 // is refused for the rows of those that it wakes. A recorder is told of a step when the next one

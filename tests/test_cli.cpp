@@ -85,6 +85,7 @@ TEST_CASE("cli: wrong commands and flags get a hint") {
   check_fails({"generate", "--ctx-size=9"}, 2, "(did you mean --context?)");
   check_fails({"bench", "--ctx-size=9"}, 2, "(did you mean --context?)");
   check_fails({"tokenize", "--n-predict", "9"}, 2, "unknown flag --n-predict;");
+  check_fails({"needle", "--temp", "9"}, 2, "unknown flag --temp;");  // not --help
   check_fails({"generate", "-ngl", "99"}, 2, "unknown flag -ngl, and --max-tokens: expected a ");
 }
 

@@ -26,6 +26,17 @@ enum class Mood {
   kNoneHit,  // nobody does
 };
 
+// Of stores that hold a few hundred tokens.
+inline KvOptions thaw_options() {
+  KvOptions o;
+  o.policy.policy = Policy::kThaw;
+  o.policy.window = 6;
+  o.policy.sinks = 2;
+  o.policy.epsilon = 0.003f;
+  o.centre_tokens = 16;
+  return o;
+}
+
 // The last step that a store told, and where they are wanted all events.
 class LastStep final : public KvRecorder {
  public:
@@ -53,6 +64,37 @@ inline bool same(const KvEvent& a, const KvEvent& b) {
          a.token == b.token && a.probability == b.probability && a.hits == b.hits &&
          a.timer == b.timer;
 }
+
+// The two stores with the same tokens, of whose work nothing is waited for: it may run in any order
+// that streams and events allow.
+struct QueuedStores {
+  QueuedStores(const KvShape& shape, const KvOptions& options, std::uint64_t seed)
+      : cuda(make_cuda_tiered_store(shape, options, stream)),
+        cpu(make_kv_store(shape, options)),
+        random_(seed) {}
+
+  void begin(int n, Phase phase) { cuda->begin(n, phase), cpu->begin(n, phase); }
+  void append(int layer, int n) {
+    const std::int64_t size = std::int64_t{n} * cpu->shape().n_kv_heads * cpu->shape().head_dim;
+    const std::vector<float> k = random_.normals(size), v = random_.normals(size);
+    cuda->append(layer, on_device(k), on_device(v), n);
+    cpu->append(layer, k.data(), v.data(), n);
+  }
+  void rewind(int position) { cuda->rewind(position), cpu->rewind(position); }
+
+  Stream stream;
+  std::unique_ptr<KvStore> cuda, cpu;
+
+ private:
+  const float* on_device(const std::vector<float>& x) {
+    inputs_.emplace_back(x.size(), "x");
+    copy_to_device(inputs_.back().data(), x.data(), x.size(), stream);
+    return inputs_.back().data();
+  }
+
+  Random random_;
+  std::vector<DeviceBuffer<float>> inputs_;  // kept: giving memory back waits for everything
+};
 
 class BothStores {
  public:

@@ -14,12 +14,7 @@ namespace {
 constexpr std::size_t kMemory = std::size_t{1} << 30;
 
 KvOptions awake_options(int freeze_from) {
-  KvOptions o;
-  o.policy.policy = Policy::kThaw;
-  o.policy.window = 6;
-  o.policy.sinks = 2;
-  o.policy.epsilon = 0.003f;
-  o.centre_tokens = 16;
+  KvOptions o = testing::thaw_options();
   o.freeze_from = freeze_from;
   return o;
 }
@@ -85,27 +80,17 @@ TEST_CASE("cuda awake: the cold tier has every row in any order that streams and
     CAPTURE(seed);
     simt::set_seed(seed);
     const KvOptions options = awake_options(300);
-    const Stream stream;
-    const auto cuda = make_cuda_tiered_store(kShape, options, stream);
-    const auto cpu = make_kv_store(kShape, options);
-    testing::Random random(seed);
-    std::vector<DeviceBuffer<float>> inputs;  // kept: giving memory back waits for everything
-    const auto on_device = [&](const std::vector<float>& x) {
-      inputs.emplace_back(x.size(), "x");
-      copy_to_device(inputs.back().data(), x.data(), x.size(), stream);
-      return inputs.back().data();
-    };
+    testing::QueuedStores both(kShape, options, seed);
+    const auto &cuda = both.cuda, &cpu = both.cpu;
     const auto step = [&](int n, Phase phase = Phase::kRestore) {
-      cuda->begin(n, phase), cpu->begin(n, phase);
+      both.begin(n, phase);
       for (int layer = 0; layer < kShape.n_layers; ++layer) {
-        const std::vector<float> k = random.normals(16 * n), v = random.normals(16 * n);
-        cuda->append(layer, on_device(k), on_device(v), n);
-        cpu->append(layer, k.data(), v.data(), n);
+        both.append(layer, n);
         cuda->settle(layer, {}), cpu->settle(layer, {});
       }
     };
     step(130), step(20), step(1, Phase::kDecode);
-    cuda->rewind(100), cpu->rewind(100);  // into a page that is on its way
+    both.rewind(100);  // into a page that is on its way
     step(40), step(5), step(118);
     if (seed % 2 == 0) CHECK(all_rows(*cuda, 0) == all_rows(*cpu, 0));
     step(1, Phase::kDecode);
@@ -113,7 +98,7 @@ TEST_CASE("cuda awake: the cold tier has every row in any order that streams and
     cuda->check();
     for (int layer = 0; layer < kShape.n_layers; ++layer)
       CHECK(cold_rows(*cuda, layer) == cold_rows(*cpu, layer));
-    cuda->rewind(140), cpu->rewind(140);
+    both.rewind(140);
     step(4), step(2);
     for (int layer = 0; layer < kShape.n_layers; ++layer)
       CHECK(all_rows(*cuda, layer) == all_rows(*cpu, layer));

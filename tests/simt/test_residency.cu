@@ -9,13 +9,9 @@ using testing::Mood;
 namespace {
 
 KvOptions options_of(Policy policy) {
-  KvOptions o;
+  KvOptions o = testing::thaw_options();
   o.policy.policy = policy;
-  o.policy.window = 6;
-  o.policy.sinks = 2;
-  o.policy.epsilon = 0.003f;
   o.policy.softness = 0.5f;
-  o.centre_tokens = 16;
   return o;
 }
 

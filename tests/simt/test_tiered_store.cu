@@ -9,20 +9,11 @@ using namespace thaw;
 using testing::BothStores;
 using testing::error_of;
 using testing::Mood;
+using testing::thaw_options;
 
 namespace {
 
 constexpr std::size_t kMemory = std::size_t{1} << 30;
-
-KvOptions thaw_options() {
-  KvOptions o;
-  o.policy.policy = Policy::kThaw;
-  o.policy.window = 6;
-  o.policy.sinks = 2;
-  o.policy.epsilon = 0.003f;
-  o.centre_tokens = 16;
-  return o;
-}
 
 const KvShape kShape{simt::kIsSlow ? 1 : 2, 2, 8, 300, KvType::kF16, {}};
 
@@ -112,29 +103,19 @@ TEST_CASE("cuda tiers: a prompt's rows are staged in any order that streams and 
     simt::set_seed(seed);
     KvOptions options = thaw_options();
     if (seed % 8 != 1) options.policy.policy = Policy::kAsr;  // no ghosts, which take longest
-    const Stream stream;
-    const auto cuda = make_cuda_tiered_store(shape, options, stream);
-    const auto cpu = make_kv_store(shape, options);
-    testing::Random random(seed);
-    std::vector<DeviceBuffer<float>> inputs;  // kept: giving memory back waits for everything
-    const auto on_device = [&](const std::vector<float>& x) {
-      inputs.emplace_back(x.size(), "x");
-      copy_to_device(inputs.back().data(), x.data(), x.size(), stream);
-      return inputs.back().data();
-    };
+    testing::QueuedStores both(shape, options, seed);
+    const auto &cuda = both.cuda, &cpu = both.cpu;
     const auto step = [&](int n, int n_layers) {
-      cuda->begin(n, Phase::kPrefill), cpu->begin(n, Phase::kPrefill);
+      both.begin(n, Phase::kPrefill);
       for (int layer = 0; layer < n_layers; ++layer) {
-        const std::vector<float> k = random.normals(16 * n), v = random.normals(16 * n);
-        cuda->append(layer, on_device(k), on_device(v), n);
-        cpu->append(layer, k.data(), v.data(), n);
+        both.append(layer, n);
         const KvView view = cpu->view(layer);
-        if (n > 8 && rows_on_device(cuda->view(layer), shape, stream) !=
+        if (n > 8 && rows_on_device(cuda->view(layer), shape, both.stream) !=
                          rows_on_host(view.cold, view.kv_len, shape))
           FAIL("seed " << seed << ", layer " << layer << ", " << view.kv_len << " tokens");
         if (n_layers < shape.n_layers) continue;
-        fill_device(cuda->view(layer).device->stats.probability, 0, 4u * view.kv_len, stream);
-        fill_device(cuda->view(layer).device->stats.entropy, 0, 4, stream);
+        fill_device(cuda->view(layer).device->stats.probability, 0, 4u * view.kv_len, both.stream);
+        fill_device(cuda->view(layer).device->stats.entropy, 0, 4, both.stream);
         AttentionStats stats;
         stats.lanes.resize(2);
         for (auto& lane : stats.lanes) lane.probability.resize(view.kv_len);
@@ -142,7 +123,7 @@ TEST_CASE("cuda tiers: a prompt's rows are staged in any order that streams and 
       }
     };
     step(3, 5), step(100, 5), step(40, 5), step(20, 2);
-    cuda->rewind(130), cpu->rewind(130);  // in the page that the step before wrote
+    both.rewind(130);  // in the page that the step before wrote
     step(5, 5), step(45, 5);
     static_cast<void>(cuda->counters());  // waits
     for (int layer = 0; layer < shape.n_layers; ++layer)
